@@ -1,12 +1,15 @@
-"""common.py: tensor utilities and run files shared by the scripts. Verified once, by test_smoke.py; read it when curious.
+"""common.py: tensor utilities and run files shared by the scripts. Verified once, by test_smoke.py.
 
-Tensors      seed_all draw expand_to to_uint8 from_uint8 resize_video timestep_embedding ema_update count_params all_mean
+Tensors      seed_all draw expand_to to_uint8 from_uint8 resize_video timestep_embedding ema_update
+             count_params all_mean
 Metrics      mse psnr ssim fair_crps frechet_distance
 Video        read_video write_video video_grid
-Checkpoints  save_checkpoint load_checkpoint latest_checkpoint find_checkpoint gather_state restore_state save_weights load_weights
+Checkpoints  save_checkpoint load_checkpoint latest_checkpoint find_checkpoint gather_state restore_state
+             save_weights load_weights
 Run files    UserError one_line_errors write_json append_jsonl Log plot_curves provenance dry_run_report
 
-Shapes: B batch, T frames, C channels, H W pixels. A video is B T C H W (or T C H W) in [-1, 1] unless a name says otherwise.
+Shapes: B batch, T frames, C channels, H W pixels. A video is B T C H W (or T C H W) in [-1, 1] unless a name
+says otherwise.
 Nothing here parses arguments, trains, samples or knows a model: that is what the scripts are for.
 """
 import json
@@ -28,15 +31,15 @@ from tqdm import tqdm
 
 
 class UserError(Exception):
-    """Something the user can mend. Its message is the one line that a script prints before it exits with code 2."""
+    """Something the user can mend. Its message is the one line that a script prints before exit code 2."""
 
 
 # ---- tensors --------------------------------------------------------------------------------------------
 
 def seed_all(seed, *salt):
-    """Seeds python's, numpy's and torch's global generators from `seed` and integers, as in seed_all(seed, step, rank).
+    """Seeds python's, numpy's and torch's global generators from integers, as in seed_all(seed, step, rank).
 
-    Seeding anew at every step makes all randomness (dropout too) a function of (seed, step, rank), so that a resumed
+    Seeding anew at every step makes all randomness (dropout too) a function of (seed, step, rank): a resumed
     run needs no generator state. Returns the mixed 63-bit seed, for torch.Generator().manual_seed().
     """
     low, high = np.random.SeedSequence([seed, *salt]).generate_state(2, np.uint32).tolist()
@@ -48,9 +51,9 @@ def seed_all(seed, *salt):
 
 
 def draw(kinds, seed, batch_size, rank=0, world=1, micro=0, grad_accum=1, device="cpu"):
-    """Random numbers of one process's micro-batch: {name: ("randint", high) | ("rand",) | ("randn", *shape)} -> tensors.
+    """Random numbers of a micro-batch: {name: ("randint", high) | ("rand",) | ("randn", *shape)} -> tensors.
 
-    They are drawn for the whole step's batch (grad_accum x world x batch_size samples) and then sliced, so that two
+    They are drawn for the whole step's batch (grad_accum x world x batch_size samples) and then sliced: two
     processes of 8 samples draw what one process of 16 draws, and a batch depends on the seed alone.
     """
     generator = torch.Generator(device).manual_seed(seed)
@@ -81,7 +84,7 @@ def from_uint8(x):
 
 
 def resize_video(x, size):
-    """... C H W floats -> ... C size size: shorter side to `size` by anti-aliased bicubic, centre crop, input's range kept."""
+    """... C H W floats -> ... C size size: anti-aliased bicubic, centre crop; stays in the input's range."""
     H, W = x.shape[-2:]
     new = max(size, round(H * size / min(H, W))), max(size, round(W * size / min(H, W)))
     flat = x.reshape(-1, *x.shape[-3:])
@@ -93,7 +96,7 @@ def resize_video(x, size):
 
 
 def timestep_embedding(t, dim, scale=1000.0, max_period=10000.0):
-    """(B,) -> (B, dim): cos and sin of scale * t at dim / 2 geometric frequencies (Vaswani et al. 2017, 3.5)."""
+    """(B,) -> (B, dim): cos and sin of scale * t at dim / 2 geometric frequencies (Vaswani 2017, 3.5)."""
     frequencies = torch.exp(-math.log(max_period) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     angles = scale * t.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
@@ -131,12 +134,12 @@ def mse(a, b):
 
 
 def psnr(a, b):
-    """Peak signal-to-noise ratio of each image in dB, capped at 60 so that equal images stay finite in a mean."""
+    """Peak signal-to-noise ratio of each image in dB, capped at 60: equal images stay finite in a mean."""
     return -10 * torch.log10(mse(a, b).clamp(min=1e-6))
 
 
 def ssim(a, b, chunk=256):
-    """Structural similarity of each image (Wang et al. 2004: Gaussian window of 11, sigma 1.5, K .01 and .03, valid region)."""
+    """Structural similarity of each image (Wang 2004: Gaussian window of 11, sigma 1.5, K .01 .03, valid)."""
     a, b = torch.broadcast_tensors(a.float(), b.float())
     axis = torch.arange(11, device=a.device) - 5.0
     window = torch.exp(-axis ** 2 / (2 * 1.5 ** 2))
@@ -145,7 +148,8 @@ def ssim(a, b, chunk=256):
     for x, y in zip(a.flatten(0, -4).split(chunk), b.flatten(0, -4).split(chunk)):
         C = x.shape[1]
         x, y = x.flatten(0, 1)[:, None], y.flatten(0, 1)[:, None]
-        mx, my, xx, yy, xy = F.conv2d(F.conv2d(torch.cat([x, y, x * x, y * y, x * y]), window), window.mT).chunk(5)
+        products = torch.cat([x, y, x * x, y * y, x * y])
+        mx, my, xx, yy, xy = F.conv2d(F.conv2d(products, window), window.mT).chunk(5)
         value = (2 * mx * my + 1e-4) * (2 * (xy - mx * my) + 9e-4)
         value = value / ((mx ** 2 + my ** 2 + 1e-4) * (xx - mx ** 2 + yy - my ** 2 + 9e-4))
         values.append(value.mean(dim=(1, 2, 3)).view(-1, C).mean(1))
@@ -153,16 +157,16 @@ def ssim(a, b, chunk=256):
 
 
 def fair_crps(members, truth, dim=0):
-    """Continuous ranked probability score, elementwise: E|X - y| - E|X - X'| / 2 with the pairs over m (m - 1), unbiased
-    in the ensemble size (Ferro 2014). The members lie along `dim`; with one member it is the absolute error."""
+    """Continuous ranked probability score, elementwise: E|X - y| - E|X - X'| / 2, pairs over m (m - 1),
+    so unbiased in the ensemble size (Ferro 2014). Members lie along `dim`; one's is its absolute error."""
     m = members.shape[dim]
     x = members.movedim(dim, 0).sort(dim=0).values
-    rank = expand_to(2 * torch.arange(1, m + 1, device=x.device) - m - 1, x)       # sum |x_i - x_j| = 2 sum rank x
+    rank = expand_to(2 * torch.arange(1, m + 1, device=x.device) - m - 1, x)   # sum |xi - xj| = 2 sum rank x
     return (x - truth).abs().mean(0) - (rank * x).sum(0) / max(1, m * (m - 1))
 
 
 def frechet_distance(a, b):
-    """Frechet distance of the Gaussians fitted to features a, b: N D. In float64, through symmetric eigenproblems."""
+    """Frechet distance of the Gaussians fitted to features a, b: N D. Float64, symmetric eigenproblems."""
     a, b = a.double(), b.double()
     cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
     values, vectors = torch.linalg.eigh(cov_a)
@@ -179,12 +183,12 @@ def read_video(path):
     try:
         frames = np.stack([np.asarray(frame)[..., :3] for frame in iio.imiter(path)])
         return torch.from_numpy(frames).permute(0, 3, 1, 2)
-    except Exception as error:                 # every backend has its own exceptions; the user needs the file's name
+    except Exception as error:                 # every backend has its own; the user needs the file's name
         raise UserError(f"cannot read video {path}: {str(error).splitlines()[0][:100]}") from error
 
 
 def write_video(path, x, fps=8):
-    """Writes x (T C H W, uint8 or [-1, 1]) by suffix: .mp4 (H.264), .gif, or .png (frames side by side). -> path as str."""
+    """Writes x (T C H W, uint8 or [-1, 1]) by suffix: .mp4 (H.264), .gif, .png (one row). -> path."""
     import imageio.v3 as iio
     frames = (x if x.dtype == torch.uint8 else to_uint8(x)).permute(0, 2, 3, 1).cpu().numpy()
     path = Path(path)
@@ -194,7 +198,8 @@ def write_video(path, x, fps=8):
     elif path.suffix == ".gif":
         iio.imwrite(path, frames, duration=1000 / fps, loop=0)
     else:                                      # yuv420p, which every player opens, needs even sides
-        frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
+        odd = frames.shape[1] % 2, frames.shape[2] % 2
+        frames = np.pad(frames, ((0, 0), (0, odd[0]), (0, odd[1]), (0, 0)), mode="edge")
         iio.imwrite(path, frames, fps=fps, codec="libx264", macro_block_size=1,
                     output_params=["-crf", "16", "-pix_fmt", "yuv420p", "-loglevel", "error"])
     return str(path)
@@ -203,8 +208,8 @@ def write_video(path, x, fps=8):
 def video_grid(videos, scale=2, gap=4, columns=False):
     """Labelled videos in one picture per frame: {"truth": T C H W in [-1, 1], ...} -> T 3 H' W' uint8.
 
-    One below the other with names on the left, or with columns=True side by side with names on top. Frames are
-    enlarged `scale` times without smoothing, so that a pixel stays a pixel.
+    One below the other with names on the left, or with columns=True side by side with names on top. Enlarged
+    `scale` times without smoothing: a pixel stays a pixel.
     """
     from PIL import Image, ImageDraw, ImageFont
     font = ImageFont.load_default(size=13)
@@ -225,15 +230,15 @@ def video_grid(videos, scale=2, gap=4, columns=False):
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------
-# ckpt/step_000500/ holds a file per entry of the state, and meta.json, written last, with every file's size. The folder
-# is written under another name and renamed when complete: a checkpoint is there whole, or not there.
+# ckpt/step_000500/ holds a file per entry of the state, and meta.json, written last, with every file's size.
+# The folder is written under another name and renamed when complete: a checkpoint is there whole, or not.
 
 def save_checkpoint(folder, step, state, meta, keep_last=3):
-    """Writes folder/step_XXXXXX atomically, then removes all but the newest `keep_last` (0: none). Call on rank 0.
+    """Writes folder/step_XXXXXX atomically, then removes all but the newest `keep_last` (0: none). On rank 0.
 
-    state: {name: flat dict of tensors, saved as safetensors, or what torch.load(weights_only=True) reads, saved as .pt}.
-    meta: JSON-able; "step" and "files" are added. Where the disk is full, raises UserError naming the newest complete
-    checkpoint, having removed what it wrote and left older checkpoints alone.
+    state: {name: flat dict of tensors, saved as safetensors, or what torch.load(weights_only=True) reads}.
+    meta: JSON-able; "step" and "files" are added. Where the disk is full, raises UserError naming the newest
+    complete checkpoint, having removed what it wrote and left older checkpoints alone.
     """
     folder = Path(folder)
     final, tmp = folder / f"step_{step:06d}", folder / f".tmp_step_{step:06d}"
@@ -244,7 +249,7 @@ def save_checkpoint(folder, step, state, meta, keep_last=3):
         tmp.mkdir()
         for name, value in state.items():
             if value and all(torch.is_tensor(v) for v in value.values()):
-                save_file({k: v.detach().cpu().contiguous() for k, v in value.items()}, tmp / f"{name}.safetensors")
+                save_weights(tmp / f"{name}.safetensors", value)
             else:
                 torch.save(value, tmp / f"{name}.pt")
         sizes = {file.name: file.stat().st_size for file in tmp.iterdir()}
@@ -255,12 +260,13 @@ def save_checkpoint(folder, step, state, meta, keep_last=3):
         if final.exists():                                         # only a damaged one can be in the way
             final.rename(folder / f".tmp_damaged_{step:06d}")
         tmp.rename(final)
-    except Exception as error:        # a full disk is OSError, RuntimeError or SafetensorError, by who was writing
+    except Exception as error:        # a full disk is OSError, RuntimeError or SafetensorError, by who wrote
         shutil.rmtree(tmp, ignore_errors=True)
-        raise UserError(f"could not save {final}: {str(error).splitlines()[0]}; the newest complete checkpoint is "
-                        f"{latest_checkpoint(folder) or 'none'}") from error
+        last = latest_checkpoint(folder) or "none"
+        reason = str(error).splitlines()[0]
+        raise UserError(f"could not save {final} ({reason}); the last complete one is {last}") from error
     for old in checkpoints(folder)[:-keep_last] if keep_last else []:
-        old = old.rename(folder / f".tmp_old_{old.name}")          # renamed first: a kill leaves no half a checkpoint
+        old = old.rename(folder / f".tmp_old_{old.name}")          # first: a kill leaves no half of it
         shutil.rmtree(old)
     return final
 
@@ -283,7 +289,7 @@ def load_checkpoint(path, script):
     """
     path = Path(path)
     if not (path / "meta.json").is_file():
-        raise UserError(f"no checkpoint at {path}: name a folder step_XXXXXX with meta.json in it, or a run's folder")
+        raise UserError(f"no checkpoint at {path}: name a folder step_XXXXXX, or a run's folder")
     try:
         meta = json.loads((path / "meta.json").read_text())
         if meta["script"] != script:
@@ -291,26 +297,28 @@ def load_checkpoint(path, script):
         state = {}
         for name, size in meta["files"].items():
             if not (path / name).is_file() or (path / name).stat().st_size != size:
-                raise UserError(f"checkpoint {path} is truncated ({name}): use an older one with --resume PATH")
+                raise UserError(f"checkpoint {path} is truncated ({name}): use an older one, --resume PATH")
             stem, kind = name.split(".")
-            state[stem] = load_file(path / name) if kind == "safetensors" else torch.load(path / name, weights_only=True)
+            read = load_file if kind == "safetensors" else lambda file: torch.load(file, weights_only=True)
+            state[stem] = read(path / name)
         return state, meta
     except UserError:
         raise
-    except Exception as error:        # a damaged zip, json or safetensors each raise their own; the answer is the same
+    except Exception as error:        # a damaged zip, json or safetensors raise their own; the answer is one
         raise UserError(f"checkpoint {path} cannot be read ({str(error).splitlines()[0][:100]}): "
-                        f"use an older one with --resume PATH") from error
+                        f"use an older one, --resume PATH") from error
 
 
 def find_checkpoint(folder, script, resume):
     """What --resume auto|none|PATH means for a ckpt folder: -> (path, state, meta), or None to start anew.
 
-    auto: the newest that can be read, with a warning for each that cannot. none: UserError if there are any. PATH: that
-    checkpoint, or the newest of that run's folder.
+    auto: the newest that can be read, with a warning where a newer one cannot. none: UserError if there are
+    any. PATH: that checkpoint, or the newest of that run's folder.
     """
     if resume == "none":
         if checkpoints(folder):
-            raise UserError(f"{folder} holds checkpoints, which --resume none would overwrite: choose another --output_dir")
+            raise UserError(f"{folder} holds checkpoints, which --resume none would overwrite: choose "
+                            f"another --output_dir")
         return None
     if resume != "auto":
         path = latest_checkpoint(Path(resume) / "ckpt") or Path(resume)
@@ -342,7 +350,7 @@ def load_weights(path):
     """Reads a safetensors file -> {name: tensor} on the CPU. UserError where it is absent or damaged."""
     try:
         return load_file(path)
-    except Exception as error:        # SafetensorError, FileNotFoundError, ...: the user needs the file's name
+    except Exception as error:        # SafetensorError, FileNotFoundError, ...: the user needs the name
         raise UserError(f"cannot read the weights {path}: {str(error).splitlines()[0][:100]}") from error
 
 
@@ -358,14 +366,14 @@ def gather_state(model, optimizer=None):
 
 
 def restore_state(model, weights, optimizer=None, optimizer_state=None, source="checkpoint"):
-    """Inverse of gather_state, onto any number of processes. Raises UserError, naming `source`, where shapes differ."""
+    """Inverse of gather_state, on any number of processes. UserError, naming `source`, where they differ."""
     from torch.distributed.checkpoint import state_dict as dcp
     own = {name.removeprefix("module."): tuple(v.shape) for name, v in model.state_dict().items()}
     theirs = {name: tuple(v.shape) for name, v in weights.items()}
     for name in sorted(own.keys() | theirs.keys()):
         if own.get(name) != theirs.get(name):
-            raise UserError(f"{source} does not fit this model: {name} is {theirs.get(name, 'absent')} in the file, "
-                            f"{own.get(name, 'absent')} in the model")
+            raise UserError(f"{source} does not fit this model: {name} is {theirs.get(name, 'absent')}, "
+                            f"in the model {own.get(name, 'absent')}")
     options = dcp.StateDictOptions(full_state_dict=True, strict=True)
     dcp.set_model_state_dict(model, weights, options=options)
     if optimizer is not None:
@@ -375,8 +383,8 @@ def restore_state(model, weights, optimizer=None, optimizer_state=None, source="
 # ---- run files ------------------------------------------------------------------------------------------
 
 def one_line_errors(script, work):
-    """Calls work() -> exit code. What a user can mend (UserError, a full disk) becomes one line and 2; so does another
-    process's death under torchrun, which then ends at once: an orderly exit would wait for the dead."""
+    """Calls work() -> exit code. What a user can mend (UserError, a full disk) becomes one line and 2; so
+    does the death of another process under torchrun, where an orderly exit would wait for the dead."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     try:
         work()
@@ -384,7 +392,7 @@ def one_line_errors(script, work):
     except (UserError, OSError) as error:
         message = str(error)
     except RuntimeError as error:
-        if world == 1 or not re.search("gloo|nccl|peer|connection|timed out|socket", str(error), re.IGNORECASE):
+        if world == 1 or not re.search("gloo|nccl|peer|connection|timed out|socket", str(error), re.I):
             raise
         message = f"another process of this run died, so this one stops: {str(error).splitlines()[0][:150]}"
     except KeyboardInterrupt:
@@ -434,11 +442,11 @@ class Log:
             if tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
                 writer = SummaryWriter(folder)
-                self.sinks.append(lambda step, row: [writer.add_scalar(f"{name}/{k}", v, step) for k, v in row.items()])
+                self.sinks.append(lambda step, row: [writer.add_scalar(k, v, step) for k, v in row.items()])
             if wandb:
                 import wandb as client
                 client.init(project=wandb, name=str(folder), config=config)
-                self.sinks.append(lambda step, row: client.log({f"{name}/{k}": v for k, v in row.items()} | {"step": step}))
+                self.sinks.append(lambda step, row: client.log({"step": step, **row}))
         except ImportError as error:
             raise UserError(f"{error.name} is not installed: pip install {error.name}") from error
 
@@ -446,12 +454,12 @@ class Log:
         if self.rank == 0:
             append_jsonl(self.path, {"step": step, **values})
             for sink in self.sinks:
-                sink(step, values)
+                sink(step, {f"{self.name}/{key}": value for key, value in values.items()})
             self.bar.set_postfix({k: f"{v:.4g}" for k, v in values.items() if "loss" in k}, refresh=False)
 
 
 def plot_curves(path, panels):
-    """A picture with a panel per entry: [{"title", "xlabel", "ylabel", "lines": {name: (xs, ys)}, "log": bool}]."""
+    """A picture with a panel per entry: [{"title", "xlabel", "ylabel", "lines": {name: (xs, ys)}, "log"}]."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -470,7 +478,8 @@ def plot_curves(path, panels):
 
 def provenance():
     """{"python", "torch", "git", "command"} of this run, for args.json."""
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    here = Path(__file__).parent
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=here)
     return {"python": sys.version.split()[0], "torch": torch.__version__, "git": git.stdout.strip() or None,
             "command": " ".join(sys.argv)}
 
@@ -478,8 +487,8 @@ def provenance():
 def dry_run_report(name, model, loss, samples, tokens, world=1, sharded=False):
     """Text on one training step of a model on the meta device: parameters, tokens, FLOPs, bytes per device.
 
-    loss: () -> scalar for `samples` samples. FLOPs are torch's count over its forward and backward, activations the
-    tensors that autograd keeps. Weights, gradients and AdamW's two moments are divided by `world` when sharded.
+    loss: () -> scalar for `samples` samples. FLOPs are torch's count over forward and backward, activations
+    what autograd keeps. Weights, gradients and AdamW's moments are divided by `world` when sharded.
     """
     from torch.utils.flop_counter import FlopCounterMode
     saved = {}
@@ -489,15 +498,17 @@ def dry_run_report(name, model, loss, samples, tokens, world=1, sharded=False):
             saved[id(tensor)] = tensor
         return tensor
 
-    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with FlopCounterMode(display=False) as counter, hooks:
         loss().backward()
     share = world if sharded else 1
-    weights, trained = (sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad or everything)
-                        / share for everything in (True, False))
+    weights = sum(p.numel() * p.element_size() for p in model.parameters()) / share
+    trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad) / share
     sizes = {"weights": weights, "gradients": trained, "optimizer": 2 * trained,
              "activations": sum(t.numel() * t.element_size() for t in saved.values())}
     sizes["total"] = sum(sizes.values())
-    return (f"{name}: {count_params(model):,} parameters, {count_params(model, True):,} trainable, {tokens} tokens per sample\n"
-            f"  {counter.get_total_flops():.3e} FLOPs per step and process of {samples} samples, {world} process(es)"
-            f"{', sharded' if sharded else ''}\n"
+    return (f"{name}: {count_params(model):,} parameters, {count_params(model, True):,} trainable, "
+            f"{tokens} tokens per sample\n"
+            f"  {counter.get_total_flops():.3e} FLOPs per step and process of {samples} samples, "
+            f"{world} process(es){', sharded' if sharded else ''}\n"
             f"  GB per device: " + ", ".join(f"{k} {v / 1e9:.3f}" for k, v in sizes.items()))

@@ -11,9 +11,9 @@ Differs     from Araachie/river, and why:
             - the distance is tau - c as in the paper; contexts stay within the distances that were trained
             - steps counts network calls (midpoint); the original's steps = 50 makes 196 calls of rk4
             - the smoke weight is measured in pixels; a threshold on latent norms is 1 everywhere
-            - tiny: FSQ (a better picture than VQ in the same seconds), patches of 2, 3 reference frames
-Run         python river_smoke.py                            # simulate, train, evaluate: @MIN@ min, @GB@ GB, 2 cores
-            python river_smoke.py --sample --warm_start 0.2  # seconds; without a checkpoint it trains tiny first
+            - tiny: FSQ (a better picture than VQ in the same seconds) and 3 reference frames
+Run         python river_smoke.py                           # simulate, train, evaluate: @MIN@ min, @GB@ GB
+            python river_smoke.py --sample --warm_start 0.2 # seconds; without a checkpoint trains tiny first
             python river_smoke.py --eval --solver ab2        # 1 min
             python river_smoke.py --max_steps 2000           # goes on from the newest checkpoint
             python river_smoke.py --extract my_videos --data_dir final_dataset      # videos -> 64x64 on black
@@ -55,18 +55,18 @@ WARM_STARTS = (0.0, 0.1, 0.2, 0.3, 0.5)  # rows of the table that evaluation pri
 # ---- args -----------------------------------------------------------------------------------------------
 
 PRESETS = {
-    "tiny": dict(data_dir="data/river_smoke/final_dataset", batch_size=32, max_steps=700, lr=1e-3,
-                 warmup_steps=50, ema_decay=0.99),
+    "tiny": dict(data_dir="data/river_smoke/final_dataset", max_steps=1000, lr=1e-3, warmup_steps=50,
+                 ema_decay=0.99),
     # The document's: VQ latents 8x8x256 of 1024 codes, sequences of 10, depth 4, 300k steps of 32.
     "paper": dict(data_dir="final_dataset", quantizer="vq", latent_channels=256, ae_width=48,
-                  ae_steps=100_000, ae_batch_size=64, ae_lr=2e-4, depth=4, heads=8, history=1, patch_size=1,
+                  ae_steps=100_000, ae_batch_size=64, ae_lr=2e-4, depth=4, heads=8, history=1,
                   batch_size=32, max_steps=300_000, lr=1e-4, warmup_steps=1000, weight_decay=5e-6,
                   ema_decay=0.9999, eval_every=5000, save_every=5000, log_every=100, eval_clips=256),
 }
 AE_FLAGS = ("quantizer", "latent_channels", "codes", "fsq_levels", "ae_width", "ae_depth")
 # What shapes the weights or gives them their meaning: a checkpoint's own values hold.
-MODEL_FLAGS = (*AE_FLAGS, "width", "depth", "mid_depth", "heads", "history", "patch_size", "path", "sigma",
-               "bridge_noise", "num_observations")
+MODEL_FLAGS = (*AE_FLAGS, "width", "depth", "mid_depth", "heads", "history", "path", "sigma", "bridge_noise",
+               "num_observations")
 
 
 def build_parser():
@@ -76,7 +76,7 @@ def build_parser():
     add = parser.add_argument_group("data").add_argument
     add("--num_observations", type=int, default=10, help="frames in a training sequence")
     add("--extract", metavar="VIDEOS", help="make data_dir from a folder (or one file) of videos, then exit")
-    add("--sim_clips", type=int, default=256, help="tiny: training clips; an eighth as many each for val, test")
+    add("--sim_clips", type=int, default=256, help="tiny: training clips; val and test an eighth each")
     add("--sim_frames", type=int, default=36, help="tiny: frames in a simulated clip")
     add("--drop_short", action="store_true", help="leave out clips shorter than the window, do not stop")
     add = parser.add_argument_group("autoencoder").add_argument
@@ -98,11 +98,10 @@ def build_parser():
     add("--bridge_noise", type=float, default=0.5, help="bridge: standard deviation around the frame before")
     add("--smoke_weight", type=float, default=1.0, help="loss weight of cells with smoke (the document: 5)")
     add("--width", type=int, default=256, help="D of the vector field regressor")
-    add("--depth", type=int, default=2, help="layers before the middle and, with skips, after it")
+    add("--depth", type=int, default=1, help="layers before the middle and, with skips, after it")
     add("--mid_depth", type=int, default=2, help="layers in the middle")
     add("--heads", type=int, default=4, help="attention heads")
     add("--history", type=int, default=3, help="reference frames z^{tau-1}, z^{tau-2}, ... (the document: 1)")
-    add("--patch_size", type=int, default=2, help="latent cells on a token's side (the document: 1)")
     add = parser.add_argument_group("sampling and evaluation").add_argument
     add("--condition_frames", type=int, default=10, help="observed frames to start from, 1 or more")
     add("--frames_to_generate", type=int, default=10, help="frames to predict after them")
@@ -111,7 +110,7 @@ def build_parser():
     add("--warm_start", type=float, default=0.0, help="s in [0, 1): start at t = s, near the frame before")
     add("--past_horizon", type=int, default=0, help="contexts from the last K frames (0: as trained)")
     add("--num_samples", type=int, default=8, help="ensemble members E")
-    add("--eval_clips", type=int, default=32, help="held-out clips to evaluate, at most")
+    add("--eval_clips", type=int, default=24, help="held-out clips to evaluate, at most")
     add("--i3d", metavar="PATH", help="StyleGAN-V's i3d_torchscript.pt: report FVD with it")
     return parser
 
@@ -123,12 +122,12 @@ def check_args(args):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
     if not 0 <= args.warm_start < 1:
-        raise UserError(f"--warm_start must be in [0, 1), not {args.warm_start}: 1 is the frame before itself")
+        raise UserError(f"--warm_start must be in [0, 1), not {args.warm_start}: 1 is the old frame itself")
     if args.num_observations < 3:
         raise UserError(f"--num_observations must be at least 3 (context, reference, target), "
                         f"not {args.num_observations}")
-    if args.width % args.heads or args.ae_width % 8 or 8 % args.patch_size:
-        raise UserError("--width must be a multiple of --heads, --ae_width of 8, --patch_size 1, 2, 4 or 8")
+    if args.width % args.heads or args.ae_width % 8:
+        raise UserError("--width must be a multiple of --heads, and --ae_width of 8")
 
 
 # ---- model: autoencoder ---------------------------------------------------------------------------------
@@ -164,7 +163,7 @@ class FSQ(nn.Module):
 
 
 class VQ(nn.Module):
-    """Vector quantisation: EMA codebook (van den Oord 2017, A.1), restart of dead codes (Jukebox, 2005.00341)."""
+    """Vector quantisation: EMA codebook (van den Oord 2017, A.1), dead codes restart (Jukebox 2005.00341)."""
     def __init__(self, channels, codes, decay=0.99, commitment=0.25):
         super().__init__()
         self.decay, self.commitment = decay, commitment
@@ -264,8 +263,8 @@ class AutoencoderLoss(nn.Module):
         weight = weight / weight.mean(dim=(1, 2, 3), keepdim=True)
         loss = (weight * ((y - x) ** 2 + .1 * (y - x).abs())).mean() + commitment
         if self.gan:
-            # The discriminator learns from the start, the decoder listens to it in the last share. Its weights
-            # are detached where the decoder asks for a high score, so that one backward serves both.
+            # The discriminator learns from the start, the decoder listens to it in the last share. Where the
+            # decoder asks for a high score its weights are detached, so that one backward serves both.
             frozen = {name: value.detach() for name, value in self.discriminator.named_parameters()}
             score = torch.func.functional_call(self.discriminator, frozen, (y,)).mean()
             real, fake = self.discriminator(x), self.discriminator(y.detach())
@@ -304,31 +303,31 @@ class Block(nn.Module):
 
 
 class VectorField(nn.Module):
-    """v_t(z_t | z^{tau-1}, z^c, tau - c): frames stacked on the channels of one grid, U-ViT skips (2209.12152)."""
+    """v_t(z_t | z^{tau-1}, z^c, tau - c): frames stacked on one grid's channels, U-ViT skips (2209.12152)."""
     def __init__(self, args):
         super().__init__()
-        C, D, p, frames = args.latent_channels, args.width, args.patch_size, args.history + 1
-        self.patch_size, self.grad_checkpoint = p, args.grad_checkpoint
+        C, D, frames = args.latent_channels, args.width, args.history + 1
+        self.grad_checkpoint = args.grad_checkpoint
         self.absent = nn.Parameter(torch.zeros(frames, C, 1, 1))       # stands for a frame before the first
-        self.project_in = nn.Linear((1 + frames) * C * p * p, D)
-        self.position = nn.Parameter(0.02 * torch.randn((8 // p) ** 2, D))
+        # 3x3, not 1x1: advection is local, and a small network learns it much sooner from neighbouring cells.
+        self.project_in = nn.Conv2d((1 + frames) * C, D, 3, padding=1)
+        self.position = nn.Parameter(0.02 * torch.randn(D, 8, 8))
         self.time = nn.Sequential(nn.Linear(256, D), nn.SiLU(), nn.Linear(D, D))
         self.distance = nn.Sequential(nn.Linear(256, D), nn.SiLU(), nn.Linear(D, D))
         self.in_blocks, self.mid_blocks, self.out_blocks = (
             nn.ModuleList(Block(D, args.heads) for _ in range(n))
             for n in (args.depth, args.mid_depth, args.depth))
         self.skips = nn.ModuleList(nn.Linear(2 * D, D) for _ in range(args.depth))
-        self.modulation_out, self.project_out = nn.Linear(D, 2 * D), nn.Linear(D, C * p * p)
+        self.modulation_out, self.project_out = nn.Linear(D, 2 * D), nn.Conv2d(D, C, 3, padding=1)
         nn.init.zeros_(self.project_out.weight)
         nn.init.zeros_(self.project_out.bias)
 
     def forward(self, z_t, past, present, distance, t):
-        """z_t B C h w; past B K+1 C h w: reference frames, newest first, then the context; present B K+1 bool:
+        """z_t B C h w; past B K+1 C h w: reference frames, newest first, then the context; present B K+1:
         which of these exist; distance B: tau - c, 0 without context; t B in [0, 1] -> velocity B C h w."""
         past = torch.where(present[:, :, None, None, None], past, self.absent)
-        x = F.pixel_unshuffle(torch.cat([z_t[:, None], past], dim=1).flatten(1, 2), self.patch_size)
-        grid = x.shape[2:]
-        x = self.project_in(x.flatten(2).transpose(1, 2)) + self.position
+        x = self.project_in(torch.cat([z_t[:, None], past], dim=1).flatten(1, 2)) + self.position
+        x = x.flatten(2).transpose(1, 2)                               # B N D, a token per cell
         cond = F.silu(self.time(timestep_embedding(t, 256))
                       + self.distance(timestep_embedding(torch.log1p(distance.float()), 256, scale=100.0)))
         skips = []
@@ -340,8 +339,8 @@ class VectorField(nn.Module):
         for block, skip in zip(self.out_blocks, self.skips):
             x = self.run(block, skip(torch.cat([x, skips.pop()], dim=-1)), cond)
         scale, shift = self.modulation_out(cond)[:, None].chunk(2, dim=-1)
-        x = self.project_out(F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift)
-        return F.pixel_shuffle(x.transpose(1, 2).unflatten(2, grid), self.patch_size)
+        x = F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift
+        return self.project_out(x.transpose(1, 2).unflatten(2, z_t.shape[2:]))
 
     def run(self, block, x, cond):
         if self.grad_checkpoint and self.training:
@@ -365,8 +364,8 @@ def probability_path(z, previous, eps, t, args):
 def river_loss(field, z, smoke, numbers, args):
     """Steps 3 to 9 of the training algorithm; steps 1 and 2, load and encode, were done once: z B T C h w.
 
-    numbers: tau, t, c, uniform in [0, 1), B, and eps B C h w. smoke B T h w: cells that show smoke. -> scalar.
-    Indices count from 0 here, from 1 in the paper.
+    numbers: tau, t, c, uniform in [0, 1), B, and eps B C h w. smoke B T h w: cells that show smoke.
+    -> scalar. Indices count from 0 here, from 1 in the paper.
     """
     B, T = z.shape[:2]
     row = torch.arange(B, device=z.device)
@@ -398,7 +397,7 @@ def network_calls(args, warm_start):
 def generate(field, z, args, generator, warm_start=None):
     """Predicts args.frames_to_generate latents after the observed z: B T C h w -> B frames C h w.
 
-    Each step draws one context, shared by both stages of a midpoint step: a solver's order needs a fixed field.
+    Each step draws one context, shared by both stages of a midpoint step: its order needs a fixed field.
     """
     s = args.warm_start if warm_start is None else warm_start
     calls = network_calls(args, s)
@@ -434,13 +433,13 @@ def load_clips(root, split):
     """Reads final_dataset/<split>: <video>_frame_0001.png as named in <split>_files.txt (a frame per line:
     "name", "name label" or "split/name label"), or a folder of frames per video. Errors name what to mend.
 
-    -> frames F 3 64 64 uint8, video after video, and a list of (video, row of its first frame, frame numbers).
+    -> frames F 3 64 64 uint8, video after video, and a list of (video, its first row, its frame numbers).
     """
     import imageio.v3 as iio
     folder, listing, found = Path(root) / split, Path(root) / f"{split}_files.txt", {}
     if not folder.is_dir():
-        raise UserError(f"no folder {folder}: make it with python {SCRIPT}.py --extract VIDEOS --data_dir {root}"
-                        f", or run python {SCRIPT}.py --preset tiny")
+        raise UserError(f"no folder {folder}: make it with python {SCRIPT}.py --extract VIDEOS --data_dir "
+                        f"{root}, or run python {SCRIPT}.py --preset tiny")
     if listing.is_file():
         present = set(os.listdir(folder))
         for name in (Path(line.split()[0]).name for line in listing.read_text().splitlines() if line.strip()):
@@ -486,8 +485,8 @@ def window_starts(videos, length, drop_short=False):
         if len(numbers) < length:
             short += 1
             if not drop_short:
-                raise UserError(f"clip {name} has {len(numbers)} frames, fewer than the window of {length}: ask "
-                                f"for fewer frames, or leave such clips out with --drop_short")
+                raise UserError(f"clip {name} has {len(numbers)} frames, fewer than the window of {length}: "
+                                f"ask for fewer frames, or leave such clips out with --drop_short")
             continue
         whole = numbers[length - 1:] - numbers[:len(numbers) - length + 1] == length - 1
         starts += (first + np.flatnonzero(whole)).tolist()
@@ -524,9 +523,9 @@ def write_dataset(root, clips, stats):
 def extract_clips(source, stats):
     """Raw videos -> clips of 64x64 smoke on black, split 80/10/10 by video; yields what write_dataset takes.
 
-    The background is the median over the clip; alpha is a smoothstep of the largest channel difference from .04
-    to .18, softened by 3x3. Whole clips are dropped where smoke covers under 1 % or over 90 % of the pixels, is
-    darker than .1 or varies less than .001: dropping single frames, as is often done, tears holes into motion.
+    The background is the median over the clip; alpha is a smoothstep of the largest channel difference from
+    .04 to .18, softened by 3x3. Whole clips are dropped where smoke covers under 1 % or over 90 % of the
+    pixels, is darker than .1 or varies less than .001: dropping single frames tears holes into motion.
     """
     files = [source] if source.is_file() else [p for p in sorted(source.rglob("*")) if p.suffix.lower() in
                                                (".mp4", ".avi", ".mov", ".mkv", ".webm", ".m4v", ".gif")]
@@ -560,16 +559,16 @@ def simulated_clips(train_clips, frames, seed):
                 bar.update(len(clips))
 
 
-def simulate_smoke(n, frames, seed, W=64, substeps=3, warmup=12):
+def simulate_smoke(n, frames, seed, W=64, substeps=2, warmup=16):
     """Plumes by 2-D stable fluids (Stam 1999), buoyancy, wind, gusts, vorticity confinement (Fedkiw 2001).
 
-    -> n frames 64 64 3 uint8 on exact black. A frame is 1.5 time units, velocities are cells per unit. A fifth
-    of the domain lies hidden above the picture, so that plumes leave it instead of flattening at a ceiling.
+    -> n frames 64 64 3 uint8 on exact black. A frame is one time unit, velocities are cells per unit. A fifth
+    of the domain lies hidden above the picture: plumes leave it instead of flattening at a ceiling.
     """
     draw = torch.Generator().manual_seed(seed)
     noise = lambda *shape: torch.randn(n, *shape, generator=draw)
     uniform = lambda low, high: low + (high - low) * torch.rand(n, 1, 1, generator=draw)
-    top, dt = W // 4, 0.5
+    top, dt = W // 4, 1 / substeps
     H = W + top
     y, x = torch.meshgrid(torch.arange(H).float(), torch.arange(W).float(), indexing="ij")
     ky, kx = 2 * math.pi * torch.fft.fftfreq(H)[:, None], 2 * math.pi * torch.fft.rfftfreq(W)[None]
@@ -579,8 +578,8 @@ def simulate_smoke(n, frames, seed, W=64, substeps=3, warmup=12):
     sources = [dict(x=uniform(.15, .85) * W, y=top + uniform(.6, .92) * W, radius=uniform(.035, .09) * W,
                     rate=uniform(.5, 1.3) * (uniform(0, 1) < chance), phase=uniform(0, 2 * math.pi),
                     pulse=uniform(.15, .6)) for chance in (1.0, 0.3)]
-    wind, gustiness, turbulence, swirl = uniform(-1.5, 1.5), uniform(.1, .5), uniform(.2, .8), uniform(.1, .35)
-    buoyancy, fade, gain = uniform(.2, .45), uniform(.965, .99), uniform(1.2, 2.6)
+    wind, gustiness, turbulence = uniform(-1.5, 1.5), uniform(.1, .5), uniform(.2, .8)
+    swirl, buoyancy, fade, gain = uniform(.1, .35), uniform(.2, .45), uniform(.965, .99), uniform(1.2, 2.6)
     tint = torch.stack([uniform(.80, 1.), uniform(.88, 1.), uniform(.96, 1.)], dim=-1)     # n 1 1 3, greys
     smoke, heat, v = torch.zeros(3, n, H, W)
     u, gust, eddies = wind.expand(n, H, W), torch.zeros(n, 1, 1), torch.zeros(n, 2, H // 8, W // 8)
@@ -594,7 +593,8 @@ def simulate_smoke(n, frames, seed, W=64, substeps=3, warmup=12):
             puff = s["rate"] * (.65 + .35 * torch.sin(s["pulse"] * step * dt + s["phase"]))
             blob = dt * puff * torch.exp(-((x - s["x"]) ** 2 + (y - s["y"]) ** 2) / s["radius"] ** 2)
             smoke, heat = smoke + blob, heat + blob
-        push = F.interpolate(eddies, (H, W), mode="bilinear") * (dt * turbulence * smoke.clamp(max=1))[:, None]
+        push = F.interpolate(eddies, (H, W), mode="bilinear")
+        push = push * (dt * turbulence * smoke.clamp(max=1))[:, None]
         curl = d_dx(v) - d_dy(u)                                       # confinement feeds existing vortices
         nx, ny = d_dx(curl.abs()), d_dy(curl.abs())
         strength = dt * swirl * curl * torch.rsqrt(nx ** 2 + ny ** 2 + 1e-6)
@@ -613,7 +613,7 @@ def simulate_smoke(n, frames, seed, W=64, substeps=3, warmup=12):
         smoke, heat = smoke * kept * fade ** dt, heat * kept * (fade - .03) ** dt
         if step % substeps == substeps - 1 and step >= warmup * substeps:
             view = F.adaptive_avg_pool2d(smoke[:, top:], 64)
-            alpha = 1 - torch.exp(-gain * view)                        # Beer-Lambert, cut to black like a matte
+            alpha = 1 - torch.exp(-gain * view)                        # Beer-Lambert, cut like a matte
             alpha = alpha * ((alpha - .08) / .12).clamp(0, 1)
             soft = F.avg_pool2d(view, 5, 1, 2)                         # light from the upper left
             light = (.85 + .9 * (soft - torch.roll(soft, (3, 3), (1, 2))) / (soft + .2)).clamp(.4, 1.1)
@@ -636,10 +636,11 @@ def encode_clips(autoencoder, frames, device):
 # ---- evaluate and sample --------------------------------------------------------------------------------
 
 def forecast_scores(members, truth):
-    """members W m T 3 H W, truth W T 3 H W in [0, 1] -> {metric: W T}. The first member stands for "a sample".
+    """members W m T 3 H W, truth W T 3 H W in [0, 1] -> {metric: W T}.
 
-    crps, mae: per pixel. mass_error: relative error of the amount of smoke. mask_iou: overlap of the smoke masks.
-    centroid_px: distance of the luminance centroids, NaN without smoke.
+    psnr, mse, mae average over the members; ssim and what follows judge the first as "a sample". mass_error:
+    relative error of the amount of smoke. mask_iou: overlap of the smoke masks. centroid_px: distance of the
+    luminance centroids, NaN without smoke.
     """
     m, one, mean = members.shape[1], members[:, 0], members.mean(1)
     mask, true_mask = one.amax(2) > SMOKE_LEVEL, truth.amax(2) > SMOKE_LEVEL
@@ -677,8 +678,8 @@ def average(tables):
 
 
 def random_3d_features(clips):
-    """N T 3 H W in [0, 1] -> N D: means, deviations and mean changes of a fixed random 3-D convolution net. They
-    see texture and motion but no meaning: what is computed from them is not FVD and is not called so."""
+    """N T 3 H W in [0, 1] -> N D: means, deviations and mean changes of a fixed random 3-D convolution net.
+    They see texture and motion but no meaning: what is computed from them is not FVD and not called so."""
     generator = torch.Generator().manual_seed(0)
     features, x = [], clips.transpose(1, 2) * 2 - 1
     for c_in, c_out in ((3, 24), (24, 48), (48, 64)):
@@ -689,7 +690,7 @@ def random_3d_features(clips):
 
 
 def distribution_distances(fake, real, args, device):
-    """{"frd_rand3d_N.._T..": ...}, and FVD with the real detector. fake, real: N T 3 H W in [0, 1] on the CPU.
+    """{"frd_rand3d_N.._T..": ...}, and FVD with the real detector. fake, real: N T 3 H W in [0, 1].
 
     The Frechet distance is biased upwards with few clips: compare only what has the same N and T.
     """
@@ -728,8 +729,8 @@ def predict(autoencoder, field, x, args, members, seed, warm_start=None):
 def evaluate(args, autoencoder, field, run):
     """Forecasts the held-out clips, writes eval.json and curves.png and prints the tables.
 
-    All ranks share the windows, in groups of four that carry their own noise: the figures do not depend on the
-    number of processes. The table of warm starts uses the first eight windows.
+    All ranks share the windows, in groups of four that carry their own noise: the figures do not depend on
+    the number of processes. The table of warm starts uses the first four windows.
     """
     began, P, m = time.time(), args.condition_frames, args.num_samples
     windows, parts = held_out_windows(args), []
@@ -743,7 +744,7 @@ def evaluate(args, autoencoder, field, run):
         forecasts = {"model": members, "persistence": last.expand_as(truth)[:, None],
                      "black": torch.zeros_like(truth)[:, None], "autoencoder": ceiling[:, None]}
         scores, seconds = {name: forecast_scores(f, truth) for name, f in forecasts.items()}, {}
-        for s in WARM_STARTS if first < 8 else ():
+        for s in WARM_STARTS if first == 0 else ():
             start = time.time()
             warm = (predict(autoencoder, field, x[:, :P], args, m, seed, warm_start=s) + 1) / 2
             seconds[s], scores[s] = time.time() - start, forecast_scores(warm, truth)
@@ -759,7 +760,8 @@ def evaluate(args, autoencoder, field, run):
     for s in WARM_STARTS:
         results[f"warm_{s}_calls"] = network_calls(args, s) * args.frames_to_generate
         results[f"warm_{s}_seconds"] = sum(part[2].get(s, 0) for part in parts)
-        results |= {f"warm_{s}_{key}": table[s][key] for key in ("psnr_ensemble_mean", "crps", "spread_skill")}
+        for key in ("psnr_ensemble_mean", "crps", "spread_skill"):
+            results[f"warm_{s}_{key}"] = table[s][key]
     films = torch.cat([part[3] for part in parts])
     results |= distribution_distances(films, windows.float() / 255, args, run.device)
     report = {"script": SCRIPT, "preset": args.preset, "data": describe_data(args.data_dir),
@@ -777,12 +779,13 @@ def show_report(report, args):
     series = lambda table, key: (list(range(1, T + 1)), [table[f"{key}_h{h:02d}"] for h in range(1, T + 1)])
     psnr = {"ensemble mean": series(r, "psnr_ensemble_mean"), "single sample": series(r, "psnr"),
             **{name: series(table, "psnr") for name, table in b.items()}}
-    print(f"{report['data']}: {args.condition_frames} frames observed, {args.num_samples} members; PSNR in dB")
+    print(f"PSNR in dB, {args.condition_frames} frames observed, {args.num_samples} members")
     for name, (_, values) in psnr.items():
         print(f"{name:>15}" + "".join(f"{v:7.2f}" for v in values) + f"  mean {np.mean(values):.2f}")
     mae = b["persistence"]["mae"]
-    print(f"CRPS {r['crps']:.4f}, {r['crps'] / mae:.3f} x persistence MAE; spread/skill {r['spread_skill']:.2f}; "
-          f"mask IoU of a sample {r['mask_iou']:.3f}, of persistence {b['persistence']['mask_iou']:.3f}")
+    print(f"CRPS {r['crps']:.4f}, {r['crps'] / mae:.3f} x persistence MAE; spread/skill "
+          f"{r['spread_skill']:.2f}; mask IoU of a sample {r['mask_iou']:.3f}, of persistence "
+          f"{b['persistence']['mask_iou']:.3f}")
     print("   warm start s  calls  seconds  PSNR of mean    CRPS  spread/skill")
     for s in WARM_STARTS:
         calls, seconds, quality, crps, spread = (r[f"warm_{s}_{key}"] for key in (
@@ -803,7 +806,7 @@ def show_report(report, args):
 
 
 def sample(args, autoencoder, field, run, count=3):
-    """Writes samples/clip_*.{mp4,gif,png} of the test clips that move most: truth, prediction, error, members."""
+    """Writes samples/clip_*.{mp4,gif,png} of the test clips that move most: truth, forecast, error, ..."""
     if run.rank > 0:
         return []
     windows, P, m = held_out_windows(args), args.condition_frames, max(3, args.num_samples)
@@ -814,14 +817,15 @@ def sample(args, autoencoder, field, run, count=3):
           f"{network_calls(args, args.warm_start)} network calls a frame, warm start {args.warm_start}")
     for i, number in enumerate(chosen.tolist()):
         lead = x[i, max(0, P - 2):P]             # two observed frames, so that the eye has a start
-        films = {"truth": x[i, P:], "prediction": members[i, 0], "member 2": members[i, 1], "member 3": members[i, 2]}
+        films = {"truth": x[i, P:], "prediction": members[i, 0], "error": members[i, 0],
+                 "member 2": members[i, 1], "member 3": members[i, 2]}
         films = {name: torch.cat([lead, film]) for name, film in films.items()}
         films["error"] = (films["prediction"] - films["truth"]).abs() - 1
         stem = Path(args.output_dir) / "samples" / f"clip_{number:03d}"
         strip = {name: torch.cat(list(film), dim=-1)[None] for name, film in films.items()}
         written += [common.write_video(f"{stem}.png", common.video_grid(strip))]
-        written += [common.write_video(f"{stem}{suffix}", common.video_grid(films, scale=3, columns=True), fps=6)
-                    for suffix in (".mp4", ".gif")]
+        grid = common.video_grid(films, scale=3, columns=True)
+        written += [common.write_video(f"{stem}{suffix}", grid, fps=6) for suffix in (".mp4", ".gif")]
     return written
 
 
@@ -832,7 +836,7 @@ def autoencoder_report(args, autoencoder, frames, folder):
     y = autoencoder.decode(z)
     psnr, ssim = (metric((x + 1) / 2, (y + 1) / 2).mean().item() for metric in (common.psnr, common.ssim))
     codes = autoencoder.quantizer.nearest(z * autoencoder.std + autoencoder.mean)
-    if args.quantizer == "vq":                   # the share of the codes in use; with FSQ of each channel's levels
+    if args.quantizer == "vq":                   # share of the codes in use; with FSQ, of a channel's levels
         usage = len(codes.movedim(1, -1).flatten(0, -2).unique(dim=0)) / args.codes
     else:
         usage = np.mean([len(channel.unique()) for channel in codes.movedim(1, 0)]) / args.fsq_levels
@@ -862,7 +866,7 @@ class Parser(argparse.ArgumentParser):
 
 def add_shared_flags(parser, presets):
     add = parser.add_argument_group("run").add_argument
-    add("--preset", choices=["auto", *presets], default="auto", help=f"auto: tiny, with CUDA {list(presets)[1]}")
+    add("--preset", choices=["auto", *presets], default="auto", help=f"auto: {list(presets)[1]} with CUDA")
     add("--sample", action="store_true", help="write videos from the newest checkpoint")
     add("--eval", action="store_true", help="measure the newest checkpoint on held-out data")
     add("--dry_run", action="store_true", help="print parameters, FLOPs and memory, then exit")
@@ -909,7 +913,7 @@ def parse_args(argv=None):
 
 
 def adopt(args, saved, locked, source):
-    """A checkpoint's own flags fill in what the command line leaves unsaid; `locked` ones must agree with it."""
+    """A checkpoint's own flags fill in what the command line leaves unsaid; `locked` ones must agree."""
     own = {"output_dir", "resume", "sample", "eval", "dry_run", "device", "dtype", "fsdp", "compile"}
     for name, value in saved.items():
         if name in args.given & set(locked) and getattr(args, name) != value:
@@ -927,7 +931,7 @@ def public_flags(args):
 # ---- shared:dist (identical in all scripts, checked by test_smoke.py) -----------------------------------
 
 class Run:
-    """Where this process stands: rank, world, device, autocast dtype, and whether SIGTERM has asked it to stop."""
+    """Where this process stands: rank, world, device, autocast dtype, whether SIGTERM asked it to stop."""
     def __init__(self, args):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         kind, cuda = args.device, torch.cuda.is_available()
@@ -943,7 +947,7 @@ class Run:
             torch.set_float32_matmul_precision("high")
         if self.world > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
-        units = torch.cpu.get_capabilities()     # without hardware units bf16 is 3 to 4 times slower than fp32
+        units = torch.cpu.get_capabilities()     # without hardware for it, bf16 is 3 to 4 times slower
         fast = kind == "cuda" or kind == "cpu" and (units.get("avx512_bf16") or units.get("amx_bf16"))
         auto = torch.bfloat16 if fast else torch.float32
         self.dtype = auto if args.dtype == "auto" else getattr(torch, args.dtype)
@@ -971,7 +975,7 @@ class Run:
 
 
 def get_lr(step, peak, warmup, total):
-    """Learning rate of a step, counted from 0: linear warm-up, then cosine decay to 1 % of the peak at the end."""
+    """Learning rate of a step, counted from 0: linear warm-up, then cosine decay to 1 % of the peak."""
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, total - 1 - warmup)
@@ -1001,14 +1005,15 @@ def wrap(model, args, run):
 # ---- train ----------------------------------------------------------------------------------------------
 
 def fit(args, run, folder, tag, model, losses, validate, steps, lr, found, extra):
-    """The loop of both stages: trains `model` up to `steps`, on from the checkpoint `found`. -> the EMA's weights.
+    """The loop of both stages: trains `model` to `steps`, on from checkpoint `found`. -> the EMA's weights.
 
-    losses(model, step, micro) -> loss of one micro-batch; validate(ema) -> loss; extra: {name: state dict} that
-    goes into every checkpoint. Call it on all ranks.
+    losses(model, step, micro) -> loss of one micro-batch; validate(ema) -> loss; extra: {name: state dict}
+    that goes into every checkpoint. Call it on all ranks.
     """
     ema = wrap(copy.deepcopy(model).requires_grad_(False), args, run).eval()
     model = wrap(model, args, run)
-    optimizer = torch.optim.AdamW(model.parameters(), lr, (.9, .95), weight_decay=args.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(.9, .95), weight_decay=args.weight_decay,
+                                  fused=True)
     start = 0
     if found:
         path, state, saved = found
@@ -1055,8 +1060,8 @@ def fit(args, run, folder, tag, model, losses, validate, steps, lr, found, extra
             averaged, _ = common.gather_state(ema)
             if run.rank == 0:
                 state = {"model": weights, "ema": averaged, "optimizer": moments, **extra}
-                common.save_checkpoint(folder / "ckpt", done, state, {"script": tag, "args": public_flags(args)},
-                                       args.keep_last)
+                meta = {"script": tag, "args": public_flags(args)}
+                common.save_checkpoint(folder / "ckpt", done, state, meta, args.keep_last)
             run.barrier()
         if stop:
             raise UserError(f"stopped by SIGTERM after step {done}, which is saved: the same command goes on")
@@ -1068,8 +1073,8 @@ def fit(args, run, folder, tag, model, losses, validate, steps, lr, found, extra
 
 
 def train_autoencoder(args, run, data):
-    """Stage 2 of the document: the autoencoder, frozen afterwards. Trains what is missing, measures the latents'
-    mean and deviation, reports on held-out frames and exports autoencoder/autoencoder.safetensors."""
+    """Stage 2 of the document: the autoencoder, frozen afterwards. Trains what is missing, measures its
+    latents, reports on held-out frames and exports autoencoder/autoencoder.safetensors."""
     folder, tag = Path(args.output_dir) / "autoencoder", f"{SCRIPT}/autoencoder"
     few = lambda x, n: x[torch.linspace(0, len(x) - 1, min(n, len(x))).long()].to(run.device)
     frames, held = data["train"][0].to(run.device), few(data["val"][0], 256)
@@ -1103,7 +1108,7 @@ def train_autoencoder(args, run, data):
 
 
 def frozen(module, weights, run, source):
-    """A module with these weights on the run's device, for inference; `source` is named where they do not fit."""
+    """A module with these weights on the run's device, for inference; `source` is named where they differ."""
     module = module.to(run.device).eval().requires_grad_(False)
     common.restore_state(module, weights, source=source)
     return module
@@ -1118,8 +1123,8 @@ def train_flow(args, run, data, autoencoder, found):
         z, smoke = zip(*(encode_clips(autoencoder, view, run.device) for view in views))
         latents[split], starts[split] = (torch.stack(z), torch.stack(smoke)), rows.to(run.device)
         if run.rank == 0:
-            print(f"{split}: {len(frames)} frames, {len(videos)} clips, {len(rows)} windows of {T}; {lost} windows "
-                  f"lost to missing frames, {short} short clips dropped")
+            print(f"{split}: {len(frames)} frames, {len(videos)} clips, {len(rows)} windows of {T}; {lost} "
+                  f"windows lost to missing frames, {short} short clips dropped")
     offsets = torch.arange(T, device=run.device)
 
     def loss_on(split, model, seed, batch_size, **place):
@@ -1134,11 +1139,12 @@ def train_flow(args, run, data, autoencoder, found):
         return loss_on("train", model, common.seed_all(args.seed, 2, step), args.batch_size, rank=run.rank,
                        world=run.world, micro=micro, grad_accum=args.grad_accum)
 
-    def validate(ema):                           # the same windows, times and noises every time, on every rank
+    def validate(ema):                           # the same windows, times and noises each time
         return loss_on("val", ema, common.seed_all(args.seed, 5), 128)
 
-    averaged = fit(args, run, folder, SCRIPT, VectorField(args).to(run.device), losses, validate, args.max_steps,
-                   args.lr, found, {"autoencoder": autoencoder.state_dict()})
+    field = VectorField(args).to(run.device)
+    averaged = fit(args, run, folder, SCRIPT, field, losses, validate, args.max_steps, args.lr, found,
+                   {"autoencoder": autoencoder.state_dict()})
     if run.rank == 0:
         common.save_weights(folder / "vector_field.safetensors", averaged)
     return frozen(VectorField(args), averaged, run, "this run")
@@ -1149,7 +1155,7 @@ def train(args, run, found):
     if run.rank == 0:
         if args.preset == "tiny" and not Path(args.data_dir).exists() and "data_dir" not in args.given:
             write_dataset(args.data_dir, simulated_clips(args.sim_clips, args.sim_frames, args.seed), {
-                "source": "SIMULATED by river_smoke.py (2-D stable fluids), not filmed smoke", "seed": args.seed})
+                "source": "SIMULATED by river_smoke.py, 2-D stable fluids, not filmed", "seed": args.seed})
         common.write_json(Path(args.output_dir) / "args.json", {**public_flags(args), **common.provenance()})
     run.barrier()
     data = {split: load_clips(args.data_dir, split) for split in ("train", "val")}
@@ -1170,13 +1176,13 @@ def dry_run(args):
     B, T, C = args.batch_size * args.grad_accum, args.num_observations, args.latent_channels
     with torch.device("meta"):
         field, autoencoder = VectorField(args), AutoencoderLoss(args).eval()
-        numbers = {"tau": torch.rand(B), "t": torch.rand(B), "c": torch.rand(B), "eps": torch.randn(B, C, 8, 8)}
+        numbers = {name: torch.rand(B) for name in ("tau", "t", "c")} | {"eps": torch.randn(B, C, 8, 8)}
         z, smoke = torch.randn(B, T, C, 8, 8), torch.zeros(B, T, 8, 8, dtype=torch.bool)
         x = torch.randn(args.ae_batch_size * args.grad_accum, 3, 64, 64)
-        print(common.dry_run_report("vector field", field, lambda: river_loss(field, z, smoke, numbers, args), B,
-                                    (8 // args.patch_size) ** 2, world, args.fsdp))
-        print(common.dry_run_report("autoencoder", autoencoder, lambda: autoencoder(x, 1.0), len(x), 64, world,
-                                    args.fsdp))
+        for name, model, loss, samples in (
+                ("vector field", field, lambda: river_loss(field, z, smoke, numbers, args), B),
+                ("autoencoder", autoencoder, lambda: autoencoder(x, 1.0), len(x))):
+            print(common.dry_run_report(name, model, loss, samples, 64, world, args.fsdp))
 
 
 # ---- main -----------------------------------------------------------------------------------------------
@@ -1185,8 +1191,9 @@ def work(args):
     if args.extract:
         stats = {"source": f"extracted from {args.extract}", "clips_kept": 0, "clips_dropped": 0}
         write_dataset(args.data_dir, extract_clips(Path(args.extract), stats), stats)
-        return print(f"wrote {args.data_dir}: {stats['clips_kept']} clips kept, {stats['clips_dropped']} dropped")
-    ckpt = Path(args.output_dir) / "ckpt"
+        return print(f"wrote {args.data_dir}: {stats['clips_kept']} clips, {stats['clips_dropped']} dropped")
+    folder = Path(args.output_dir)
+    ckpt = folder / "ckpt"
     found = common.find_checkpoint(ckpt, SCRIPT, args.resume)
     if found:
         adopt(args, found[2]["args"], ("preset", *MODEL_FLAGS), str(found[0]))
@@ -1201,7 +1208,7 @@ def work(args):
               f"{found[0] if found else args.weights}, {run.world} x {run.device.type} {str(run.dtype)[6:]}")
     if only and not found:
         if "output_dir" in args.given:
-            raise UserError(f"no checkpoint in {ckpt}: train one, python {SCRIPT}.py --output_dir {args.output_dir}")
+            raise UserError(f"no checkpoint in {ckpt}: first python {SCRIPT}.py --output_dir {folder}")
         if run.rank == 0:
             print(f"no checkpoint in {ckpt}: training preset {args.preset} first"
                   + (", about @MIN@ minutes on 2 cores" if args.preset == "tiny" else ""))
@@ -1214,7 +1221,8 @@ def work(args):
         evaluate(args, autoencoder, field, run)
     written = sample(args, autoencoder, field, run) if args.sample or not only else []
     if run.rank == 0:
-        written += [f"{args.output_dir}/{name}" for name in ("eval.json", "curves.png") if args.eval or not only]
+        if args.eval or not only:
+            written += [f"{folder}/eval.json", f"{folder}/curves.png"]
         print("wrote " + ", ".join(written))
     run.barrier()
     run.close()
