@@ -117,10 +117,14 @@ def build_parser():
 
 def check_args(args):
     """One clear line for values that no run can mean."""
-    for name in ("steps", "batch_size", "grad_accum", "max_steps", "ae_steps", "ae_batch_size", "history",
-                 "frames_to_generate", "condition_frames", "num_samples", "eval_clips"):
+    for name in ("steps", "batch_size", "grad_accum", "max_steps", "ae_steps", "ae_batch_size", "history", "heads",
+                 "frames_to_generate", "condition_frames", "num_samples", "eval_clips", "sim_clips", "latent_channels"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
+    if args.seed < 0 or args.past_horizon < 0:
+        raise UserError("--seed and --past_horizon must not be negative")
+    if args.i3d and not Path(args.i3d).is_file():
+        raise UserError(f"--i3d {args.i3d}: no such file")
     if not 0 <= args.warm_start < 1:
         raise UserError(f"--warm_start must be in [0, 1), not {args.warm_start}: 1 is the old frame itself")
     if args.num_observations < 3:
@@ -222,7 +226,6 @@ class Autoencoder(nn.Module):
         self.quantizer = FSQ(C, args.fsq_levels) if args.quantizer == "fsq" else VQ(C, args.codes)
         self.register_buffer("mean", torch.zeros(C, 1, 1))
         self.register_buffer("std", torch.ones(C, 1, 1))
-        self.to(memory_format=torch.channels_last)
 
     def forward(self, x):
         """B 3 H W -> reconstruction of the same shape, commitment loss."""
@@ -502,22 +505,25 @@ def write_dataset(root, clips, stats):
     root, tmp = Path(root), Path(f"{root}.tmp")
     if root.exists():
         raise UserError(f"{root} exists already: choose another --data_dir, or remove it")
-    shutil.rmtree(tmp, ignore_errors=True)
+    shutil.rmtree(tmp, ignore_errors=True)                             # of a killed run
     lists = {split: [] for split in ("train", "val", "test")}
-    for split in lists:
-        (tmp / split).mkdir(parents=True)
-    for split, video, frames in clips:
-        for number, frame in enumerate(frames, 1):
-            name = f"{video}_frame_{number:04d}.png"
-            iio.imwrite(tmp / split / name, frame, compress_level=1)
-            lists[split].append(f"{split}/{name} 1\n")
-    for split, lines in lists.items():
-        (tmp / f"{split}_files.txt").write_text("".join(lines))
-    if not any(lists.values()):
-        raise UserError("no smoke found: no clip passed the filters of --extract")
-    stats |= {split: len(lines) for split, lines in lists.items()}
-    common.write_json(tmp / "dataset_stats.json", stats)
-    tmp.rename(root)
+    try:
+        for split in lists:
+            (tmp / split).mkdir(parents=True)
+        for split, video, frames in clips:
+            for number, frame in enumerate(frames, 1):
+                name = f"{video}_frame_{number:04d}.png"
+                iio.imwrite(tmp / split / name, frame, compress_level=1)
+                lists[split].append(f"{split}/{name} 1\n")
+        if not any(lists.values()):
+            raise UserError("no smoke found: no clip passed the filters of --extract")
+        for split, lines in lists.items():
+            (tmp / f"{split}_files.txt").write_text("".join(lines))
+        stats |= {split: len(lines) for split, lines in lists.items()}
+        common.write_json(tmp / "dataset_stats.json", stats)
+        tmp.rename(root)
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
 
 
 def extract_clips(source, stats):
@@ -995,7 +1001,7 @@ def wrap(model, args, run):
         mesh = init_device_mesh(run.device.type, (run.world,))
         for block in [m for m in model.modules() if isinstance(m, (Block, ResBlock))]:
             fully_shard(block, mesh=mesh)
-        return fully_shard(model, mesh=mesh)
+        return fully_shard(model, mesh=mesh, reshard_after_forward=True)       # the EMA has no backward to do it
     if run.world > 1 and any(p.requires_grad for p in model.parameters()):     # the EMA is equal on all ranks
         ids = [run.device] if run.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
@@ -1021,7 +1027,7 @@ def fit(args, run, folder, tag, model, losses, validate, steps, lr, found, extra
         common.restore_state(ema, state["ema"], source=str(path))
         start = saved["step"]
     if start >= steps:
-        return common.gather_state(ema)[0]
+        return common.gather_state(ema, everywhere=True)[0]
     log = common.Log(folder, tag.split("/")[-1], start, steps, run.rank, args.tensorboard, args.wandb,
                      public_flags(args))
     clock, logged = time.time(), start
@@ -1069,7 +1075,7 @@ def fit(args, run, folder, tag, model, losses, validate, steps, lr, found, extra
             with torch.no_grad(), run.autocast():
                 log.row(done, val_loss=float(validate(ema)))
     log.bar.close()
-    return common.gather_state(ema)[0]
+    return common.gather_state(ema, everywhere=True)[0]
 
 
 def train_autoencoder(args, run, data):
@@ -1089,10 +1095,10 @@ def train_autoencoder(args, run, data):
         return model(x, float(step >= (1 - args.masked_finetune) * args.ae_steps))
 
     def validate(ema):
-        x = from_uint8(few(held, 64))
-        return F.mse_loss(ema.autoencoder(x)[0].float(), x)
+        return ema(from_uint8(few(held, 64)), 0.0)
 
     found = common.find_checkpoint(folder / "ckpt", tag, "none" if args.resume == "none" else "auto")
+    torch.manual_seed(args.seed)                 # equal initial weights on all ranks and after any restart
     model = AutoencoderLoss(args).to(run.device)
     averaged = fit(args, run, folder, tag, model, losses, validate, args.ae_steps, args.ae_lr, found, {})
     weights = {name.removeprefix("autoencoder."): value for name, value in averaged.items()
@@ -1142,6 +1148,7 @@ def train_flow(args, run, data, autoencoder, found):
     def validate(ema):                           # the same windows, times and noises each time
         return loss_on("val", ema, common.seed_all(args.seed, 5), 128)
 
+    torch.manual_seed(args.seed)
     field = VectorField(args).to(run.device)
     averaged = fit(args, run, folder, SCRIPT, field, losses, validate, args.max_steps, args.lr, found,
                    {"autoencoder": autoencoder.state_dict()})
@@ -1159,7 +1166,9 @@ def train(args, run, found):
         common.write_json(Path(args.output_dir) / "args.json", {**public_flags(args), **common.provenance()})
     run.barrier()
     data = {split: load_clips(args.data_dir, split) for split in ("train", "val")}
-    torch.manual_seed(args.seed)                 # equal initial weights on all ranks
+    for split in data:                           # too short a clip should be known now, not after the autoencoder
+        window_starts(data[split][1], args.num_observations, args.drop_short)
+    held_out_windows(args)
     exported = Path(args.autoencoder or Path(args.output_dir) / "autoencoder/autoencoder.safetensors")
     if found:                                    # a checkpoint holds the autoencoder whose latents it speaks
         autoencoder = frozen(Autoencoder(args), found[1]["autoencoder"], run, found[0])
