@@ -357,8 +357,8 @@ def load_weights(path):
 def gather_state(model, optimizer=None, everywhere=False):
     """Full state of a plain, DDP or fully_shard model: ({name: tensor}, optimizer state or {}).
 
-    Collective: call it on all ranks. On the CPU of rank 0 and empty elsewhere, or with `everywhere` on each rank's
-    device. The result holds no trace of how many processes trained.
+    Collective: call it on all ranks. On the CPU of rank 0 and empty elsewhere, or with `everywhere` on each
+    rank's device. The result holds no trace of how many processes trained.
     """
     from torch.distributed.checkpoint import state_dict as dcp
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=not everywhere)
@@ -398,7 +398,7 @@ def one_line_errors(script, work):
         message = f"another process of this run died, so this one stops: {str(error).splitlines()[0][:150]}"
     except KeyboardInterrupt:
         message = "interrupted"
-    for bar in list(getattr(tqdm, "_instances", ())):              # else the line would follow a bar on its row
+    for bar in list(getattr(tqdm, "_instances", ())):          # else the line would follow a bar
         bar.close()
     rank = f" (rank {os.environ['RANK']})" if world > 1 else ""
     print(f"{script}: error{rank}: {message}", file=sys.stderr, flush=True)

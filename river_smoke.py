@@ -117,8 +117,8 @@ def build_parser():
 
 def check_args(args):
     """One clear line for values that no run can mean."""
-    for name in ("steps", "batch_size", "grad_accum", "max_steps", "ae_steps", "ae_batch_size", "history", "heads",
-                 "frames_to_generate", "condition_frames", "num_samples", "eval_clips", "sim_clips", "latent_channels"):
+    for name in ("steps", "batch_size", "grad_accum", "max_steps", "ae_steps", "ae_batch_size", "history",
+                 "heads", "frames_to_generate", "condition_frames", "num_samples", "eval_clips", "sim_clips"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
     if args.seed < 0 or args.past_horizon < 0:
@@ -283,26 +283,24 @@ def smoke_mask(x):
 # ---- model: vector field --------------------------------------------------------------------------------
 
 class Block(nn.Module):
-    """Transformer layer whose norms time and distance modulate (adaLN-zero, DiT 2212.09748). Queries and keys
-    are normalised, so that attention stays bounded at high learning rates."""
+    """Transformer layer whose norms time and distance modulate: one map for all layers and a table for each
+    (adaLN-single, PixArt 2310.00426), zero at first, so that the layer starts as the identity."""
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        self.modulation = nn.Linear(width, 6 * width)
-        nn.init.zeros_(self.modulation.weight)
-        nn.init.zeros_(self.modulation.bias)
+        self.table = nn.Parameter(torch.zeros(6, 1, width))
 
-    def forward(self, x, cond):
+    def forward(self, x, modulation):
         B, N, D = x.shape
-        scale1, shift1, gate1, scale2, shift2, gate2 = self.modulation(cond)[:, None].chunk(6, dim=-1)
-        y = F.layer_norm(x, (D,)) * (1 + scale1) + shift1
+        scale1, shift1, gate1, scale2, shift2, gate2 = (modulation + self.table).unbind(1)      # B 1 D
+        y = torch.addcmul(shift1, F.layer_norm(x, (D,)), 1 + scale1)
         q, k, v = self.qkv(y).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        q, k = F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])
-        x = x + gate1 * self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, D))
-        y = F.layer_norm(x, (D,)) * (1 + scale2) + shift2
-        return x + gate2 * self.down(F.gelu(self.up(y), approximate="tanh"))
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, D)
+        x = torch.addcmul(x, gate1, self.out(y))
+        y = torch.addcmul(shift2, F.layer_norm(x, (D,)), 1 + scale2)
+        return torch.addcmul(x, gate2, self.down(F.gelu(self.up(y), approximate="tanh")))
 
 
 class VectorField(nn.Module):
@@ -313,7 +311,9 @@ class VectorField(nn.Module):
         self.grad_checkpoint = args.grad_checkpoint
         self.absent = nn.Parameter(torch.zeros(frames, C, 1, 1))       # stands for a frame before the first
         # 3x3, not 1x1: advection is local, and a small network learns it much sooner from neighbouring cells.
-        self.project_in = nn.Conv2d((1 + frames) * C, D, 3, padding=1)
+        wide = (1 + frames) * C
+        narrow = nn.Conv2d(wide, D, 1) if wide > D else nn.Identity()
+        self.project_in = nn.Sequential(narrow, nn.Conv2d(min(wide, D), D, 3, padding=1))
         self.position = nn.Parameter(0.02 * torch.randn(D, 8, 8))
         self.time = nn.Sequential(nn.Linear(256, D), nn.SiLU(), nn.Linear(D, D))
         self.distance = nn.Sequential(nn.Linear(256, D), nn.SiLU(), nn.Linear(D, D))
@@ -321,9 +321,10 @@ class VectorField(nn.Module):
             nn.ModuleList(Block(D, args.heads) for _ in range(n))
             for n in (args.depth, args.mid_depth, args.depth))
         self.skips = nn.ModuleList(nn.Linear(2 * D, D) for _ in range(args.depth))
-        self.modulation_out, self.project_out = nn.Linear(D, 2 * D), nn.Conv2d(D, C, 3, padding=1)
-        nn.init.zeros_(self.project_out.weight)
-        nn.init.zeros_(self.project_out.bias)
+        self.modulation, self.project_out = nn.Linear(D, 8 * D), nn.Conv2d(D, C, 3, padding=1)
+        for layer in (self.modulation, self.project_out):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
     def forward(self, z_t, past, present, distance, t):
         """z_t B C h w; past B K+1 C h w: reference frames, newest first, then the context; present B K+1:
@@ -333,22 +334,23 @@ class VectorField(nn.Module):
         x = x.flatten(2).transpose(1, 2)                               # B N D, a token per cell
         cond = F.silu(self.time(timestep_embedding(t, 256))
                       + self.distance(timestep_embedding(torch.log1p(distance.float()), 256, scale=100.0)))
+        modulation, final = self.modulation(cond).unflatten(1, (8, 1, -1)).split((6, 2), dim=1)
         skips = []
         for block in self.in_blocks:
-            x = self.run(block, x, cond)
+            x = self.run(block, x, modulation)
             skips.append(x)
         for block in self.mid_blocks:
-            x = self.run(block, x, cond)
+            x = self.run(block, x, modulation)
         for block, skip in zip(self.out_blocks, self.skips):
-            x = self.run(block, skip(torch.cat([x, skips.pop()], dim=-1)), cond)
-        scale, shift = self.modulation_out(cond)[:, None].chunk(2, dim=-1)
+            x = self.run(block, skip(torch.cat([x, skips.pop()], dim=-1)), modulation)
+        scale, shift = final.unbind(1)
         x = F.layer_norm(x, x.shape[-1:]) * (1 + scale) + shift
         return self.project_out(x.transpose(1, 2).unflatten(2, z_t.shape[2:]))
 
-    def run(self, block, x, cond):
+    def run(self, block, x, modulation):
         if self.grad_checkpoint and self.training:
-            return checkpoint(block, x, cond, use_reentrant=False)
-        return block(x, cond)
+            return checkpoint(block, x, modulation, use_reentrant=False)
+        return block(x, modulation)
 
 
 # ---- objective and sampler ------------------------------------------------------------------------------
@@ -1001,7 +1003,7 @@ def wrap(model, args, run):
         mesh = init_device_mesh(run.device.type, (run.world,))
         for block in [m for m in model.modules() if isinstance(m, (Block, ResBlock))]:
             fully_shard(block, mesh=mesh)
-        return fully_shard(model, mesh=mesh, reshard_after_forward=True)       # the EMA has no backward to do it
+        return fully_shard(model, mesh=mesh, reshard_after_forward=True)     # the EMA has no backward
     if run.world > 1 and any(p.requires_grad for p in model.parameters()):     # the EMA is equal on all ranks
         ids = [run.device] if run.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
@@ -1166,7 +1168,7 @@ def train(args, run, found):
         common.write_json(Path(args.output_dir) / "args.json", {**public_flags(args), **common.provenance()})
     run.barrier()
     data = {split: load_clips(args.data_dir, split) for split in ("train", "val")}
-    for split in data:                           # too short a clip should be known now, not after the autoencoder
+    for split in data:                           # too short a clip should show now, not after a stage
         window_starts(data[split][1], args.num_observations, args.drop_short)
     held_out_windows(args)
     exported = Path(args.autoencoder or Path(args.output_dir) / "autoencoder/autoencoder.safetensors")
