@@ -12,7 +12,7 @@ Differs     from Araachie/river, and why:
             - steps counts network calls (midpoint); the original's steps = 50 makes 196 calls of rk4
             - the smoke weight is measured in pixels; a threshold on latent norms is 1 everywhere
             - tiny: FSQ (a better picture than VQ in the same seconds) and 3 reference frames
-Run         python river_smoke.py                           # simulate, train, evaluate: @MIN@ min, @GB@ GB
+Run         python river_smoke.py                           # simulate, train, evaluate: 8 min, 2 GB
             python river_smoke.py --sample --warm_start 0.2 # seconds; without a checkpoint trains tiny first
             python river_smoke.py --eval --solver ab2        # 1 min
             python river_smoke.py --max_steps 2000           # goes on from the newest checkpoint
@@ -1222,7 +1222,7 @@ def work(args):
             raise UserError(f"no checkpoint in {ckpt}: first python {SCRIPT}.py --output_dir {folder}")
         if run.rank == 0:
             print(f"no checkpoint in {ckpt}: training preset {args.preset} first"
-                  + (", about @MIN@ minutes on 2 cores" if args.preset == "tiny" else ""))
+                  + (", about 8 minutes on 2 cores" if args.preset == "tiny" else ""))
     if only and found:
         autoencoder = frozen(Autoencoder(args), found[1]["autoencoder"], run, found[0])
         field = frozen(VectorField(args), found[1]["ema"], run, found[0])
