@@ -448,7 +448,7 @@ class Log:
                 self.sinks.append(lambda step, row: [writer.add_scalar(k, v, step) for k, v in row.items()])
             if wandb:
                 import wandb as client
-                client.init(project=wandb, name=str(folder), config=config)
+                client.run or client.init(project=wandb, name=str(folder), config=config)  # one a run
                 self.sinks.append(lambda step, row: client.log({"step": step, **row}))
         except ImportError as error:
             raise UserError(f"{error.name} is not installed: pip install {error.name}") from error

@@ -960,7 +960,10 @@ class Run:
         auto = torch.bfloat16 if fast else torch.float32
         self.dtype = auto if args.dtype == "auto" else getattr(torch, args.dtype)
         self.stop = False
-        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stop", True))
+
+    def heed_sigterm(self, heed):
+        """In the training loop SIGTERM is noted until the step is saved; elsewhere it ends the process."""
+        signal.signal(signal.SIGTERM, (lambda *_: setattr(self, "stop", True)) if heed else signal.SIG_DFL)
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -977,7 +980,6 @@ class Run:
             dist.barrier()
 
     def close(self):
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if self.world > 1:
             dist.destroy_process_group()
 
@@ -1033,6 +1035,7 @@ def fit(args, run, folder, tag, model, losses, validate, steps, lr, found, extra
     log = common.Log(folder, tag.split("/")[-1], start, steps, run.rank, args.tensorboard, args.wandb,
                      public_flags(args))
     clock, logged = time.time(), start
+    run.heed_sigterm(True)
     for step in range(start, steps):
         for group in optimizer.param_groups:
             group["lr"] = get_lr(step, lr, args.warmup_steps, steps)
@@ -1076,6 +1079,7 @@ def fit(args, run, folder, tag, model, losses, validate, steps, lr, found, extra
         if args.eval_every and (done % args.eval_every == 0 or done == steps):
             with torch.no_grad(), run.autocast():
                 log.row(done, val_loss=float(validate(ema)))
+    run.heed_sigterm(False)
     log.bar.close()
     return common.gather_state(ema, everywhere=True)[0]
 
@@ -1174,7 +1178,7 @@ def train(args, run, found):
     exported = Path(args.autoencoder or Path(args.output_dir) / "autoencoder/autoencoder.safetensors")
     if found:                                    # a checkpoint holds the autoencoder whose latents it speaks
         autoencoder = frozen(Autoencoder(args), found[1]["autoencoder"], run, found[0])
-    elif args.autoencoder or exported.is_file():
+    elif args.autoencoder or exported.is_file() and args.resume != "none":
         autoencoder = frozen(Autoencoder(args), common.load_weights(exported), run, exported)
     else:
         autoencoder = train_autoencoder(args, run, data)

@@ -379,19 +379,22 @@ def test_kills_lose_nothing(script, base, tmp_path):
     assert sorted(os.listdir(run / "ckpt")) == ["step_000039", "step_000040"]
 
 
-@pytest.mark.parametrize("limit,flags,message", [
-    (50_000, "", "could not save .*the last complete one is .*step_000002"),              # a full disk
-    (None, "--lr 1e35", "not finite at step 4: the last good checkpoint is .*step_000002"),
+@pytest.mark.parametrize("full,flags,message", [
+    (True, "", "could not save .*last complete one is .*step_000002"),
+    (False, "--lr 1e35", "not finite at step 4: the last good checkpoint is .*step_000002"),
 ], ids=["full disk", "divergence"])
-def test_failures_leave_the_checkpoint_before(script, base, limit, flags, message, tmp_path, capsys):
-    run, (soft, hard) = halfway(base.run, tmp_path / "run"), resource.getrlimit(resource.RLIMIT_FSIZE)
-    before = files(run / "ckpt")
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit or soft, hard))
+def test_failures_leave_the_checkpoint_before(script, base, full, flags, message, tmp_path, capsys):
+    run = halfway(base.run, tmp_path / "run")
+    before, (soft, hard) = files(run / "ckpt"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    if full:                                     # for files longer than the first one of a checkpoint
+        most = (run / "ckpt/step_000002/model.safetensors").stat().st_size + 1000
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
     try:
         assert launch(script, f"--data_dir {base.data} --output_dir {run} {flags}") == 2
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert re.search(message, the_error(capsys, script)) and files(run / "ckpt") == before
+    assert re.search(message, the_error(capsys, script))
+    assert files(run / "ckpt") == before and os.listdir(run / "ckpt") == ["step_000002"]
 
 
 def test_truncated_newest_checkpoint(script, base, tmp_path, capsys):
@@ -606,55 +609,59 @@ def test_checkpoint_folder(tmp_path, capsys):
     folder, meta, find = tmp_path / "ckpt", {"script": "s", "args": {"a": 1}}, common.find_checkpoint
     state = {"model": {"w": torch.arange(3.)}, "optimizer": {"step": torch.tensor(1.), "lr": .5}, "none": {}}
     assert find(folder, "s", "auto") is None and find(folder, "s", "none") is None
-    for step in (9, 10, 100, 1_000_000):
+    for step in (9, 10, 999_999, 1_000_000):
         common.save_checkpoint(folder, step, state, meta, keep_last=3)
-    assert [path.name[5:] for path in common.checkpoints(folder)] == ["000010", "000100", "1000000"]
+    assert [path.name[5:] for path in common.checkpoints(folder)] == ["000010", "999999", "1000000"]
     path, read, its_meta = find(folder, "s", "auto")
     assert path.name == "step_1000000" and its_meta["step"] == 1_000_000 and its_meta["args"] == {"a": 1}
     assert_same(flat(read), flat(state))
     assert find(folder, "s", folder / "step_000010")[0].name == "step_000010"
     assert find(tmp_path / "other", "s", tmp_path)[0] == path      # a run's folder: its newest
     (path / "model.safetensors").unlink()
-    damaged = folder / "step_000100/optimizer.pt"
+    damaged = folder / "step_999999/optimizer.pt"
     damaged.write_bytes(b"?" * damaged.stat().st_size)
     assert find(folder, "s", "auto")[0].name == "step_000010" and "warning: " in capsys.readouterr().err
-    common.save_checkpoint(folder, 100, state, meta, keep_last=0)  # a damaged one makes way
-    assert find(folder, "s", "auto")[0].name == "step_000100" and len(common.checkpoints(folder)) == 3
+    common.save_checkpoint(folder, 999_999, state, meta, keep_last=0)  # a damaged one makes way
+    assert find(folder, "s", "auto")[0].name == "step_999999" and len(common.checkpoints(folder)) == 3
 
 
-def test_a_kill_at_any_moment_of_a_save(tmp_path, monkeypatch):
+def test_a_kill_at_any_moment_of_a_save(tmp_path):
     """Ends save_checkpoint before its first file operation, its second, ...; nothing is caught or tidied."""
     class Killed(BaseException):
         pass
+
+    operations = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.scandir"}
+
+    def hook(event, _):
+        nonlocal left
+        if left is not None and event in operations:
+            left -= 1
+            if left < 0:
+                raise Killed
 
     def save(folder, step, keep_last=2):
         state = {"a": {"w": torch.ones(2)}, "b": {"n": step}}
         common.save_checkpoint(folder, step, state, {"script": "s"}, keep_last)
 
-    def ending(operation, clock, moment):
-        def wrapped(*args, **kwargs):
-            if next(clock) == moment:
-                raise Killed
-            return operation(*args, **kwargs)
-        return wrapped
-
+    left = None
+    sys.addaudithook(hook)                                         # it stays, asleep while left is None
     for moment in itertools.count():
-        folder, clock = tmp_path / str(moment), itertools.count()
+        folder, killed = tmp_path / str(moment), True
         save(folder, 1), save(folder, 2)
-        with monkeypatch.context() as patch, contextlib.suppress(Killed):
-            for owner, name in ((common, "save_file"), (torch, "save"), (os, "fsync"), (shutil, "rmtree"),
-                                (Path, "mkdir"), (Path, "rename"), (Path, "write_text")):
-                patch.setattr(owner, name, ending(getattr(owner, name), clock, moment))
+        left = moment
+        with contextlib.suppress(Killed):
             save(folder, 3)
+            killed = False
+        left = None
         complete = common.checkpoints(folder)
         assert [path.name[5:] for path in complete][-2:] in (["000001", "000002"], ["000002", "000003"])
         for path in complete:
             assert common.load_checkpoint(path, "s")[0]["b"]["n"] == int(path.name[5:])
         save(folder, 4, keep_last=1)
         assert os.listdir(folder) == ["step_000004"]               # the next save clears up
-        if next(clock) <= moment:                                  # this save had fewer operations
+        if not killed:
             break
-    assert moment > 8
+    assert moment > 12
 
 
 def test_run_files(tmp_path, monkeypatch):
@@ -934,6 +941,19 @@ def test_extract(tmp_path, capsys):
         assert grey.shape == (64, 64) and grey.max() > 90 and (grey == 0).mean() > .82
         for axis, centre in ((0, 68.5 * 64 / 96 - 11.5), (1, 48.5 * 64 / 96 - .5)):
             assert np.average(np.arange(64), weights=grey.sum(axis)) == pytest.approx(centre, abs=1.5)
+
+
+def test_sample_pictures(trained):
+    """Truth, prediction and their difference, at twice the size: two observed frames, three predicted."""
+    base = trained("river_smoke")
+    frames = river.load_clips(base.data, "test")[0].unflatten(0, (2, 14))
+    for clip in (0, 1):
+        picture = iio.imread(base.run / f"samples/clip_{clip:03d}.png")
+        picture = torch.from_numpy(picture).permute(2, 0, 1).int()
+        truth, forecast, error = (picture[:, y:y + 128:2, -640::2] for y in (0, 132, 264))
+        assert torch.equal(truth, torch.cat(list(frames[clip, 2:7]), dim=-1))
+        assert torch.equal(forecast[..., :128], truth[..., :128]) and error[..., 128:].float().mean() > 1
+        assert ((forecast - truth).abs() - error).abs().max() <= 1
 
 
 class Detector(nn.Module):
