@@ -118,7 +118,8 @@ def build_parser():
 def check_args(args):
     """One clear line for values that no run can mean."""
     for name in ("steps", "batch_size", "grad_accum", "max_steps", "ae_steps", "ae_batch_size", "history",
-                 "heads", "frames_to_generate", "condition_frames", "num_samples", "eval_clips", "sim_clips"):
+                 "heads", "frames_to_generate", "condition_frames", "num_samples", "eval_clips", "sim_clips",
+                 "width", "ae_width", "latent_channels", "codes"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
     if args.seed < 0 or args.past_horizon < 0:
@@ -702,6 +703,8 @@ def distribution_distances(fake, real, args, device):
 
     The Frechet distance is biased upwards with few clips: compare only what has the same N and T.
     """
+    if len(real) < 2:                    # one clip has no covariance
+        return {}
     size = f"N{len(real)}_T{real.shape[1]}"
     features = torch.stack([torch.cat([random_3d_features(p) for p in x.split(8)]) for x in (fake, real)])
     features = (features - features[1].mean(0)) / (features[1].std(0) + 1e-6)

@@ -86,6 +86,9 @@ SCRIPTS = {
             ("--heads 3", "multiple of --heads", None),
             ("--heads 0", "heads", None),
             ("--seed -1", "seed", None),
+            ("--width 0", "--width must be at least 1", None),
+            ("--latent_channels 0", "--latent_channels must be at least 1", None),
+            ("--output_dir {run} --eval --eval_clips 0", "--eval_clips must be at least 1", None),
             ("--autoencoder {data}/none.safetensors", "none.safetensors", None),
             ("--latent_channels 8 --autoencoder {run}/autoencoder/autoencoder.safetensors", "not fit", None),
             ("--output_dir {run} --eval --width 64", "--width 64 does not fit .* trained with 32", None),
@@ -318,6 +321,11 @@ def test_resume_equals_no_stop(script, base, tmp_path):
         for later in stages[i:]:
             assert_same(saved(run, later), saved(base.run, later))
         assert files(run, "*.safetensors") == files(base.run, "*.safetensors")
+
+
+def test_one_clip_can_be_evaluated(script, base, tmp_path):
+    run = shutil.copytree(base.run, tmp_path / "run")
+    assert launch(script, f"--eval --eval_clips 1 --data_dir {base.data} --output_dir {run}", full=True) == 0
 
 
 def test_stages_can_be_reused(script, base, tmp_path):
