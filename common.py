@@ -187,8 +187,9 @@ def read_video(path):
         raise UserError(f"cannot read video {path}: {str(error).splitlines()[0][:100]}") from error
 
 
-def write_video(path, x, fps=8):
-    """Writes x (T C H W, uint8 or [-1, 1]) by suffix: .mp4 (H.264), .gif, .png (one row). -> path."""
+def write_video(path, x, fps=8, options=("-crf", "16", "-pix_fmt", "yuv420p")):
+    """Writes x (T C H W, uint8 or [-1, 1]) by suffix: .mp4 (H.264, with ffmpeg's options), .gif, .png (the
+    frames in a row). -> path."""
     import imageio.v3 as iio
     frames = (x if x.dtype == torch.uint8 else to_uint8(x)).permute(0, 2, 3, 1).cpu().numpy()
     path = Path(path)
@@ -201,7 +202,7 @@ def write_video(path, x, fps=8):
         odd = frames.shape[1] % 2, frames.shape[2] % 2
         frames = np.pad(frames, ((0, 0), (0, odd[0]), (0, odd[1]), (0, 0)), mode="edge")
         iio.imwrite(path, frames, fps=fps, codec="libx264", macro_block_size=1,
-                    output_params=["-crf", "16", "-pix_fmt", "yuv420p", "-loglevel", "error"])
+                    output_params=[*options, "-loglevel", "error"])
     return str(path)
 
 
