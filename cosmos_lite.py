@@ -58,9 +58,9 @@ HORIZONS = (1, 5, 10, 20, 30)
 # ---- args -----------------------------------------------------------------------------------------------
 
 PRESETS = {
-    "tiny": dict(data_dir="data/cosmos_lite", max_steps=1300, batch_size=8, lr=2e-3, warmup_steps=50,
-                 beta2=0.98, weight_decay=1e-3, ema_decay=0.99, no_perceptual=True, brightness=0.0,
-                 permute_colours=True),
+    "tiny": dict(data_dir="data/cosmos_lite", latent_dim=48, max_steps=1700, batch_size=8, lr=2e-3,
+                 warmup_steps=50, beta2=0.98, weight_decay=1e-3, ema_decay=0.99, no_perceptual=True,
+                 brightness=0.0, permute_colours=True, eval_every=425, save_every=425),
     # The document's option B: pretrained encoder, transformer, perceptual loss; 100 epochs of 409 clips.
     "best": dict(data_dir="data", encoder="dinov2_vits14", world_model="transformer", latent_dim=128,
                  num_layers=6, context=30, rollout=30, batch_size=8, max_steps=5100, weight_decay=1e-5,
@@ -725,9 +725,9 @@ def render(state, frames=slice(None)):
         pos = state["pos"][t]
         if state["kind"] == "pendulum":
             rod = pos[0] - state["pivot"]
-            grid = np.stack(np.meshgrid(centre, centre), axis=-1) - state["pivot"]
-            along = np.clip(grid @ rod / (rod @ rod), 0, 1)[..., None]
-            blend(frame, 1 - np.linalg.norm(grid - along * rod, axis=-1), 200 / 255)
+            dx, dy = centre - state["pivot"][0], centre[:, None] - state["pivot"][1]
+            along = np.clip((dx * rod[0] + dy * rod[1]) / (rod @ rod), 0, 1)
+            blend(frame, 1 - np.sqrt((dx - along * rod[0]) ** 2 + (dy - along * rod[1]) ** 2), 200 / 255)
             disc(frame, state["pivot"], 2, 100 / 255)
         if state["kind"] == "projectile":
             for age in range(min(t, 5), 0, -1):            # the trail pales with age
@@ -831,12 +831,11 @@ def prepare_data(args):
     index.unlink(missing_ok=True)
     with ThreadPoolExecutor() as pool:
         films = pool.map(lambda name: decode(root / "raw" / name), listed)
-        films = [film if isinstance(film, str) else shrink(film)
-                 for film in tqdm(films, "decode", len(listed), unit="video")]
+        films = list(tqdm(films, "decode", len(listed), unit="video"))
     record = {"made_of": [SIZE, split, stamp], "skipped": []}
     (root / "cache").mkdir(exist_ok=True)
     for part in ("train", "val", "test"):
-        own = [(name, film) for name, film in zip(listed, films) if name in set(split[part])]
+        own = [(name, film) for name, film in zip(listed, films) if name in split[part]]
         record["skipped"] += [[name, film] for name, film in own if isinstance(film, str)]
         own = [(name, film) for name, film in own if not isinstance(film, str)]
         record[part] = [[name, len(film)] for name, film in own]
@@ -846,18 +845,11 @@ def prepare_data(args):
 
 
 def decode(path):
-    """-> T 3 H W uint8, or the reason why not."""
+    """-> T 3 SIZE SIZE uint8, or the reason why not."""
     try:
-        return common.read_video(path)
+        return np.ascontiguousarray(common.read_video(path, SIZE))
     except (UserError, OSError) as error:
         return str(error)
-
-
-def shrink(film):
-    """T 3 H W uint8 -> T 3 SIZE SIZE uint8, an array; without aliases."""
-    if film.shape[-2:] != (SIZE, SIZE):
-        film = common.resize_video(film.float(), SIZE).round().byte()
-    return film.numpy()
 
 
 def load_split(args, part):
@@ -897,8 +889,9 @@ def load_state(args, name):
 def augment(x, numbers, background, args):
     """x B T 3 H W: mirrored, contrast and colours changed, each alike in all frames of a clip."""
     x = torch.where(expand_to(numbers["flip"], x) > 0, x.flip(-1), x)
-    factor = expand_to(1 + args.brightness * (2 * numbers["contrast"] - 1), x)
-    x = (background + factor * (x - background)).clamp(-1, 1)
+    if args.brightness:
+        factor = expand_to(1 + args.brightness * (2 * numbers["contrast"] - 1), x)
+        x = (background + factor * (x - background)).clamp(-1, 1)
     if args.permute_colours:
         order = torch.tensor(list(itertools.permutations(range(3))), device=x.device)[numbers["order"]]
         x = x.gather(2, order[:, None, :, None, None].expand_as(x))
@@ -912,18 +905,19 @@ def locate(x, colours):
     (x, y), their ink T n in pixels, and the index of each pixel's object, T H W (n: none of them).
 
     A pixel belongs to the colour that explains its ink best; grey, of strings and pivots, competes. A centre
-    is weighted towards the strongest ink, since trails and blur are pale; ink under 30 % does not count.
+    is weighted towards the strongest ink, since trails and blur are pale; ink under 15 % does not count.
     """
     ink, own = 1 - x, 1 - torch.as_tensor(colours).float()
     shades = torch.cat([own, torch.ones(1, 3)])
-    amount = torch.einsum("tchw,nc->tnhw", ink, shades / shades.pow(2).sum(1, keepdim=True)).clamp(0, 1)
-    residual = (ink[:, None] - amount[:, :, None] * shades[:, :, None, None]).pow(2).sum(2)
-    owner = residual.argmin(1)
+    projection = torch.einsum("tchw,nc->tnhw", ink, shades / shades.pow(2).sum(1, keepdim=True))
+    amount = projection.clamp(0, 1)
+    square = shades.pow(2).sum(1)[:, None, None]           # |ink - a c|^2 without |ink|^2, the same for all
+    owner = (amount * square * (amount - 2 * projection)).argmin(1)
     mine = amount[:, :-1] * (owner[:, None] == torch.arange(len(own))[:, None, None])
     strong = (mine - mine.amax((-1, -2), keepdim=True).clamp(min=.3) / 2).clamp(min=0).square()
     axis, total = torch.arange(SIZE) + .5, strong.sum((-1, -2)).clamp(min=1e-6)[..., None]
     centre = torch.stack([(strong.sum(-2) * axis).sum(-1), (strong.sum(-1) * axis).sum(-1)], dim=-1)
-    return centre / total, (mine - .3).clamp(min=0).sum((-1, -2)), owner
+    return centre / total, (mine - .15).clamp(min=0).sum((-1, -2)), owner
 
 
 def count_blobs(x):
@@ -939,32 +933,35 @@ def count_blobs(x):
     return ((label == place) & (mask > 0)).sum((1, 2))
 
 
-def physics(x, truth, state, T_in):
-    """What a forecast x T 3 H W in [0, 1] does to the objects of a simulated clip -> {metric: T}.
+def physics(x, seen, state, T_in):
+    """What a forecast x T 3 H W in [0, 1] does to the objects of a simulated clip, of whose true frames
+    `seen` = (*locate(), count_blobs()) was read -> {metric: T}.
 
     position_px: distance to the exact state of the objects found. lost: share of objects with under a quarter
     of their ink. gained: blobs of ink too many. energy: kinetic and potential, of the truth; energy_error:
     the forecast's difference to it, both read from frames. overlap: 1 where two balls intersect.
     """
     scale, T = SIZE / float(state["size"]), len(x)
-    (centre, mass, _), (seen, there, _) = locate(x, state["colour"]), locate(truth, state["colour"])
+    centre, mass, _ = locate(x, state["colour"])
+    true_centre, there, _, blobs = seen
     exact = torch.from_numpy(state["pos"][T_in:T_in + T] * scale).float()
     visible = there > 1
     found = visible & (mass > .25 * there)
     distance = torch.where(found, (centre - exact).norm(dim=-1), torch.nan)
     g, ground = float(state["g"]) * scale, torch.from_numpy(state["ground"] * scale).float()
 
-    def energy(at):                      # per unit of mass, velocities by central differences
+    def energy(at):                      # per unit of mass, of the objects found; velocities by differences
+        at = torch.where(found[..., None], at, torch.nan)
         v = (at[2:] - at[:-2]) / 2
-        e = (v.pow(2).sum(-1) / 2 + g * (ground - at[1:-1, :, 1])).mean(1)
-        return F.pad(e, (1, 1), value=torch.nan)
+        e = v.pow(2).sum(-1) / 2 + g * (ground - at[1:-1, :, 1])
+        return F.pad(e.nanmean(1), (1, 1), value=torch.nan)
 
     radius = torch.from_numpy(state["radius"] * scale).float()
     gap = (centre[:, :, None] - centre[:, None]).norm(dim=-1) - radius[:, None] - radius
     pairs = torch.ones(len(radius), len(radius)).triu(1).bool() & found[:, :, None] & found[:, None]
     return {"position_px": distance.nanmean(1), "lost": (visible & ~found).float().sum(1) / len(radius),
-            "gained": (count_blobs(x) - count_blobs(truth)).clamp(min=0).float(),
-            "energy": energy(seen), "energy_error": (energy(centre) - energy(seen)).abs(),
+            "gained": (count_blobs(x) - blobs).clamp(min=0).float(), "energy": energy(true_centre),
+            "energy_error": (energy(centre) - energy(true_centre)).abs(),
             **({"overlap": ((gap < -1) & pairs).flatten(1).any(1).float()}
                if str(state["kind"]) == "bouncing" else {})}
 
@@ -1043,11 +1040,13 @@ def evaluate(args, model, run):
                       "linear_motion": linear_motion(clip[T_in - 1], previous, state, T_out)}
             if state:                    # what the video file itself has lost against the exact picture
                 exact = torch.from_numpy(render(state, slice(T_in, T_in + T_out))).permute(0, 3, 1, 2)
-                others["codec"] = torch.from_numpy(shrink(exact)).float() / 255
+                others["codec"] = F.adaptive_avg_pool2d(exact.float(), SIZE).round() / 255
+                seen = *locate(truth, state["colour"]), count_blobs(truth)
             for name, z in others.items():
-                table = frame_scores(z[None], truth[None])
-                table = {key: value[0] for key, value in table.items()}
-                scores[name].append(table | (physics(z, truth, state, T_in) if state else {}))
+                table = {key: value[0] for key, value in frame_scores(z[None], truth[None]).items()}
+                if state and name in ("model", "copy_last", "linear_motion"):
+                    table |= physics(z, seen, state, T_in)
+                scores[name].append(table)
     tables = {name: summarise(rows, kinds) for name, rows in scores.items() if rows}
     baselines = {name: flat for name, (flat, _) in tables.items()}
     results = baselines.pop("model")
