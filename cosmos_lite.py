@@ -58,9 +58,9 @@ HORIZONS = (1, 5, 10, 20, 30)
 # ---- args -----------------------------------------------------------------------------------------------
 
 PRESETS = {
-    "tiny": dict(data_dir="data/cosmos_lite", latent_dim=48, max_steps=1700, batch_size=8, lr=2e-3,
+    "tiny": dict(data_dir="data/cosmos_lite", latent_dim=48, max_steps=1750, batch_size=8, lr=2e-3,
                  warmup_steps=50, beta2=0.98, weight_decay=1e-3, ema_decay=0.99, no_perceptual=True,
-                 brightness=0.0, permute_colours=True, eval_every=425, save_every=425),
+                 brightness=0.0, permute_colours=True, rollout=20, eval_every=350, save_every=350),
     # The document's option B: pretrained encoder, transformer, perceptual loss; 100 epochs of 409 clips.
     "best": dict(data_dir="data", encoder="dinov2_vits14", world_model="transformer", latent_dim=128,
                  num_layers=6, context=30, rollout=30, batch_size=8, max_steps=5100, weight_decay=1e-5,
