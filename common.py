@@ -243,7 +243,7 @@ def video_grid(videos, scale=2, gap=4, columns=False):
     left = 0 if columns else 12 + int(max(font.getlength(name) for name in videos))
     top = 20 if columns else 0
     corners = [(top, i * (W + gap)) if columns else (i * (H + gap), left) for i in range(len(tiles))]
-    page = Image.new("RGB", (corners[-1][1] + W, corners[-1][0] + H), "white")
+    page = Image.new("RGB", (corners[-1][1] + W, corners[-1][0] + H), "gainsboro")
     for name, (y, x) in zip(videos, corners):
         middle = (x + W // 2, top // 2) if columns else (left // 2, y + H // 2)
         ImageDraw.Draw(page).text(middle, name, fill="black", font=font, anchor="mm")

@@ -1144,7 +1144,7 @@ def demo_video(path, context, truth, y, error, mse):
     films = {"truth": torch.cat([context, truth]), "prediction": torch.cat([context, y]),
              "error": torch.cat([white, error])}
     grid = common.video_grid({name: from_uint8(film) for name, film in films.items()}, scale=4, columns=True)
-    for t, page in enumerate(F.pad(grid, (0, 0, 0, 22), value=255)):
+    for t, page in enumerate(F.pad(grid, (0, 0, 0, 22), value=220)):
         ahead = t - len(context)
         text = f"frame {t + 1}  " + ("context" if ahead < 0 else f"{ahead + 1} ahead, " + (
             "beyond the video" if math.isnan(mse[ahead]) else f"MSE {mse[ahead]:.0f}"))
