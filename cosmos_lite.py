@@ -343,7 +343,7 @@ class CausalBlock(nn.Module):
         """x B T D h w; past: keys and values of earlier frames, each B hw heads T' D/heads -> x, past."""
         B, T, D, h, w = x.shape
         y = self.qkv(self.norm1(x.flatten(0, 1))).view(B, T, 3, self.heads, D // self.heads, h * w)
-        q, k, v = y.permute(2, 0, 5, 3, 1, 4)
+        q, k, v = y.permute(2, 0, 5, 3, 1, 4).contiguous()         # else the matrix products run one by one
         if past is not None:
             k, v = torch.cat([past[0], k], dim=3), torch.cat([past[1], v], dim=3)
         age = torch.arange(k.shape[3] - T, k.shape[3], device=x.device)[:, None] - torch.arange(
