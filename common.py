@@ -6,6 +6,7 @@ Metrics      mse psnr ssim fair_crps frechet_distance
 Video        ffmpeg read_video write_video video_grid
 Checkpoints  save_checkpoint load_checkpoint latest_checkpoint find_checkpoint gather_state restore_state
              save_weights load_weights
+Wan          load_wan wan_encode wan_decode encode_text pad_text save_lora load_lora
 Run files    UserError one_line_errors write_json append_jsonl Log plot_curves provenance dry_run_report
 
 Shapes: B batch, T frames, C channels, H W pixels. A video is B T C H W (or T C H W) in [-1, 1] unless a name
@@ -378,31 +379,274 @@ def load_weights(path):
         raise UserError(f"cannot read the weights {path}: {str(error).splitlines()[0][:100]}") from error
 
 
-def gather_state(model, optimizer=None, everywhere=False):
+def gather_state(model, optimizer=None, everywhere=False, trained_only=False):
     """Full state of a plain, DDP or fully_shard model: ({name: tensor}, optimizer state or {}).
 
     Collective: call it on all ranks. On the CPU of rank 0 and empty elsewhere, or with `everywhere` on each
-    rank's device. The result holds no trace of how many processes trained.
+    rank's device. trained_only leaves out what is frozen: an adapter without its base. The result holds no
+    trace of how many processes trained.
     """
     from torch.distributed.checkpoint import state_dict as dcp
-    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=not everywhere)
+    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=not everywhere,
+                                   ignore_frozen_params=trained_only)
     weights = dcp.get_model_state_dict(model, options=options)
     return weights, dcp.get_optimizer_state_dict(model, optimizer, options=options) if optimizer else {}
 
 
-def restore_state(model, weights, optimizer=None, optimizer_state=None, source="checkpoint"):
+def restore_state(model, weights, optimizer=None, optimizer_state=None, source="checkpoint",
+                  trained_only=False):
     """Inverse of gather_state, on any number of processes. UserError, naming `source`, where they differ."""
     from torch.distributed.checkpoint import state_dict as dcp
-    own = {name.removeprefix("module."): tuple(v.shape) for name, v in model.state_dict().items()}
+    frozen = {name for name, p in model.named_parameters() if trained_only and not p.requires_grad}
+    own = {name.removeprefix("module."): tuple(v.shape) for name, v in model.state_dict().items()
+           if name not in frozen}
     theirs = {name: tuple(v.shape) for name, v in weights.items()}
     for name in sorted(own.keys() | theirs.keys()):
         if own.get(name) != theirs.get(name):
             raise UserError(f"{source} does not fit this model: {name} is {theirs.get(name, 'absent')}, "
                             f"in the model {own.get(name, 'absent')}")
-    options = dcp.StateDictOptions(full_state_dict=True, strict=True)
+    options = dcp.StateDictOptions(full_state_dict=True, strict=not trained_only,
+                                   ignore_frozen_params=trained_only)
     dcp.set_model_state_dict(model, weights, options=options)
     if optimizer is not None:
         dcp.set_optimizer_state_dict(model, optimizer, optimizer_state, options=options)
+
+
+# ---- Wan ------------------------------------------------------------------------------------------------
+# What is not named is the default of diffusers' class, which is Wan2.1-14B's: 40 layers, 40 heads of 128, ffn
+# 13824, text 4096, patch 1 2 2; VAE of 16 channels, stride 4 8 8. The numbers are those of diffusers'
+# scripts/convert_wan_to_diffusers.py; latent statistics are per channel.
+UMT5_XXL = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24,
+            "num_heads": 64}
+WAN = {
+    "ti2v_5b": {
+        "repo": "Wan-AI/Wan2.2-TI2V-5B-Diffusers", "text_encoder": UMT5_XXL,
+        "transformer": {"num_attention_heads": 24, "attention_head_dim": 128, "in_channels": 48,
+                        "out_channels": 48, "ffn_dim": 14336, "num_layers": 30},
+        "vae": {"base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": True, "patch_size": 2,
+                "in_channels": 12, "out_channels": 12, "scale_factor_spatial": 16, "latents_mean": [
+                -.2289, -.0052, -.1323, -.2339, -.2799, .0174, .1838, .1557, -.1382, .0542, .2813, .0891,
+                .1570, -.0098, .0375, -.1825, -.2246, -.1207, -.0698, .5109, .2665, -.2108, -.2158, .2502,
+                -.2055, -.0322, .1109, .1567, -.0729, .0899, -.2799, -.1230, -.0313, -.1649, .0117, .0723,
+                -.2839, -.2083, -.0520, .3748, .0152, .1957, .1433, -.2944, .3573, -.0548, -.1681, -.0667],
+                "latents_std": [
+                .4765, 1.0364, .4514, 1.1677, .5313, .4990, .4818, .5013, .8158, 1.0344, .5894, 1.0901,
+                .6885, .6165, .8454, .4978, .5759, .3523, .7135, .6804, .5833, 1.4146, .8986, .5659,
+                .7069, .5338, .4889, .4917, .4069, .4999, .6866, .4093, .5709, .6065, .6415, .4944,
+                .5726, 1.2042, .5458, 1.6887, .3971, 1.0600, .3943, .5537, .5444, .4089, .7468, .7744]}},
+    "i2v_a14b": {"repo": "Wan-AI/Wan2.2-I2V-A14B-Diffusers", "text_encoder": UMT5_XXL, "vae": {},
+                 "transformer": {"in_channels": 36}}}       # 16 noisy + 4 mask + 16 condition; both experts
+
+
+def load_wan(source, *, part, config="ti2v_5b", dtype=torch.float32, device="cpu", random_init=False,
+             expert="transformer"):
+    """A part of Wan: "transformer" | "vae" | "text_encoder" (modules in eval mode) | "tokenizer".
+
+    source: a diffusers folder, or a hub id that `hf download` put in the cache (none is fetched unasked); a
+    folder of the official files; or, for a transformer, one file of weights (vidar.pt), under official or
+    diffusers' names. What diffusers saved brings its own config.
+    config: a name in WAN, or a dict like its entries: any size of the same classes.
+    random_init: random weights in `config`'s shape, made on `device` ("meta" too) and in dtype; `source` is
+    not read. The tokenizer is then ByT5's, a token per byte: vocab_size 259.
+    expert: "transformer", or "transformer_2", A14B's low-noise one (official low_noise_model/).
+    As in diffusers, in bf16 the norms, time embedder and modulation stay fp32; FSDP2, which wants one dtype,
+    needs fp32 here. Raises UserError, one line, where files are missing or do not fit.
+    """
+    config = WAN[config] if isinstance(config, str) else config
+    if random_init:
+        from transformers import ByT5Tokenizer
+        if part == "tokenizer":
+            return ByT5Tokenizer(extra_ids=0)
+        return build_wan(part, config[part], dtype, device)
+    path, name = Path(source).expanduser(), expert if part == "transformer" else part
+    hub = not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source))
+    try:
+        if not path.exists() and not hub:
+            raise FileNotFoundError("there is no such folder")
+        if part == "tokenizer":
+            from transformers import AutoTokenizer
+            official = path / "google" / "umt5-xxl"
+            if official.is_dir():
+                return AutoTokenizer.from_pretrained(official)
+            return AutoTokenizer.from_pretrained(source if hub else path, subfolder="tokenizer",
+                                                 local_files_only=True)
+        if not hub and not (path / name).is_dir():
+            return build_wan(part, config[part], dtype, device, read_official(path, part, expert, config))
+        key = "dtype" if part == "text_encoder" else "torch_dtype"
+        model, info = wan_class(part).from_pretrained(
+            source if hub else path, subfolder=name, output_loading_info=True, local_files_only=True,
+            **{key: dtype})
+        if info["missing_keys"]:      # the libraries would warn and fill in random weights
+            raise ValueError(f"its files lack {sorted(info['missing_keys'])[0]}")
+        return model.to(device).eval()
+    except Exception as error:        # each reader has its own errors; the user needs file, reason, command
+        repo = config.get("repo", "REPOSITORY")
+        get = source if hub else f"{repo} --local-dir {source if not path.is_file() else 'weights'}"
+        raise UserError(f"cannot load Wan's {name} from {source} ({' '.join(str(error).split())[:200]}): "
+                        f"hf download {get}") from error
+
+
+def wan_class(part):
+    """A part's class."""
+    import diffusers
+    import transformers
+    return {"transformer": diffusers.WanTransformer3DModel, "vae": diffusers.AutoencoderKLWan,
+            "text_encoder": transformers.UMT5EncoderModel}[part]
+
+
+def build_wan(part, config, dtype, device, weights=None):
+    """A part from its config, with official (or diffusers') weights, which must fit, or with random ones."""
+    from accelerate import init_empty_weights
+    from transformers import UMT5Config
+    make, usual = wan_class(part), torch.get_default_dtype()
+    arguments = {"config": UMT5Config(**config)} if part == "text_encoder" else config
+    if weights is None:
+        try:
+            torch.set_default_dtype(dtype)
+            with torch.device(device):
+                model = make(**arguments)
+        finally:
+            torch.set_default_dtype(usual)
+    else:
+        with init_empty_weights():                         # leaves buffers real: rope's are in no file
+            model = make(**arguments)
+        model.load_state_dict(diffusers_names(weights, part), assign=True)
+        if part == "text_encoder":
+            model.tie_weights()
+    kept = set(make._keep_in_fp32_modules or ()) if part == "transformer" else set()
+    for name, p in model.named_parameters():
+        p.data = p.data.to(device, torch.float32 if kept & set(name.split(".")) else dtype)
+    return model.to(device).eval()
+
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def read_official(path, part, expert, config):
+    """A file of weights, or the part's files in an official folder -> {name: tensor} without wrappers."""
+    files = [path]
+    if path.is_dir() and part == "transformer":
+        noise = path / ("low_noise_model" if expert == "transformer_2" else "high_noise_model")
+        path = noise if noise.is_dir() or expert == "transformer_2" else path
+        files, index = [path / WEIGHTS], path / f"{WEIGHTS}.index.json"
+        if index.is_file():
+            shards = json.loads(index.read_text())["weight_map"].values()
+            files = [path / shard for shard in sorted(set(shards))]
+    elif path.is_dir():
+        vae = f"Wan2.{2 if config['vae'].get('is_residual') else 1}_VAE.pth"
+        files = [path / (vae if part == "vae" else "models_t5_umt5-xxl-enc-bf16.pth")]
+    weights = {}
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is missing")
+        weights.update(load_file(file) if file.suffix == ".safetensors" else
+                       torch.load(file, map_location="cpu", weights_only=True, mmap=True))
+    for key in ("model", "state_dict", "generator_ema", "generator"):
+        weights = weights[key] if isinstance(weights.get(key), dict) else weights
+    return {re.sub(r"^((model|module|_orig_mod)\.)+", "", name): value for name, value in weights.items()}
+
+
+T5_NAMES = {"token_embedding": "shared", "blocks.": "encoder.block.", "norm1": "layer.0.layer_norm",
+            "pos_embedding.embedding": "layer.0.SelfAttention.relative_attention_bias",
+            "attn.": "layer.0.SelfAttention.", "norm2": "layer.1.layer_norm",
+            "ffn.gate.0": "layer.1.DenseReluDense.wi_0", "ffn.fc1": "layer.1.DenseReluDense.wi_1",
+            "ffn.fc2": "layer.1.DenseReluDense.wo"}
+VAE_NAMES = {"residual.0": "norm1", "residual.2": "conv1", "residual.3": "norm2", "residual.6": "conv2",
+             "shortcut": "conv_shortcut"}
+
+
+def diffusers_names(weights, part):
+    """Official names -> diffusers' (UMT5: transformers'), by diffusers' own converters where it has them."""
+    from diffusers.loaders import single_file_utils as own
+    if part == "transformer":         # not twice: the converter swaps norm2 and norm3
+        official = any(".self_attn." in name for name in weights)
+        return own.convert_wan_transformer_to_diffusers(weights) if official else weights
+    if part == "text_encoder":
+        named = {}
+        for name, value in weights.items():
+            name = re.sub(r"^norm\b", "encoder.final_layer_norm", name)
+            for old, new in T5_NAMES.items():
+                name = name.replace(old, new)
+            named[name] = value
+        return {**named, "encoder.embed_tokens.weight": named["shared.weight"]}
+
+    def nested(match):                # blocks of the Wan2.2 VAE, which diffusers 0.42's converter lacks
+        side, block, i, layer, suffix = match.groups()
+        if layer in VAE_NAMES:
+            return f"{side}_blocks.{block}.resnets.{i}.{VAE_NAMES[layer]}.{suffix}"
+        return f"{side}_blocks.{block}.{side}sampler.{layer}.{suffix}"
+
+    pattern = r"(down|up)samples\.(\d+)\.\1samples\.(\d+)\.(.+)\.(\w+)"
+    return own.convert_wan_vae_to_diffusers({re.sub(pattern, nested, k): v for k, v in weights.items()})
+
+
+def latent_scale(vae, device):
+    """(mean, std) of the VAE's latents, each 1 C 1 1 1 and float32."""
+    return [torch.tensor(value, device=device).view(1, -1, 1, 1, 1)
+            for value in (vae.config.latents_mean, vae.config.latents_std)]
+
+
+def wan_encode(vae, x):
+    """Video B T C H W in [-1, 1], T = 4k + 1 -> float32 latents B C F h w, (mode - mean) / std per channel.
+
+    Keeps gradients. ValueError for another T, whose last frames the VAE would drop without a word.
+    """
+    if x.shape[1] % 4 != 1:
+        raise ValueError(f"Wan's VAE takes 4k + 1 frames, not {x.shape[1]}")
+    mean, std = latent_scale(vae, x.device)
+    mode = vae.encode(x.transpose(1, 2).to(getattr(vae, "dtype", x.dtype))).latent_dist.mode()
+    return (mode.float() - mean) / std
+
+
+def wan_decode(vae, z):
+    """Inverse of wan_encode: latents B C F h w -> float32 video B T C H W, clamped to [-1, 1]."""
+    mean, std = latent_scale(vae, z.device)
+    x = vae.decode((z.float() * std + mean).to(getattr(vae, "dtype", z.dtype))).sample
+    return x.float().clamp(-1, 1).transpose(1, 2)
+
+
+@torch.no_grad()
+def encode_text(tokenizer, encoder, prompts, length=512):
+    """Prompts -> [L D], embeddings as WanPipeline makes them, without the padding that pad_text adds."""
+    from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+    texts = []
+    for prompt in prompts:            # one by one: 512 tokens fill a GPU, and no text depends on another
+        tokens = tokenizer([prompt_clean(prompt)], padding="max_length", max_length=length, truncation=True,
+                           return_tensors="pt").to(encoder.device)
+        embedding = encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state[0]
+        texts.append(embedding[:int(tokens.attention_mask.sum())].clone())
+    return texts
+
+
+def pad_text(texts, length=512):
+    """[L D] -> B length D, zeros after L. Wan has no text mask: these zeros, and their number, take part."""
+    return torch.stack([F.pad(text, (0, 0, 0, length - len(text))) for text in texts])
+
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+def save_lora(folder, transformer, weights=None):
+    """Writes folder/pytorch_lora_weights.safetensors, which diffusers' pipeline.load_lora_weights takes.
+
+    weights: the full state, from gather_state(), where the transformer is sharded. One folder per expert:
+    load_lora_weights(folder, load_into_transformer_2=True). -> path.
+    """
+    from diffusers import WanImageToVideoPipeline
+    from peft import get_peft_model_state_dict
+    WanImageToVideoPipeline.save_lora_weights(
+        folder, get_peft_model_state_dict(transformer, weights), weight_name=f".tmp_{LORA_FILE}",
+        transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict())     # rank, alpha
+    return Path(folder, f".tmp_{LORA_FILE}").replace(Path(folder, LORA_FILE))
+
+
+def load_lora(transformer, folder):
+    """Gives a WanTransformer3DModel the adapter that save_lora wrote, in place of its own if it has one."""
+    if not Path(folder, LORA_FILE).is_file():
+        raise UserError(f"no {LORA_FILE} in {folder}")
+    if "default" in getattr(transformer, "peft_config", {}):
+        transformer.delete_adapters("default")
+    transformer.load_lora_adapter(folder, adapter_name="default", prefix="transformer", weight_name=LORA_FILE)
 
 
 # ---- run files ------------------------------------------------------------------------------------------
