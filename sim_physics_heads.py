@@ -1,0 +1,2210 @@
+"""sim_physics_heads.py: a video model is taught to say where things move and how far away they are.
+
+Idea        Heads read per-pixel motion and depth off the tokens of Wan2.2-TI2V-5B (arXiv:2503.20314), first with
+            the backbone frozen, then with LoRA adapters that let what the heads know shape the model.
+Equations   x_s = (1 - s) z + s eps, frame 0 clean; v = eps - z     -> add_noise, PhysicsModel
+            s = shift u / (1 + (shift - 1) u)                       -> shift_sigma; heads: density 3 (1 - s)^2
+            v = Wan(x_s, 1000 s, text), opened between its blocks   -> run_backbone
+            asinh(motion), standardised log depth, sky, masked      -> PerFrameHeads, LinearHeads, physics_loss
+            p_{t-k} = p_t + mv_t(p_t) + mv_{t-1}(...) + ...         -> read_clip
+Differs     from Windsao/Sim4VideoGen, and why:
+            - files are paired by step number; motion over a stride is composed, not taken from its last step
+            - a frame's own targets train its own cells; the original shrinks 49 frames to 13 x 30 x 30
+            - sky, first frames and occlusions are masked; the original teaches them as zeros or a million metres
+            - scenes are held out, and the trivial answers and a random backbone stand beside every result
+            - heads read a clean pass with the positive prompt, not the last pass of the guidance
+            - latents and texts are cached; what is trained is fp32; checkpoints resume
+Run         python sim_physics_heads.py                          # scenes, cache, both stages, evaluation: 10 min
+            python sim_physics_heads.py --sample --num_samples 3
+            python sim_physics_heads.py --eval                   # 1 min
+            python sim_physics_heads.py --check --data_dir data/sim_physics_heads
+            torchrun --nproc_per_node=8 sim_physics_heads.py --preset ti2v_5b --data_dir data/Sim_Physics
+            torchrun --nproc_per_node=8 sim_physics_heads.py --preset ti2v_5b_lora --data_dir data/Sim_Physics --heads runs/sim_physics_heads/final/heads.safetensors --output_dir runs/lora
+            python sim_physics_heads.py --preset ti2v_5b_lora --dry_run
+Shapes      B batch  T frames  F = (T - 1) / 4 + 1 latent frames  C latent channels  H W pixels  h w latent grid
+            N = F h/2 w/2 tokens  D width  L text tokens. Videos are B T 3 H W in [-1, 1]; motion is in pixels,
+            x to the right, y down, from a pixel to where it was (Replicator's sign); depth in metres along the ray.
+"""
+import argparse
+import colorsys
+import contextlib
+import copy
+import csv
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image
+from safetensors import safe_open
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+import common
+from common import UserError, expand_to, from_uint8
+
+SCRIPT = "sim_physics_heads"
+OUTPUTS = 4                              # of a head per pixel: asinh(dx), asinh(dy), log depth, sky
+MOVING = 0.5                             # px per frame of the clip, from which on a pixel counts as moving
+PROBE, SIGMAS = 0.05, (0.05, 0.3, 0.7)   # noise at which heads are read; at which they are measured
+NEGATIVE = ("vivid tones, overexposed, static, blurred details, subtitles, style, artwork, painting, still picture, "
+            "grey overall, worst quality, low quality, JPEG artifacts, ugly, incomplete, extra fingers, deformed, "
+            "messy background, walking backwards")
+
+# ---- args -----------------------------------------------------------------------------------------------
+
+PRESETS = {
+    "tiny": dict(model="tiny", stage="all", data_dir="data/sim_physics_heads", height=64, width=64, frames=17,
+                 strides="1,2,3", clips=32, eval_clips=4, text_length=64, head_width=96, head_blocks=2, cells=16,
+                 target_height=64, batch_size=8, max_steps=1200, lora_steps=300, backbone_steps=400, lr=2e-3,
+                 lora_lr=5e-4, backbone_lr=1e-3, warmup_steps=50, lora_rank=8, ema_decay=0.99, beta2=.98, steps=20,
+                 cfg=1.0, controls=True, eval_every=200, save_every=200),
+    # The document's stage 1: 10 epochs of 2,100 clips, accumulated over 8.
+    "ti2v_5b": dict(stage="heads", data_dir="data/Sim_Physics", lr=1e-4, grad_accum=8, batch_size=1,
+                    max_steps=2625, save_every=500, eval_every=500),
+    # Its stage 2: LoRA of rank 32, from stage 1's heads.
+    "ti2v_5b_lora": dict(stage="lora", data_dir="data/Sim_Physics", heads=f"runs/{SCRIPT}/final/heads.safetensors",
+                         lr=1e-4, grad_accum=8, batch_size=1, max_steps=1312, save_every=500, eval_every=500,
+                         grad_checkpoint=True),
+}
+TINY = {
+    "transformer": {"num_attention_heads": 4, "attention_head_dim": 24, "in_channels": 32, "out_channels": 32,
+                    "text_dim": 32, "freq_dim": 64, "ffn_dim": 256, "num_layers": 4},
+    "text_encoder": {"vocab_size": 384, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2},
+}
+# What the weights mean: a checkpoint's own values hold. What the cache is made of: other values make it anew.
+MODEL_FLAGS = ("model", "stage", "head", "head_width", "head_blocks", "cells", "taps", "lora_rank", "last_k",
+               "random_backbone", "text_length")
+CACHE_FLAGS = ("model", "weights_from", "random_init", "height", "width", "frames", "strides", "clips", "eval_clips",
+               "target_height", "text_length", "far", "seed")
+
+
+def build_parser():
+    parser = Parser(prog=f"{SCRIPT}.py", description=__doc__.split("\n")[0], allow_abbrev=False,
+                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add_shared_flags(parser, PRESETS)
+    add = parser.add_argument_group("data").add_argument
+    add("--check", action="store_true", help="look for faults in the data, print what is there, then exit")
+    add("--height", type=int, default=480, help="pixels, a multiple of 32")
+    add("--width", type=int, default=480, help="pixels, a multiple of 32")
+    add("--frames", type=int, default=49, help="of a clip, 4k + 1")
+    add("--strides", default="1,2", help="steps of the simulation from frame to frame; one is drawn per clip")
+    add("--clips", type=int, default=16, help="cached clips of a training scene: start, stride and mirroring vary")
+    add("--eval_clips", type=int, default=4, help="cached clips of a held-out scene")
+    add("--target_height", type=int, default=120, help="rows of the training targets")
+    add("--far", type=float, default=100.0, help="metres from which on depth counts as sky")
+    add("--fps", type=int, default=15, help="of the videos that are written")
+    add("--sim_frames", type=int, default=0, help="frames of a simulated scene (0: 60 to 131, by scene)")
+    add = parser.add_argument_group("model").add_argument
+    add("--model", choices=["ti2v_5b", "tiny"], default="ti2v_5b", help="tiny: the same classes at small size")
+    add("--weights_from", default="Wan-AI/Wan2.2-TI2V-5B-Diffusers", metavar="FOLDER|HUB_ID",
+        help="diffusers folder, hub id, or folder with the official files")
+    add("--random_init", action="store_true", help="Wan's shape with random weights, to measure speed")
+    add("--head", choices=list(HEADS), default="frames", help="linear: the document's, from the last block")
+    add("--head_width", type=int, default=256, help="channels of the head")
+    add("--head_blocks", type=int, default=3, help="its residual blocks of 3x3x3 convolutions")
+    add("--cells", type=int, default=8, help="rows and columns that a token predicts")
+    add("--taps", default="", help="blocks after which heads read, as 0,8,15,23 (default: quarters, not the last)")
+    add("--random_backbone", action="store_true", help="control: heads on an untrained backbone")
+    add("--text_length", type=int, default=512, help="tokens of a prompt, zeros included")
+    add = parser.add_argument_group("stages").add_argument
+    add("--stage", choices=["heads", "lora", "last_k", "full", "all"], default="heads",
+        help="what is trained; all: backbone (tiny only), heads, then lora")
+    add("--heads", metavar="FILE", help="heads.safetensors of stage 1, where later stages start")
+    add("--lora_rank", type=int, default=32, help="rank and alpha, on attention and feed-forward")
+    add("--last_k", type=int, default=1, help="blocks that --stage last_k trains")
+    add("--lora_steps", type=int, default=0, help="of stage lora within --stage all (0: --max_steps)")
+    add("--lora_lr", type=float, default=0.0, help="likewise (0: --lr)")
+    add("--backbone_steps", type=int, default=0, help="of the tiny backbone's own training")
+    add("--backbone_lr", type=float, default=1e-3, help="likewise")
+    add("--controls", action=argparse.BooleanOptionalAction, default=False,
+        help="within --stage all: also train the linear head, and heads on a random backbone")
+    add = parser.add_argument_group("loss").add_argument
+    add("--motion_weight", type=float, default=1.0, help="of the motion loss")
+    add("--depth_weight", type=float, default=1.0, help="of the depth loss")
+    add("--sky_weight", type=float, default=.1, help="of telling sky from what has a depth")
+    add("--shift", type=float, default=5.0, help="of Wan's noise schedule")
+    add("--beta2", type=float, default=.999, help="AdamW's")
+    add = parser.add_argument_group("sampling").add_argument
+    add("--steps", type=int, default=50, help="network calls of a sampled video, guidance not counted")
+    add("--cfg", type=float, default=5.0, help="guidance (1: none)")
+    add("--num_samples", type=int, default=3, help="held-out scenes to sample")
+    return parser
+
+
+def check_args(args):
+    """One clear line for values that no run can mean."""
+    for name in ("height", "width", "frames", "clips", "eval_clips", "target_height", "batch_size", "grad_accum",
+                 "max_steps", "steps", "num_samples", "lora_rank", "last_k", "cells", "head_width", "text_length"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
+    for name in ("seed", "lr", "lora_lr", "backbone_lr", "head_blocks", "lora_steps", "backbone_steps"):
+        if not getattr(args, name) >= 0:
+            raise UserError(f"--{name} must not be negative, but is {getattr(args, name)}")
+    for name in ("height", "width"):
+        if getattr(args, name) % 32:
+            raise UserError(f"--{name} must be a multiple of 32, not {getattr(args, name)}")
+    if args.frames % 4 != 1:
+        raise UserError(f"--frames must be 4k + 1, not {args.frames}: Wan's VAE packs 4 frames after the first")
+    if args.height % args.target_height:
+        raise UserError(f"--target_height {args.target_height} does not divide --height {args.height}")
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", args.strides):
+        raise UserError(f"--strides takes numbers such as 1,2,4, not {args.strides}")
+    if not re.fullmatch(r"(\d+(,\d+)*)?", args.taps):
+        raise UserError(f"--taps takes numbers of blocks such as 0,8,15,23, not {args.taps}")
+    if args.stage in ("lora", "last_k", "full") and not (args.heads or args.dry_run):
+        raise UserError(f"--stage {args.stage} starts from stage 1's heads: python {SCRIPT}.py --stage heads, then "
+                        f"--heads FILE")
+
+
+# ---- model: the backbone's own loop ---------------------------------------------------------------------
+
+def run_backbone(dit, x, t, text, taps, velocity=True, checkpointing=False):
+    """WanTransformer3DModel.forward, opened: equal to it to the last bit, and it shows what lies between.
+
+    x B C F h w latents, t B N a timestep per token (0 to 1000), text B L D. taps: numbers of blocks passed,
+    0 is the patch embedding. Without `velocity` it ends at the last tap.
+    -> velocity B C F h w or None, [B N D for each tap], time embedding B N D.
+    """
+    B, C, F_, h, w = x.shape
+    pt, ph, pw = dit.config.patch_size
+    x, text = x.to(weight_dtype(dit)), text.to(weight_dtype(dit))
+    rope = dit.rope(x)
+    hidden = dit.patch_embedding(x).flatten(2).transpose(1, 2).contiguous()
+    temb, modulation, text, _ = dit.condition_embedder(t.flatten(), text, None, timestep_seq_len=t.shape[1])
+    modulation = modulation.unflatten(2, (6, -1))
+    tapped = {0: hidden}
+    for number, block in enumerate(dit.blocks if velocity else dit.blocks[:max(taps)], 1):
+        if checkpointing and torch.is_grad_enabled():
+            hidden = checkpoint(block, hidden, text, modulation, rope, use_reentrant=False)
+        else:
+            hidden = block(hidden, text, modulation, rope)
+        tapped[number] = hidden
+    tapped = [tapped[number] for number in taps]
+    if not velocity:
+        return None, tapped, temb
+    shift, scale = (dit.scale_shift_table.unsqueeze(0) + temb.unsqueeze(2)).chunk(2, dim=2)
+    hidden = (dit.norm_out(hidden.float()) * (1 + scale.squeeze(2)) + shift.squeeze(2)).type_as(hidden)
+    y = dit.proj_out(hidden).reshape(B, F_ // pt, h // ph, w // pw, pt, ph, pw, -1)
+    y = y.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+    return y, tapped, temb
+
+
+def add_noise(z, noise, sigma):
+    """x_sigma = (1 - sigma) z + sigma eps, with latent frame 0, the image that is given, left clean.
+    z, noise B C F h w, sigma B -> x, and sigma B F h/2 w/2 of every token."""
+    s = expand_to(sigma, z).expand(-1, 1, z.shape[2], z.shape[3] // 2, z.shape[4] // 2).clone()
+    s[:, :, 0] = 0
+    x = (1 - expand_to(sigma, z)) * z + expand_to(sigma, z) * noise
+    return torch.cat([z[:, :, :1], x[:, :, 1:]], dim=2), s[:, 0]
+
+
+# ---- model: heads ---------------------------------------------------------------------------------------
+# What a head says of each pixel: motion as u = asinh(dx / 1 px) and asinh(dy / 1 px), since speeds span three
+# decades, the standardised logarithm of depth, and the logit of there being a depth at all.
+
+class LinearHead(nn.Module):
+    """The document's head: LayerNorm, modulation by time, one Linear from the last block. 55,312 parameters for
+    motion (4 channels, of which the annotator's two last mean nothing) and 18,436 for depth at width 3072."""
+    def __init__(self, D, channels):
+        super().__init__()
+        self.norm = nn.LayerNorm(D, eps=1e-6, elementwise_affine=False)
+        self.modulation = nn.Parameter(torch.zeros(1, 2, D))
+        self.out = nn.Linear(D, channels * 4)
+        nn.init.xavier_uniform_(self.out.weight, gain=.01)
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, hidden, temb):
+        """B F h w D twice -> B channels F 2h 2w."""
+        scale, shift = self.modulation[:, 0] + temb, self.modulation[:, 1] + temb
+        y = self.out(self.norm(hidden) * (1 + scale) + shift)
+        y = y.unflatten(-1, (2, 2, -1)).permute(0, 6, 1, 2, 4, 3, 5)           # B c F h 2 w 2
+        return y.flatten(5, 6).flatten(3, 4)
+
+
+class LinearHeads(nn.Module):
+    """Both of the document's heads, spread over all frames and pixels as the causal VAE lays them out."""
+    def __init__(self, D, taps, args):
+        super().__init__()
+        self.motion, self.depth = LinearHead(D, 4), LinearHead(D, 1)
+        self.register_buffer("depth_scale", torch.tensor([0., 1.]))
+
+    def forward(self, tapped, temb):
+        motion, depth = self.motion(tapped[-1], temb), self.depth(tapped[-1], temb)
+        y = torch.cat([motion[:, :2], depth, torch.full_like(depth, 9.)], dim=1)       # it knows no sky
+        return torch.cat([y[:, :, :1], y[:, :, 1:].repeat_interleave(4, dim=2)], dim=2)
+
+
+class PerFrameHeads(nn.Module):
+    """Motion and depth of every frame, from several depths of the backbone.
+
+    A token covers 4 frames (the first one 1). Taps are normed, projected and summed, modulated by time, mixed
+    by 3x3x3 convolutions over tokens, then laid out as 4 frames x cells x cells.
+    """
+    def __init__(self, D, taps, args):
+        super().__init__()
+        width, self.cells = args.head_width, args.cells
+        self.register_buffer("depth_scale", torch.tensor([0., 1.]))            # mean and std of log depth
+        self.norms = nn.ModuleList(nn.LayerNorm(D, eps=1e-6) for _ in taps)
+        self.read = nn.ModuleList(nn.Linear(D, width) for _ in taps)
+        self.time = nn.Linear(D, 2 * width)
+        self.blocks = nn.ModuleList(ResBlock(width) for _ in range(args.head_blocks))
+        self.norm = nn.GroupNorm(1, width)
+        self.out = nn.Linear(width, 4 * OUTPUTS * args.cells ** 2)
+        for layer in (self.time, self.out):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, tapped, temb):
+        """[B F h w D], B F h w D -> B OUTPUTS T h*cells w*cells, T = 4 (F - 1) + 1 frames."""
+        x = sum(read(norm(hidden)) for read, norm, hidden in zip(self.read, self.norms, tapped))
+        scale, shift = self.time(F.silu(temb)).chunk(2, dim=-1)
+        x = (x * (1 + scale) + shift).movedim(-1, 1)                           # B width F h w
+        for block in self.blocks:
+            x = block(x)
+        y = self.out(F.silu(self.norm(x)).movedim(1, -1))
+        r = self.cells
+        y = y.unflatten(-1, (4, OUTPUTS, r, r)).permute(0, 5, 1, 4, 2, 6, 3, 7)    # B c F 4 h r w r
+        return y.flatten(6, 7).flatten(4, 5).flatten(2, 3)[:, :, 3:]
+
+
+class ResBlock(nn.Module):
+    """x + conv(SiLU(norm(conv(SiLU(norm(x)))))), 3x3x3 over tokens; the second convolution zero at first."""
+    def __init__(self, c):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.GroupNorm(1, c) for _ in range(2))
+        self.convs = nn.ModuleList(nn.Conv3d(c, c, 3, padding=1) for _ in range(2))
+        nn.init.zeros_(self.convs[1].weight)
+
+    def forward(self, x):
+        y = x
+        for norm, conv in zip(self.norms, self.convs):
+            y = conv(F.silu(norm(y)))
+        return x + y
+
+
+HEADS = {"frames": PerFrameHeads, "linear": LinearHeads}
+
+
+class PhysicsModel(nn.Module):
+    """Backbone and heads in one module, so that DDP and FSDP see one forward."""
+    def __init__(self, dit, heads, args, taps):
+        super().__init__()
+        self.dit, self.heads, self.args, self.taps = dit, heads, args, taps
+
+    def forward(self, z, noise, sigma, text, target=None, velocity=True):
+        """z, noise B C F h w, sigma B, text B L D. -> velocity or None, and what the heads say or None; with
+        `target` (see physics_loss) -> loss, its parts. A backbone that is not trained sees no gradient."""
+        x, token_sigma = add_noise(z, noise, sigma)
+        trained = any(p.requires_grad for p in self.dit.parameters())
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
+            v, tapped, temb = run_backbone(self.dit, x, 1000 * token_sigma.flatten(1), text, self.taps, velocity,
+                                           self.args.grad_checkpoint)
+        y = None
+        if self.heads is not None:
+            with torch.autocast("cpu" if z.is_meta else z.device.type, enabled=False):     # heads are fp32
+                grid = token_sigma.shape[1:]
+                y = self.heads([t.float().unflatten(1, grid) for t in tapped], temb.float().unflatten(1, grid))
+        if target is None:
+            return v, y
+        args, parts = self.args, {}
+        if y is not None:
+            parts |= physics_loss(y, target, self.heads.depth_scale)
+        if v is not None:                        # frame 0 is given: it has no loss
+            parts["flow_loss"] = F.mse_loss(v[:, :, 1:].float(), (noise - z)[:, :, 1:])
+        weights = {"motion_loss": args.motion_weight, "depth_loss": args.depth_weight, "sky_loss": args.sky_weight}
+        loss = sum(weights.get(name, 1.) * value for name, value in parts.items())
+        return loss, {name: value.detach() for name, value in parts.items()}
+
+
+# ---- model: loading -------------------------------------------------------------------------------------
+
+def wan_part(args, run, part, dtype=torch.float32):
+    """A part of Wan: its pretrained weights, or random ones in its shape or in the tiny shape."""
+    tiny, random = args.model == "tiny", args.random_init or args.model == "tiny"
+    torch.manual_seed(args.seed)
+    return common.load_wan(args.weights_from, part=part, config=TINY if tiny else args.model, dtype=dtype,
+                           device=run.device, random_init=random)
+
+
+def load_codec(args, run):
+    if args.model == "tiny":
+        return LinearCodec(common.load_weights(Path(args.data_dir) / "cache/codec.safetensors"))
+    vae = wan_part(args, run, "vae", torch.bfloat16).requires_grad_(False)
+    vae.enable_tiling()                  # 49 frames of 480x480 at once would take 20 GB
+    return vae
+
+
+def text_encoder(args, run):
+    """-> prompt -> L D, the same for the same prompt."""
+    tokenizer = wan_part(args, run, "tokenizer")
+    encoder = wan_part(args, run, "text_encoder", torch.float32 if args.model == "tiny" else torch.bfloat16)
+    return lambda prompt: common.encode_text(tokenizer, encoder, [prompt], args.text_length)[0].cpu()
+
+
+def trunk_dtype(args):
+    """bf16 where the backbone is frozen; fp32 where most of it is trained, or where it is tiny."""
+    return torch.float32 if args.model == "tiny" or args.stage == "full" else torch.bfloat16
+
+
+def weight_dtype(dit):
+    return dit.patch_embedding.weight.dtype
+
+
+def has_adapter(dit):
+    return bool(getattr(dit, "peft_config", None))
+
+
+def make_model(args, dit, stage, head=None):
+    """PhysicsModel with what `stage` trains requiring grad, in fp32: at a learning rate of 1e-5 most steps of a
+    bf16 weight round to none."""
+    depth, D = len(dit.blocks), dit.config.num_attention_heads * dit.config.attention_head_dim
+    taps = [int(n) for n in args.taps.split(",") if n] or sorted({depth * i // 4 for i in range(4)})
+    head = head or args.head
+    taps = [depth] if head == "linear" else taps
+    if max(taps) > depth:
+        raise UserError(f"--taps {args.taps}: the backbone has {depth} blocks")
+    heads = None if stage == "backbone" else HEADS[head](D, taps, args).to(dit.device)
+    dit.requires_grad_(stage in ("backbone", "full"))
+    if stage == "lora":
+        from peft import LoraConfig
+        if has_adapter(dit):
+            dit.delete_adapters("default")
+        dit.add_adapter(LoraConfig(r=args.lora_rank, lora_alpha=args.lora_rank, target_modules=LORA_TARGETS))
+    elif stage == "last_k":
+        for block in dit.blocks[-args.last_k:]:
+            block.requires_grad_(True)
+    for p in dit.parameters():
+        if p.requires_grad:
+            p.data = p.data.float()
+    return PhysicsModel(dit, heads, args, taps)
+
+
+LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
+
+
+def export(args, run, model, stage, folder):
+    """final/: heads.safetensors with heads.json, and what else the stage trained: the LoRA file that
+    WanImageToVideoPipeline.load_lora_weights takes, or the trained backbone weights. Rank 0 writes."""
+    weights, _ = common.gather_state(model, trained_only=True)
+    if run.rank:
+        return
+    final = folder / "final"
+    final.mkdir(exist_ok=True)
+    own = lambda part: {name.removeprefix(part): value for name, value in weights.items() if name.startswith(part)}
+    if heads := own("heads."):
+        common.save_weights(final / "heads.safetensors", heads)
+        common.write_json(final / "heads.json", {name: getattr(args, name) for name in (
+            "head", "head_width", "head_blocks", "cells", "taps", "model")})
+    if stage == "lora":
+        common.save_lora(final, model.dit, own("dit."))
+    elif backbone := own("dit."):
+        common.save_weights(final / "backbone.safetensors", backbone)
+
+
+# ---- objective ------------------------------------------------------------------------------------------
+
+def masked_mean(x, mask):
+    return (x * mask).sum() / mask.sum().clamp(min=1)
+
+
+def physics_loss(y, target, depth_scale):
+    """y B OUTPUTS T h' w' against {"motion" B T 2 h w in px, "depth" B T h w in metres, masks B T h w of what is
+    known, "motion_valid" and "depth_valid", and "moving", and "asked" B, whether a clip counts at all}
+    -> {"motion_loss", "depth_loss", "sky_loss"}, fp32.
+
+    Half of each loss is on moving pixels: they are a few per cent, and a mean over the whole frame is won by a
+    map of the background. What is not valid (sky, first frames, occlusions) teaches nothing.
+    """
+    size = target["depth"].shape[-2:]
+    if y.shape[-2:] != size:
+        y = F.interpolate(y, (y.shape[2], *size), mode="trilinear", align_corners=False)
+    moving = target["moving"]
+    error = y[:, :2] - torch.asinh(target["motion"].movedim(1, 2))
+    error = (error.square().sum(1) + .02 ** 2).sqrt() - .02                    # Charbonnier
+    valid = target["motion_valid"]
+    motion = (masked_mean(error, valid & moving) + masked_mean(error, valid & ~moving)) / 2
+    valid, (mean, std) = target["depth_valid"], depth_scale
+    off = torch.where(valid, y[:, 2] - (target["depth"].clamp(min=1e-3).log() - mean) / std, 0.)
+    depth = (masked_mean(off.abs(), valid & moving) + masked_mean(off.abs(), valid)) / 2
+    for step in (1, 2):                                                        # edges, at two scales
+        for axis in (-1, -2):
+            n = off.shape[axis] - step
+            both = valid.narrow(axis, 0, n) & valid.narrow(axis, step, n)
+            slope = off.narrow(axis, step, n) - off.narrow(axis, 0, n)
+            depth = depth + masked_mean(slope.abs(), both) / 8
+    sky = F.binary_cross_entropy_with_logits(y[:, 3], valid.float(), reduction="none")
+    sky = masked_mean(sky, expand_to(target["asked"], sky).expand_as(sky))
+    return {"motion_loss": motion, "depth_loss": depth, "sky_loss": sky}
+
+
+def read_out(y, size, depth_scale):
+    """Heads' output B OUTPUTS T h w -> motion B T 2 H W in px, depth B T H W in metres (inf: sky)."""
+    if y.shape[-2:] != tuple(size):
+        y = F.interpolate(y, (y.shape[2], *size), mode="trilinear", align_corners=False)
+    depth = (y[:, 2].clamp(-8, 8) * depth_scale[1] + depth_scale[0]).exp()
+    return y[:, :2].sinh().movedim(1, 2), depth.masked_fill(y[:, 3] < 0, math.inf)
+
+
+def shift_sigma(u, shift):
+    """Wan's schedule: u in [0, 1] -> sigma = s u / (1 + (s - 1) u), more of it where there is much noise."""
+    return shift * u / (1 + (shift - 1) * u)
+
+
+# World: metres, x to the right, y up, z away from the camera; the ground is y = 0, one frame is 1/30 s.
+FRAME, SUBSTEPS, GRAVITY = 1 / 30, 8, 9.81
+FRICTION, FLOOR = .45, 8.                # the ground is drawn for |z| < FLOOR; behind it is sky
+EYE, TARGET, FIELD_OF_VIEW = np.array([0, 1.3, -4.2]), np.array([0, .6, 0]), math.radians(55)
+SKY, GROUND = -2, -1                       # ids of pixels that show no body
+
+# name -> frames, and whether a motion file without a picture trails, as in the real set
+SCENES = {
+    "test_ball_and_block_fall": (99, True), "test_ball_collide": (80, False),
+    "test_ball_hits_duck": (80, False), "test_ball_hits_nothing": (60, False),
+    "test_ball_in_basket": (60, True), "test_ball_ramp": (80, True), "test_ball_rolls_off": (60, False),
+    "test_ball_rolls_on_glass": (80, False), "test_ball_train": (131, True),
+    "test_block_domino": (60, False), "test_domino_in_juice": (80, False),
+    "test_domino_with_space": (60, False), "test_duck_and_domino": (60, True),
+    "test_duck_falls_in_box": (60, False), "test_duck_static": (60, False),
+    "test_light_on_block": (60, False), "test_light_on_mug": (80, False),
+    "test_light_on_mug_block": (99, True), "test_light_on_sculpture": (60, False),
+    "test_roll_behind_box": (99, False), "test_roll_front_box": (99, True),
+}
+
+
+# ---- data: simulated scenes ------------------------------------------------------------------------------
+# World: metres, x to the right, y up, z away from the camera; the ground is y = 0, one frame is 1/30 s.
+FRAME, SUBSTEPS, GRAVITY = 1 / 30, 8, 9.81
+FRICTION, FLOOR = .45, 8.                # the ground is drawn for |z| < FLOOR; behind it is sky
+EYE, TARGET, FIELD_OF_VIEW = np.array([0, 1.3, -4.2]), np.array([0, .6, 0]), math.radians(55)
+SKY, GROUND = -2, -1                       # ids of pixels that show no body
+
+# name -> frames, and whether a motion file without a picture trails, as in the real set
+SCENES = {
+    "test_ball_and_block_fall": (99, True), "test_ball_collide": (80, False),
+    "test_ball_hits_duck": (80, False), "test_ball_hits_nothing": (60, False),
+    "test_ball_in_basket": (60, True), "test_ball_ramp": (80, True), "test_ball_rolls_off": (60, False),
+    "test_ball_rolls_on_glass": (80, False), "test_ball_train": (131, True),
+    "test_block_domino": (60, False), "test_domino_in_juice": (60, False),
+    "test_domino_with_space": (60, False), "test_duck_and_domino": (60, True),
+    "test_duck_falls_in_box": (60, False), "test_duck_static": (60, False),
+    "test_light_on_block": (60, False), "test_light_on_mug": (80, False),
+    "test_light_on_mug_block": (99, True), "test_light_on_sculpture": (60, False),
+    "test_roll_behind_box": (99, False), "test_roll_front_box": (99, True),
+}
+
+
+def turn(axis_angle):
+    """Axis times angle in radians -> the 3 3 rotation matrix."""
+    angle = math.sqrt(axis_angle @ axis_angle)
+    x, y, z = axis_angle / max(angle, 1e-12)
+    cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
+    return np.eye(3) + math.sin(angle) * cross + (1 - math.cos(angle)) * cross @ cross
+
+
+def build(name, rng):
+    """A scene's bodies at its start, and the drag (1/s) of what they move in.
+
+    A body is {"parts", "at" 3, "rotation" 3 3, "velocity" 3, "spin" 3, "fixed", "bounce"}; a part is
+    (is it a ball, its offset from the body's centre 3, half extents 3 or three times the radius, RGB 3).
+    """
+    hue, vary = rng.random(), rng.uniform
+
+    def colour():
+        nonlocal hue
+        hue = (hue + .382) % 1                             # golden section: neighbours differ much
+        return colorsys.hsv_to_rgb(hue, vary(.6, .85), vary(.8, 1))
+
+    def body(parts, at, velocity=(0, 0, 0), spin=(0, 0, 0), tilt=(0, 0, 0), fixed=False,
+             bounce=.75):
+        vectors = {"at": at, "velocity": velocity, "spin": spin}
+        vectors = {key: np.array(vector, float) for key, vector in vectors.items()}
+        return {"parts": [(ball, np.array(offset, float), np.array(half, float), np.array(rgb))
+                          for ball, offset, half, rgb in parts], "fixed": fixed, "bounce": bounce,
+                "rotation": turn(np.array(tilt, float)), **vectors}
+
+    def ball(x, y, z, speed=0., radius=None):
+        """A ball whose lowest point is at y; one with a speed (along x) rolls."""
+        r = radius or vary(.28, .36)
+        return body([(True, (0, 0, 0), (r, r, r), colour())], (x, y + r, z), (speed, 0, 0),
+                    (0, 0, -speed / r), rng.normal(0, 1, 3))
+
+    def block(x, y, z, half, rgb=None, **more):
+        return body([(False, (0, 0, 0), half, rgb or colour())], (x, y + half[1], z), **more)
+
+    def wall(x, y, z, half, **more):
+        return block(x, y, z, half, fixed=True, **more)
+
+    def duck(x, y, z, size=.36, **more):
+        """Its centre of mass lies below the middle of its body, so that it rights itself."""
+        yellow, orange = (1., .83, .1), (1., .4, .05)
+        return body([(True, (0, .3 * size, 0), [size] * 3, yellow),
+                     (True, (-.35 * size, 1.35 * size, 0), [.6 * size] * 3, yellow),
+                     (True, (-1. * size, 1.3 * size, 0), [.22 * size] * 3, orange)],
+                    (x, y + .7 * size, z), bounce=.5, **more)
+
+    def dominoes(places, lean=0., z=0.):
+        """Thin blocks at these x; the first is turned by `lean` on its lower right edge and falls."""
+        half, row = np.array([.09, .52, .28]), []
+        for number, x in enumerate(places):
+            angle = 0 if number else lean
+            centre = np.array([x + half[0], 0, z]) + turn(np.array([0, 0, -angle])) @ (half * [-1, 1, 0])
+            row.append(body([(False, (0, 0, 0), half, colour())], centre, tilt=(0, 0, -angle),
+                            spin=(0, 0, -4 * angle), bounce=.2))
+        return row
+
+    def basket(x, z, width, height):
+        """A floor and four walls, the front one lower."""
+        rgb, low = colour(), .6 * height
+        sides = [((0, .03, 0), (width, .03, width)), ((0, low / 2, -width), (width, low / 2, .04)),
+                 ((0, height / 2, width), (width, height / 2, .04))]
+        sides += [((side * width, height / 2, 0), (.04, height / 2, width)) for side in (-1, 1)]
+        return body([(False, offset, half, rgb) for offset, half in sides], (x, 0, z), fixed=True,
+                    bounce=.3)
+
+    def mug(x, z):
+        """Two crossed boxes are round enough; three bars are the handle."""
+        rgb, height = colour(), vary(.36, .44)
+        boxes = [((0, height, 0), (.3, height, .22)), ((0, height, 0), (.22, height, .3)),
+                 ((.62, height, 0), (.06, .2, .07))]
+        boxes += [((.48, height + side, 0), (.2, .06, .07)) for side in (-.2, .2)]
+        return body([(False, offset, half, rgb) for offset, half in boxes], (x, 0, z),
+                    tilt=(0, vary(-.4, .4), 0), fixed=True)
+
+    def still(body):
+        return {**body, "fixed": True}
+
+    near, speed = vary(-.1, .1), vary(2.1, 2.5)
+    drag = 1.5 if "juice" in name else 0.
+    match name.removeprefix("test_"):
+        case "ball_and_block_fall":
+            half = [vary(.22, .28)] * 3
+            bodies = [ball(vary(-1.2, -.8), vary(1.7, 2.2), near), ball(vary(.9, 1.2), vary(2.6, 3), .5),
+                      block(vary(-.1, .2), vary(1.3, 1.7), near, half, tilt=rng.normal(0, 1, 3),
+                            spin=rng.normal(0, 3, 3), velocity=(vary(-.4, .4), 0, 0))]
+        case "ball_collide":
+            bodies = [ball(-2.3, 0, near, speed), ball(2.2, 0, near + vary(-.1, .1), -speed),
+                      ball(-4.6, 0, 1., speed)]
+        case "ball_hits_duck":
+            bodies = [ball(-2.3, 0, near, 1.3 * speed, .34), duck(.2, 0, near), ball(5, 0, 1.1, -speed)]
+        case "ball_hits_nothing":
+            bodies = [ball(-2.4, 0, near, speed), wall(vary(-.9, -.4), 0, 1., [.3, .3, .3]),
+                      wall(vary(.5, .9), 0, -.9, [.2, .2, .2])]
+        case "ball_in_basket":
+            bodies = [basket(0, 0, .75, .6)]
+            bodies += [ball(vary(-.3, .3), height, vary(-.2, .2), radius=vary(.22, .28))
+                       for height in (1.3, 2.6, 5., 9.)]
+        case "ball_ramp":
+            slope = vary(.4, .48)
+            top = 1.15 * math.sin(slope)
+            ramp = wall(-.85, top - .05, 0, [1.2, .05, .5], tilt=(0, 0, -slope))
+            bodies = [ramp, wall(-1.4, 0, 0, [.1, .5 * top, .4])]
+            bodies += [ball(x, top - math.tan(slope) * (x + .85) + .12, z, radius=.26)
+                       for x, z in ((-1.3, -.22 + near), (-1.8, .22 + near))]
+            bodies.append(ball(4.6, 0, 1., -speed))
+        case "ball_rolls_off":
+            height = vary(.35, .45)
+            bodies = [wall(-1.1, 0, 0, [1.1, height, .6]), ball(-1.9, 2 * height, near, speed)]
+        case "ball_rolls_on_glass":
+            bodies = [wall(0, .6, 0, [1.9, .03, .8], rgb=(.72, .9, .95)), wall(-1.2, 0, 0, [.1, .3, .1]),
+                      wall(1.2, 0, 0, [.1, .3, .1]), ball(-1.8, .66, -.35 + near, .6 * speed, .28),
+                      ball(1.8, .66, .4 + near, -.7 * speed, .3)]
+        case "ball_train":
+            bodies = [ball(x, 0, near, velocity, .3)
+                      for x, velocity in ((-2.3, speed), (-6.4, speed), (-.6, 0), (.01, 0), (.62, 0))]
+        case "block_domino":
+            bodies = dominoes(-.8 + .52 * np.arange(5))
+            bodies.append(block(-2.2, 0, near, [.3, .4, .3], velocity=(1.6 * speed, 0, 0),
+                                bounce=.3))
+        case "domino_in_juice":
+            bodies = dominoes(-1.2 + .52 * np.arange(4), vary(.3, .36))
+            bodies += [block(x, y, near, [.09, .5, .26], tilt=rng.normal(0, .6, 3), bounce=.2)
+                       for x, y in ((1.2, 1.4), (.9, 5.))]
+            bodies.append({**wall(.1, 0, 0, [1.9, .11, .9], rgb=(1., .55, .1)), "liquid": True})
+        case "domino_with_space":
+            places = np.array([-1.6, -1.1, -.6, vary(.75, .85), vary(1.25, 1.35)])
+            bodies = [*dominoes(places, vary(.26, .3)), ball(-2.4, 0, -1.3, .7 * speed, .26)]
+        case "duck_and_domino":
+            bodies = [*dominoes(-1.6 + .55 * np.arange(4), vary(.26, .3)), duck(.85, 0, near, .3),
+                      ball(3.2, 0, 1.4, -1.1 * speed)]
+        case "duck_falls_in_box":
+            bodies = [basket(near, 0, .85, .55)]
+            bodies += [duck(near + x, height, 0, .28, spin=rng.normal(0, 2, 3))
+                       for x, height in ((-.25, 1.8), (.25, 5.))]
+        case "duck_static":
+            bodies = [still(duck(near, 0, near, vary(.42, .52), tilt=(0, vary(-.6, .6), 0))),
+                      wall(vary(.9, 1.3), 0, .8, [.3, .3, .3])]
+        case "light_on_block":
+            bodies = [wall(near, 0, 0, [vary(.4, .55), vary(.4, .55), .45], tilt=(0, vary(.3, 1.), 0)),
+                      wall(1.3, 0, .8, [.2, .25, .2])]
+        case "light_on_mug":
+            bodies = [mug(near, 0), wall(near, -.04, 0, [1., .05, .7])]
+        case "light_on_mug_block":
+            bodies = [mug(-.7 + near, 0),
+                      wall(.8, 0, near, [.4, vary(.3, .5), .4], tilt=(0, vary(.2, .9), 0))]
+        case "light_on_sculpture":
+            bodies = [wall(near, 0, 0, [.5, .15, .5]), wall(near, .3, 0, [.16, .4, .16], tilt=(0, .6, 0)),
+                      still(ball(near, 1.1, 0, radius=.28)),
+                      wall(near, .75, 0, [.5, .06, .1], tilt=(0, vary(-.5, .5), .3))]
+        case "roll_behind_box":
+            bodies = [wall(vary(-.2, .2), 0, -.5, [.55, .55, .2]), ball(-2.7, 0, .4 + near, speed),
+                      ball(5., 0, 1.1, -speed)]
+        case "roll_front_box":
+            bodies = [wall(vary(-.2, .2), 0, 1., [.7, .55, .3]), ball(-2.2, 0, .1 + near, .8 * speed),
+                      ball(3.8, 0, -.6, -.9 * speed)]
+        case _:
+            raise ValueError(f"no scene is called {name}")
+    return bodies, drag
+
+
+# ---- physics --------------------------------------------------------------------------------------------
+
+def cross(a, b):
+    """np.cross for two vectors of 3, without its overhead."""
+    return np.array([a[1] * b[2] - a[2] * b[1], a[2] * b[0] - a[0] * b[2], a[0] * b[1] - a[1] * b[0]])
+
+
+def with_inertia(body):
+    """Adds what the physics needs: inverse mass and inertia, and the spheres that stand for its surface in
+    contacts ("feelers", "feeler_radius"): a ball is one, a box has one in each corner."""
+    feelers, radii, mass, inertia = [], [], 0., np.zeros(3)
+    for ball, offset, half, _ in body["parts"]:
+        small = half[0] if ball else .1 * half.min()
+        corners = np.array([(x, y, z) for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)])
+        places = offset[None] if ball else offset + corners * (half - small)
+        feelers.extend(places)
+        radii.extend([small] * len(places))
+        weight = (4.19 if ball else 8) * half.prod()
+        square = half ** 2 * (.2 if ball else 1 / 3) + offset ** 2
+        mass, inertia = mass + weight, inertia + weight * (square.sum() - square)
+    free = not body["fixed"]
+    body.update(feelers=np.array(feelers), feeler_radius=np.array(radii), weight=free / mass,
+                reach=max(np.linalg.norm(offset) + (half[0] if ball else np.linalg.norm(half))
+                          for ball, offset, half, _ in body["parts"]),
+                ease=free / inertia, calm=9, turned=free * np.diag(1 / inertia))
+    return body
+
+
+def touches(a, b):
+    """Contacts of a's feelers with the boxes and balls of b (None: the ground) -> a list of (point 3,
+    normal 3 away from b, depth)."""
+    feelers, radius, found = a["at"] + a["feelers"] @ a["rotation"].T, a["feeler_radius"], []
+    if b is None:
+        for k in np.flatnonzero(feelers[:, 1] < radius):
+            found.append((feelers[k] - [0, radius[k], 0], np.array([0., 1, 0]), radius[k] - feelers[k, 1]))
+        return found
+    for ball, offset, half, _ in b["parts"]:
+        local = (feelers - b["at"]) @ b["rotation"] - offset
+        if ball:
+            if not a["parts"][0][0]:
+                continue                                   # found when a and b change places
+            away = local
+            gap = np.sqrt((away ** 2).sum(1)) - half[0]
+        else:
+            away = local - np.clip(local, -half, half)
+            gap = np.sqrt((away ** 2).sum(1))
+        for k in np.flatnonzero(gap < radius):
+            normal, distance = away[k], gap[k]
+            if not normal.any():       # its centre is in the box: out at the nearest face
+                face = np.argmin(half - np.abs(local[k]))
+                normal, distance = np.zeros(3), np.abs(local[k][face]) - half[face]
+                normal[face] = np.sign(local[k][face])
+            normal = b["rotation"] @ (normal / np.linalg.norm(normal))
+            found.append((feelers[k] - radius[k] * normal, normal, radius[k] - distance))
+    return found
+
+
+def collide(a, b, point, normal, depth):
+    """One contact: an impulse along the normal with restitution, Coulomb friction, and moving apart."""
+    pair = [(body, sign, point - body["at"]) for body, sign in ((a, 1), (b, -1))
+            if body and not body["fixed"]]
+    speed = sum(sign * (body["velocity"] + cross(body["spin"], arm)) for body, sign, arm in pair)
+
+    def yielding(direction):
+        """Speed along a direction that one unit of impulse along it gives."""
+        lever = [(body, cross(arm, direction)) for body, _, arm in pair]
+        return sum(body["weight"] + turning @ body["turned"] @ turning for body, turning in lever)
+
+    closing = speed @ normal
+    if closing < 0:
+        bounce = min(a["bounce"], b["bounce"] if b else 1) * (closing < -.4)      # slow things stay down
+        push = -(1 + bounce) * closing / yielding(normal)
+        slide = speed - closing * normal
+        slip = math.sqrt(slide @ slide)
+        impulse = push * normal
+        if slip > 1e-6:
+            slide /= slip
+            impulse = impulse - min(FRICTION * push, slip / yielding(slide)) * slide
+        for body, sign, arm in pair:
+            body["velocity"] = body["velocity"] + sign * body["weight"] * impulse
+            body["spin"] = body["spin"] + sign * body["turned"] @ cross(arm, impulse)
+    weights = sum(body["weight"] for body, _, _ in pair)
+    for body, sign, _ in pair:                             # a millimetre stays, so that contacts last
+        body["at"] = body["at"] + sign * .3 * max(depth - .001, 0) * body["weight"] / weights * normal
+
+
+def advance(bodies, drag, dt):
+    """One substep, in place. A body that was calm for a while sleeps until a moving one touches it."""
+    moving = [body for body in bodies if not body["fixed"] and body["calm"] < 9]
+    for body in moving:
+        body["velocity"] = (body["velocity"] - [0, GRAVITY * dt, 0]) * math.exp(-drag * dt)
+        body["spin"] = body["spin"] * math.exp(-drag * dt)
+        body["at"] = body["at"] + dt * body["velocity"]
+        body["rotation"] = turn(dt * body["spin"]) @ body["rotation"]
+        body["turned"] = body["rotation"] * body["ease"] @ body["rotation"].T
+        for contact in touches(body, None):
+            collide(body, None, *contact)
+    for a in bodies:
+        for b in bodies:
+            apart = a["at"] - b["at"]
+            if a is b or a["fixed"] or b.get("liquid") or apart @ apart > (a["reach"] + b["reach"]) ** 2:
+                continue
+            if a["calm"] >= 9 and (b["fixed"] or b["calm"] >= 9):
+                continue
+            for contact in touches(a, b):
+                for body in (a, b):
+                    body["calm"] = min(body["calm"], 8)
+                collide(a, b, *contact)
+    for body in moving:
+        quiet = body["velocity"] @ body["velocity"] < .05 ** 2 and body["spin"] @ body["spin"] < .3 ** 2
+        body["calm"] = body["calm"] + .25 if quiet else 0
+
+
+def simulate(name, frames, seed):
+    """A scene's exact state: {"centre" T n 3, "rotation" T n 3 3 of n bodies, "light" T 3 (unit vectors to
+    the sun), "owner" m (each part's body), "ball" m, "offset" m 3, "half" m 3, "colour" m 3, "texture" m
+    (seeds) of m parts}."""
+    rng = np.random.default_rng([seed, list(SCENES).index(name)])
+    bodies, drag = build(name, rng)
+    for body in bodies:
+        with_inertia(body)
+        moves = body["velocity"].any() or body["spin"].any() or body["at"][1] > 1.05 * body["reach"]
+        body["calm"] = 0 if moves or "ramp" in name else 9
+    path = []
+    for _ in range(frames):
+        path.append(([body["at"] for body in bodies], [body["rotation"] for body in bodies]))
+        for _ in range(SUBSTEPS):
+            advance(bodies, drag, FRAME / SUBSTEPS)
+    azimuth = rng.uniform(-.9, -.5) + (.035 * np.arange(frames) if "light" in name else np.zeros(frames))
+    light = np.stack([np.sin(azimuth), np.full(frames, 1.1), -np.cos(azimuth)], 1)
+    owner = [number for number, body in enumerate(bodies) for _ in body["parts"]]
+    ball, offset, half, rgb = zip(*(part for body in bodies for part in body["parts"]))
+    return {"centre": np.array([at for at, _ in path]), "rotation": np.array([turned for _, turned in path]),
+            "light": light / np.linalg.norm(light, axis=1, keepdims=True), "owner": np.array(owner),
+            "ball": np.array(ball), "offset": np.array(offset), "half": np.array(half),
+            "colour": np.array(rgb), "texture": rng.integers(0, 2 ** 31, len(owner))}
+
+
+# ---- pictures -------------------------------------------------------------------------------------------
+
+@cache
+def camera(side):
+    """-> rotation 3 3 (rows: right, down, ahead in the world), focal length in pixels, and the unit ray of
+    each pixel's centre (side * side, 3)."""
+    ahead = (TARGET - EYE) / np.linalg.norm(TARGET - EYE)
+    right = np.array([ahead[2], 0, -ahead[0]]) / math.hypot(ahead[0], ahead[2])
+    axes, focal = np.stack([right, -np.cross(ahead, right), ahead]), side / 2 / math.tan(FIELD_OF_VIEW / 2)
+    v, u = np.mgrid[:side, :side].reshape(2, -1) + .5 - side / 2
+    rays = np.stack([u / focal, v / focal, np.ones_like(u)], 1) @ axes
+    return axes, focal, rays / np.linalg.norm(rays, axis=1, keepdims=True)
+
+
+def project(points, side):
+    """World points ... 3 -> pixel coordinates ... 2; whole numbers are pixel centres."""
+    axes, focal, _ = camera(side)
+    seen = (points - EYE) @ axes.T
+    return focal * seen[..., :2] / seen[..., 2:] + (side - 1) / 2
+
+
+def strike(world, t, part, origins, rays):
+    """Length of each ray up to a part; inf where it misses. Origins or rays are N 3, the other may be 3."""
+    body, half = world["owner"][part], world["half"][part]
+    rotation, ball = world["rotation"][t, body], world["ball"][part]
+    centre = world["centre"][t, body] + rotation @ world["offset"][part]
+    to_centre = centre - origins
+    along = to_centre @ rays if rays.ndim == 1 else rays @ to_centre
+    length = np.full(len(along), np.inf)
+    radius = half[0] if ball else np.linalg.norm(half)
+    root = radius ** 2 - np.einsum("...i,...i", to_centre, to_centre) + along ** 2
+    close = np.flatnonzero(root > 0)                       # rays that meet the sphere around the part
+    if ball:
+        near = along[close] - np.sqrt(root[close])
+        far = near
+    else:
+        start = -(to_centre[close] if to_centre.ndim > 1 else to_centre) @ rotation
+        with np.errstate(divide="ignore", invalid="ignore"):
+            inverse = 1 / ((rays if rays.ndim == 1 else rays[close]) @ rotation)
+            one, two = (-half - start) * inverse, (half - start) * inverse
+        low, high = np.minimum(one, two).T, np.maximum(one, two).T
+        near = np.maximum(np.maximum(low[0], low[1]), low[2])      # much faster than .max(1)
+        far = np.minimum(np.minimum(high[0], high[1]), high[2])
+    length[close] = np.where((near > 0) & (near <= far), near, np.inf)
+    return length
+
+
+def cast(world, t, rays):
+    """Rays N 3 from the eye -> length N (inf: sky) and the part that each meets, N (or SKY, GROUND)."""
+    with np.errstate(divide="ignore"):
+        length = np.where(rays[:, 1] < 0, -EYE[1] / rays[:, 1], np.inf)
+    length[~(np.abs(EYE[2] + length * rays[:, 2]) < FLOOR)] = np.inf
+    part = np.where(np.isfinite(length), GROUND, SKY)
+    for number in range(len(world["owner"])):
+        reach = strike(world, t, number, EYE, rays)
+        nearer = reach < length
+        length[nearer], part[nearer] = reach[nearer], number
+    return length, part
+
+
+def surface(world, t, number, points):
+    """Points N 3 on a part -> unit normals N 3 and RGB N 3. The texture is fixed to the body."""
+    body, half = world["owner"][number], world["half"][number]
+    rotation, rng = world["rotation"][t, body], np.random.default_rng(world["texture"][number])
+    local = (points - world["centre"][t, body]) @ rotation - world["offset"][number]
+    if world["ball"][number]:
+        normal = local / half[0]
+        wedge = np.floor(np.arctan2(local[:, 2], local[:, 0]) * 3 / np.pi + rng.random())
+        second = (wedge + (local[:, 1] > 0)) % 2 > 0
+    else:
+        face = (np.abs(local) / half).argmax(1)
+        normal = np.zeros_like(local)
+        normal[np.arange(len(local)), face] = np.sign(local[np.arange(len(local)), face])
+        squares = np.floor((local + half) / max(.1, half.max() / 2.5)) * (normal == 0)
+        second = squares.sum(1) % 2 > 0
+    colour = world["colour"][number]
+    other = .5 + .5 * colour if world["ball"][number] else .72 * colour
+    return normal @ rotation.T, np.where(second[:, None], other, colour)
+
+
+def shade(world, t, rays):
+    """Rays N 3 from the eye -> RGB N 3 in [0, 1]: textures, sunlight with shadows, and ambient light."""
+    length, part = cast(world, t, rays)
+    rgb = np.array([.45, .65, .95]) + np.clip(3 * rays[:, 1:2], 0, 1) * [-.15, -.12, -.05]    # the sky
+    hit = np.flatnonzero(part != SKY)
+    points = EYE + length[hit, None] * rays[hit]
+    normal, colour = np.tile([0., 1, 0], (len(hit), 1)), np.empty((len(hit), 3))
+    squares = np.floor(points[:, 0] * 1.5) + np.floor(points[:, 2] * 1.5)
+    contrast = np.where(squares % 2 > 0, .07, -.07) * np.clip(1.4 - length[hit] / 9, 0, 1)    # fades far away
+    colour[:] = (.66 + contrast)[:, None] * [1., .97, .9]
+    for number in np.unique(part[hit][part[hit] >= 0]):
+        own = part[hit] == number
+        normal[own], colour[own] = surface(world, t, number, points[own])
+    light = world["light"][t]
+    lit = np.clip(normal @ light, 0, 1)
+    facing = np.flatnonzero(lit > 0)
+    starts = points[facing] + 1e-4 * normal[facing]
+    for number in range(len(world["owner"])):
+        lit[facing[np.isfinite(strike(world, t, number, starts, light))]] = 0
+    rgb[hit] = colour * (.38 + .1 * normal[:, 1:2] + .72 * lit[:, None])
+    return np.clip(rgb, 0, 1)
+
+
+def render(world, t, side):
+    """Frame t -> rgb (side side 3 uint8), motion (side side 4 float32), depth (side side float32), id (side
+    side int: a body, GROUND or SKY).
+
+    Depth is the ray's length in metres. Motion is in pixels, previous minus current position, on the current
+    frame's grid: Replicator's convention; its channels 2 and 3 mean nothing there, and are 1 here.
+    """
+    fine = shade(world, t, camera(2 * side)[2]).reshape(side, 2, side, 2, 3).mean((1, 3))
+    rays = camera(side)[2]
+    depth, part = cast(world, t, rays)
+    ids = np.where(part >= 0, world["owner"][np.maximum(part, 0)], part)
+    motion = np.ones((side * side, 4), np.float32)
+    motion[:, :2] = 0
+    before = max(t - 1, 0)
+    for body in np.unique(ids[ids >= 0]):
+        own = ids == body
+        points = EYE + depth[own, None] * rays[own]
+        local = (points - world["centre"][t, body]) @ world["rotation"][t, body]
+        earlier = world["centre"][before, body] + local @ world["rotation"][before, body].T
+        motion[own, :2] = project(earlier, side) - project(points, side)
+    return (np.round(255 * fine).astype(np.uint8), motion.reshape(side, side, 4),
+            depth.astype(np.float32).reshape(side, side), ids.reshape(side, side))
+
+
+def simulate_scenes(root, side, seed=0, most=0, scenes=SCENES):
+    """Writes the scenes in the document's layout under root, at most `most` frames of each (0: all), and
+    metadata.csv; whole, or not at all. Does nothing where they lie already; UserError where others do."""
+    root, made_of = Path(root), {"side": side, "seed": seed, "frames": most, "scenes": list(scenes)}
+    if root.exists():
+        record = root / "simulated.json"
+        if not record.is_file() or json.loads(record.read_text()) != made_of:
+            raise UserError(f"{root} holds other scenes: remove it, or name what you want with --data_dir")
+        return
+    work = root.with_name(root.name + ".tmp")
+    shutil.rmtree(work, ignore_errors=True)
+
+    def write(name):
+        frames, trailing = SCENES[name]
+        frames = min(frames, most or frames)
+        world, folder = simulate(name, frames + trailing, seed), work / name / "env_0/0/0"
+        for kind in ("rgb", "motion_vectors", "distance_to_camera"):
+            (folder / kind).mkdir(parents=True)
+        for t in range(frames + trailing):
+            rgb, motion, depth, _ = render(world, t, side)
+            # The first frame has none before it: its file is an empty array, as in the real set.
+            np.save(folder / f"motion_vectors/step_{t:04d}.npy", motion if t else np.zeros(0, np.float32))
+            if t < frames:
+                Image.fromarray(rgb).save(folder / f"rgb/step_{t:04d}.png")
+                np.save(folder / f"distance_to_camera/step_{t:04d}.npy", depth)
+
+    with ThreadPoolExecutor() as pool:
+        list(tqdm(pool.map(write, scenes), "simulate", len(scenes), unit="scene"))
+    common.write_json(work / "simulated.json", made_of)
+    work.rename(root)
+
+
+# ---- data: files -----------------------------------------------------------------------------------------
+
+FOLDERS = {"rgb": ("rgb", "rgb_capture"), "motion": ("motion_vectors",), "depth": ("distance_to_camera",)}
+ENDINGS = {"rgb": (".png", ".jpg", ".jpeg"), "motion": (".npy",), "depth": (".npy",)}
+FAR = 100.0                                # metres; from here on a pixel is sky
+DEPTH_SHARE, DEPTH_METRES = .05, .02       # how much a tracked point's distance may change in one step
+UNITS = {"px": lambda W, H: (1, 1), "NDC": lambda W, H: (W / 2, H / 2), "UV": lambda W, H: (W, H)}
+OFFSETS = (-2, -1, 0, 1, 2)
+LEAST_MOVING = 200                         # pixels that the convention test needs
+
+
+@dataclass
+class Scene:
+    """name: the scene folder's, shared by its recordings; steps: step numbers that all three folders have;
+    spacing: the usual distance between steps; paths: {modality: {step: Path}}, unpaired files too; dropped:
+    {modality: files without partners}."""
+    name: str
+    folder: Path
+    prompt: str
+    steps: list
+    spacing: int
+    paths: dict
+    dropped: dict
+
+
+# ---- finding --------------------------------------------------------------------------------------------
+
+def find_scenes(data_dir):
+    """-> list of Scene, in metadata.csv's order. Without that file, all folders below data_dir that have the
+    three subfolders, and the file is written. UserError for rows, folders or steps that are missing."""
+    root = Path(data_dir)
+    table = root / "metadata.csv"
+    if table.is_file():
+        with open(table, newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+        if rows and not rows[0].get("video"):
+            raise UserError(f"{table} has no column video: it takes the columns video,prompt")
+    else:
+        rows = []
+        for folder, below, _ in os.walk(root):
+            if set(below) & {alias for aliases in FOLDERS.values() for alias in aliases}:
+                rows.append({"video": Path(folder).relative_to(root).as_posix()})
+                below.clear()
+        rows.sort(key=lambda row: row["video"])
+    if not rows:
+        raise UserError(f"no scenes in {root}: folders such as test_ball_ramp/env_0/0/0 that hold rgb, "
+                        "motion_vectors and distance_to_camera are needed")
+    scenes = [open_scene(root, row) for row in rows]
+    if not table.is_file():
+        write_table(table, rows, scenes)
+    return scenes
+
+
+def write_table(table, rows, scenes):
+    """metadata.csv; a folder that cannot be written to stays without."""
+    part = table.with_name(f"metadata.{os.getpid()}.tmp")  # several processes may write it at once
+    try:
+        with open(part, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["video", "prompt"])
+            writer.writerows([row["video"], scene.prompt] for row, scene in zip(rows, scenes))
+        os.replace(part, table)
+    except OSError as error:
+        print(f"{table} is not written: {error}")
+
+
+def open_scene(root, row):
+    """A row of metadata.csv -> Scene: files paired by step number, never by their place in a sorted list."""
+    folder = root / row["video"]           # an absolute path replaces root
+    if not folder.is_dir():
+        raise UserError(f"scene {scene_name(folder)}: metadata.csv names {folder}, which is no folder")
+    if (folder / "env_0/0/0").is_dir():
+        folder = folder / "env_0/0/0"
+    name, paths = scene_name(folder), {}
+    for modality, aliases in FOLDERS.items():
+        found = [folder / alias for alias in aliases if (folder / alias).is_dir()]
+        if not found:
+            raise UserError(f"scene {name}: {folder} lacks the folder {aliases[0]}")
+        paths[modality] = {}
+        for path in sorted(found[0].iterdir()):
+            numbers = re.findall(r"\d+", path.stem)
+            if path.suffix.lower() in ENDINGS[modality] and numbers:
+                other = paths[modality].setdefault(int(numbers[-1]), path)
+                if other != path:
+                    raise UserError(f"scene {name}: {other} and {path.name} are of the same step")
+    steps = sorted(set.intersection(*map(set, paths.values())))
+    if not steps:
+        counts = ", ".join(f"{len(files)} {modality}" for modality, files in paths.items())
+        raise UserError(f"scene {name}: the folders in {folder} share no step ({counts} files)")
+    spacing = Counter(np.diff(steps).tolist()).most_common(1)[0][0] if len(steps) > 1 else 1
+    prompt = row.get("prompt") or "A physics simulation of " + name.removeprefix("test_").replace("_", " ")
+    return Scene(name, folder, prompt, steps, spacing, paths,
+                 {modality: len(files) - len(steps) for modality, files in paths.items()})
+
+
+def scene_name(folder):
+    """.../test_ball_ramp/env_0/0/0 -> test_ball_ramp."""
+    parts = [part for part in Path(os.path.abspath(folder)).parts
+             if not re.fullmatch(r"\d+|env(_\d+)?|camera|cam_\d+", part)]
+    return parts[-1]
+
+
+# ---- reading --------------------------------------------------------------------------------------------
+
+def load_array(scene, modality, step):
+    """-> H W 2 (motion) or H W (depth) floats of any precision, mapped: pages are read when used. None for an
+    empty file, which a renderer writes as long as there is no frame before. UserError names the file."""
+    path = scene.paths[modality][step]
+    try:
+        array = np.load(path, mmap_mode="r")
+    except (ValueError, EOFError, OSError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if array.size == 0:
+        return None
+    good = array.ndim == 3 and array.shape[2] in (2, 4) if modality == "motion" else \
+        array.ndim == 2 or array.ndim == 3 and array.shape[2] == 1
+    if not good or array.dtype not in (np.float16, np.float32, np.float64):
+        needs = "(H, W, 2 or 4)" if modality == "motion" else "(H, W)"
+        raise UserError(f"{path} is {array.dtype} {array.shape}: floats of shape {needs} are needed")
+    return array[..., :2] if modality == "motion" else array.reshape(array.shape[:2])
+
+
+def open_rgb(scene, step):
+    """-> PIL image, not yet decoded."""
+    try:
+        return Image.open(scene.paths["rgb"][step])
+    except OSError as error:
+        raise UserError(f"{scene.paths['rgb'][step]} cannot be read: {error}") from None
+
+
+def crop_box(size, height, width):
+    """(W, H) of a picture -> left, top, width, height of its centred part with the target's aspect."""
+    W, H = size
+    w, h = min(W, max(1, round(H * width / height))), min(H, max(1, round(W * height / width)))
+    return (W - w) // 2, (H - h) // 2, w, h
+
+
+def clean_depth(depth, far):
+    """Metres with sky (Inf, <= 0, >= far) set to far; NaN, not known, stays and agrees with nothing."""
+    depth = np.asarray(depth, np.float32)
+    return np.where((depth <= 0) | (depth >= far), np.float32(far), depth)
+
+
+def interpolate(point, distance, motion, depth, far):
+    """motion at points N 2 (x, y) whose distance was N metres one step later -> motion N 2, distance N, valid N.
+
+    Bilinear among those of the four neighbours that lie on the same surface: where an object borders on
+    another, the ordinary bilinear mixture of both motions belongs to neither. Same surface means a distance
+    within 5 % + 2 cm of the point's (a point's own distance changes as it moves; at 60 frames/s and 4 m that
+    allows for 13 m/s). No such neighbour, or less than a tenth of the weight: the point is occluded.
+    """
+    H, W = depth.shape
+    corner = np.floor(point).astype(np.int64)
+    part = (point - corner)[:, None]
+    shift = np.array([[0, 0], [1, 0], [0, 1], [1, 1]])
+    weight = np.where(shift, part, 1 - part).prod(-1)
+    x, y = np.clip(corner[:, None] + shift, 0, [W - 1, H - 1]).transpose(2, 0, 1)
+    near = clean_depth(depth[y, x], far)
+    weight = weight * (np.abs(near - distance[:, None]) < DEPTH_SHARE * distance[:, None] + DEPTH_METRES)
+    vector = np.zeros((*near.shape, 2))
+    if motion is not None:
+        vector = np.asarray(motion[y, x], np.float64)
+        weight = weight * np.isfinite(vector).all(-1)
+    total = weight.sum(-1)
+    weight = weight / np.maximum(total, 1e-9)[:, None]
+    mean = (weight[..., None] * np.where(np.isfinite(vector), vector, 0)).sum(1)
+    return mean, (weight * np.where(weight > 0, near, 0)).sum(-1), total > .1
+
+
+def compose(motions, depths, rows, columns, far=FAR):
+    """Chains single-step vectors over a stride: k motions (frames t, t-1, .. t-k+1) and k + 1 depths (frames
+    t .. t-k), each H W .., at the pixels rows x columns -> motion h w 2 in native pixels, valid h w.
+
+    Starting at pixel p, p moves by motion[t](p), then by motion[t-1] at its new place, and so on. A point is
+    valid while it stays inside the image and every step finds its surface (see interpolate), so points that
+    were hidden k frames ago are dropped.
+    """
+    shape = len(rows), len(columns)
+    if any(array is None for array in (*motions, *depths)):
+        return np.zeros((*shape, 2), np.float32), np.zeros(shape, bool)
+    H, W = depths[0].shape
+    grid = np.ix_(rows, columns)
+    start = np.stack(np.meshgrid(columns, rows), -1).astype(np.float32).reshape(-1, 2)
+    point, distance = start.copy(), clean_depth(depths[0][grid], far).reshape(-1)
+    valid, still = np.isfinite(distance), np.ones(len(start), bool)
+    for motion, depth in zip([*motions, None], depths):
+        # most pixels never move: those need no interpolation
+        near = clean_depth(depth[grid], far).reshape(-1)
+        valid &= ~still | (np.abs(near - distance) < DEPTH_SHARE * distance + DEPTH_METRES)
+        distance = np.where(still, near, distance)
+        vector = np.zeros_like(point) if motion is None else motion[grid].astype(np.float32).reshape(-1, 2)
+        moved = np.flatnonzero(~still & valid)
+        vector[moved], distance[moved], valid[moved] = interpolate(
+            point[moved], distance[moved], motion, depth, far)
+        dx, dy = vector.T                  # a reduction over an axis of two is slow
+        valid &= np.isfinite(dx) & np.isfinite(dy)
+        step = np.flatnonzero(valid & ((dx != 0) | (dy != 0))) if motion is not None else []
+        point[step] += vector[step]
+        still[step] = False
+        inside = (point[step] >= 0) & (point[step] <= np.float32([W - 1, H - 1]))
+        valid[step] = inside.all(-1)       # absurd vectors end here too
+    motion = np.where(valid[:, None], point - start, 0)
+    return motion.reshape(*shape, 2), valid.reshape(shape)
+
+
+def read_clip(scene, start, stride, frames, height, width, flip=False, far=FAR):
+    """Frames start, start + stride, ... of scene.steps, all modalities cropped and resized alike -> dict of
+    video T 3 H W uint8, motion T 2 H W float32 (previous chosen frame minus this one, in pixels at H x W; 0
+    where not valid), motion_valid T H W bool (never in frame 0), depth T H W float32 metres (far where not
+    valid), depth_valid T H W bool. flip mirrors left and right. UserError names the file or the scene.
+
+    RGB is averaged, motion and depth are picked from the nearest pixel: their mean over a border is no
+    surface. Vectors are chained at native resolution and then scaled.
+    """
+    last = start + stride * (frames - 1)
+    if start < 0 or stride < 1 or frames < 1 or last >= len(scene.steps):
+        raise UserError(f"scene {scene.name}: {frames} frames from {start} by {stride} do not fit into its "
+                        f"{len(scene.steps)} steps")
+    size = open_rgb(scene, scene.steps[start]).size
+    left, top, w, h = crop_box(size, height, width)
+    rows = top + ((np.arange(height) + .5) * h / height).astype(int)
+    columns = left + ((np.arange(width) + .5) * w / width).astype(int)
+    video = np.zeros((frames, height, width, 3), np.uint8)
+    motion = np.zeros((frames, height, width, 2), np.float32)
+    motion_valid = np.zeros((frames, height, width), bool)
+    depth = np.full((frames, height, width), np.nan, np.float32)
+
+    def load(modality, index):
+        array = load_array(scene, modality, scene.steps[index])
+        if array is not None and array.shape[1::-1] != size:
+            raise UserError(f"{scene.paths[modality][scene.steps[index]]} is {array.shape[1]} x "
+                            f"{array.shape[0]}, the frames of scene {scene.name} are {size[0]} x {size[1]}")
+        return array
+
+    for i, index in enumerate(range(start, last + 1, stride)):
+        picture = open_rgb(scene, scene.steps[index])
+        if picture.size != size:
+            raise UserError(f"{scene.paths['rgb'][scene.steps[index]]} is {picture.size[0]} x "
+                            f"{picture.size[1]}, the frames of scene {scene.name} are {size[0]} x {size[1]}")
+        try:
+            video[i] = picture.convert("RGB").resize((width, height), Image.BICUBIC,
+                                                     (left, top, left + w, top + h))
+        except OSError as error:
+            raise UserError(f"{scene.paths['rgb'][scene.steps[index]]} cannot be read: {error}") from None
+        array = load("depth", index)
+        if array is not None:
+            depth[i] = array[np.ix_(rows, columns)]
+        chain = range(index, index - stride, -1)
+        # a vector leads to the step before it: where that one is missing, the chain is broken
+        if i and all(scene.steps[j] - scene.steps[j - 1] == scene.spacing for j in chain):
+            motion[i], motion_valid[i] = compose([load("motion", j) for j in chain], [
+                load("depth", j) for j in (*chain, index - stride)], rows, columns, far)
+    depth_valid = np.isfinite(depth) & (depth > 0) & (depth < far)
+    depth = np.where(depth_valid, depth, np.float32(far))
+    motion *= np.float32([width / w, height / h])
+    clip = {"video": video.transpose(0, 3, 1, 2), "motion": motion.transpose(0, 3, 1, 2),
+            "motion_valid": motion_valid, "depth": depth, "depth_valid": depth_valid}
+    if flip:
+        clip = {name: value[..., ::-1] for name, value in clip.items()}
+        clip["motion"] = clip["motion"] * np.float32([-1, 1])[:, None, None]
+    return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in clip.items()}
+
+
+# ---- checking -------------------------------------------------------------------------------------------
+
+def sampled(items, count):
+    """At most count of a list's items, evenly spread."""
+    return [items[i] for i in sorted(set(np.linspace(0, len(items) - 1, min(count, len(items))).astype(int)))]
+
+
+def bilinear(picture, x, y):
+    """Picture H W 3 at N points; outside, the border is repeated."""
+    H, W = picture.shape[:2]
+    x, y = np.clip(x, 0, W - 1), np.clip(y, 0, H - 1)
+    left, top = np.minimum(x.astype(int), W - 2), np.minimum(y.astype(int), H - 2)
+    a, b = (x - left)[:, None], (y - top)[:, None]
+    return (1 - b) * ((1 - a) * picture[top, left] + a * picture[top, left + 1]) + \
+        b * ((1 - a) * picture[top + 1, left] + a * picture[top + 1, left + 1])
+
+
+def busiest_pairs(scenes, pairs):
+    """-> [(scene, step)] with the largest mean vectors, spread over the scenes; each with its neighbours in
+    reach of OFFSETS. Looks at every 8th pixel of at most 24 files per scene."""
+    ranked = []
+    for scene in scenes:
+        rgb, motion, gap = scene.paths["rgb"], scene.paths["motion"], scene.spacing
+        usable = [t for t in scene.steps if t - gap in rgb and all(t + o * gap in motion for o in OFFSETS)]
+        scores = []
+        for t in sampled(usable, 24):
+            array = load_array(scene, "motion", t)
+            if array is not None:
+                scores.append((float(np.nan_to_num(np.abs(array[::8, ::8]), posinf=0).mean()), t))
+        # a scene's second-best pair competes at half its score, and so on: not all come from one scene
+        ranked += [(score / (rank + 1), scene, t) for rank, (score, t) in enumerate(sorted(scores)[::-1])]
+    ranked.sort(key=lambda entry: -entry[0])
+    return [(scene, t) for _, scene, t in ranked[:pairs]]
+
+
+def convention_test(scenes, pairs=20):
+    """Which reading of the vectors explains the pictures? Warps rgb[t - 1] to t by sign x unit x vectors of
+    file t + offset, at native resolution -> dict of table {(sign, unit, offset): mean |difference| in 0..255},
+    unwarped (the same without warp), best (a key of table or None), moving (pixels compared), changed (those
+    of them where the picture changes at all).
+
+    All readings are compared at the same pixels: those that move by any of the five files, that is by more
+    than a tenth of that pair's longest vector. Their union holds the rims that an object leaves or enters,
+    which is what tells one offset from the next; and it does not depend on the unit.
+    """
+    keys = [(sign, unit, offset) for offset in OFFSETS for unit in UNITS for sign in (1, -1)]
+    total, unwarped, moving, changed = dict.fromkeys(keys, 0.), 0., 0, 0
+    for scene, t in busiest_pairs(scenes, pairs):
+        vectors = [load_array(scene, "motion", t + offset * scene.spacing) for offset in OFFSETS]
+        now, before = (np.asarray(open_rgb(scene, step).convert("RGB"), np.float32)
+                       for step in (t, t - scene.spacing))
+        if any(array is None or array.shape[:2] != now.shape[:2] for array in vectors):
+            continue
+        vectors = [np.where(np.isfinite(array), array, 0).astype(np.float32) for array in vectors]
+        length = np.max([np.hypot(array[..., 0], array[..., 1]) for array in vectors], 0)
+        y, x = np.nonzero(length > .1 * length.max())
+        target = now[y, x]
+        still = np.abs(before[y, x] - target).mean(1)
+        unwarped, moving, changed = unwarped + still.sum(), moving + len(x), changed + (still > 8).sum()
+        H, W = now.shape[:2]
+        for sign, unit, offset in keys:
+            dx, dy = (sign * vectors[OFFSETS.index(offset)][y, x] * UNITS[unit](W, H)).T
+            warped = bilinear(before, x + dx, y + dy)
+            total[sign, unit, offset] += float(np.abs(warped - target).mean(1).sum())
+    table = {key: value / max(moving, 1) for key, value in total.items()}
+    best = min(table, key=table.get) if changed >= LEAST_MOVING else None
+    return {"table": table, "unwarped": float(unwarped / max(moving, 1)), "best": best, "moving": moving,
+            "changed": int(changed)}
+
+
+def verdict(result):
+    """What convention_test found -> None if the vectors are as read_clip takes them, else one line that names
+    the fault."""
+    if result["best"] is None:
+        return (f"too few moving pixels ({result['changed']}, {LEAST_MOVING} are needed) to test the sign, unit "
+                "and offset of motion_vectors")
+    (sign, unit, offset), error = result["best"], result["table"][result["best"]]
+    if error > .8 * result["unwarped"]:
+        return (f"motion_vectors do not explain the pictures: the best reading leaves an error of {error:.1f}, "
+                f"no motion at all {result['unwarped']:.1f}")
+    faults = []
+    if sign < 0:
+        faults.append("motion_vectors point the other way: multiply by -1")
+    if unit != "px":
+        factors = {"NDC": "x by W/2 and y by H/2", "UV": "x by W and y by H"}[unit]
+        faults.append(f"the unit of motion_vectors is {unit}, not pixels: multiply {factors}")
+    if offset:
+        faults.append(f"motion files are shifted by {offset:+d} frame{'s' * (abs(offset) > 1)} against rgb: "
+                      f"the file of step t{offset:+d} belongs to frame t")
+    return "; ".join(faults) or None
+
+
+def check(data_dir, far=FAR):
+    """Prints what the scenes hold and what their vectors mean. UserError with the verdict if they mean
+    something else than read_clip assumes; a data set that hardly moves cannot fail."""
+    scenes = find_scenes(data_dir)
+    for scene in scenes:
+        motion, moving, depth, bad, picture = [], [], [], [], open_rgb(scene, scene.steps[0]).size
+        for step in sampled(scene.steps, 8):
+            array = load_array(scene, "motion", step)
+            if array is not None:
+                array = np.asarray(array, np.float32)
+                bad.append(~np.isfinite(array).all(-1).ravel())
+                array = array[np.isfinite(array).all(-1)]
+                motion.append((array.min(initial=0), array.max(initial=0)))
+                moving.append((np.hypot(array[:, 0], array[:, 1]) > .5).mean() if len(array) else 0)
+            array = load_array(scene, "depth", step)
+            if array is not None:
+                array = np.asarray(array, np.float32).ravel()
+                depth.append(array)
+        depth = np.concatenate(depth) if depth else np.full(1, np.nan, np.float32)
+        seen = depth[np.isfinite(depth) & (depth > 0) & (depth < far)]
+        low, high = (min(a for a, _ in motion), max(b for _, b in motion)) if motion else (0, 0)
+        counts = ", ".join(f"{len(files)} {modality}" for modality, files in scene.paths.items())
+        dropped = ", ".join(f"{n} {modality}" for modality, n in scene.dropped.items() if n) or "none"
+        gaps = int((np.diff(scene.steps) != scene.spacing).sum())
+        print(f"{scene.name}: {counts}; {len(scene.steps)} paired, {gaps} gaps, unpaired: {dropped}; "
+              f"{picture[0]} x {picture[1]}\n"
+              f"  motion {low:.1f} to {high:.1f} px, {np.mean(moving or 0):.1%} of pixels move, "
+              f"{np.mean(np.concatenate(bad)) if bad else 1:.1%} NaN or Inf; depth "
+              + (f"{seen.min():.2f} to {seen.max():.2f} m" if len(seen) else "never valid")
+              + f", {np.isnan(depth).mean():.1%} NaN, {np.isinf(depth).mean():.1%} Inf, "
+              f"{1 - len(seen) / len(depth):.1%} not valid")
+        own = verdict(convention_test([scene], 6)) if len(scenes) > 1 else None
+        if own and not own.startswith("too few"):
+            print(f"  suspicious: {own}")
+    result = convention_test(scenes)
+    print(f"error of warping frame t-1 to t on {result['moving']} moving pixels (0..255), without warp "
+          f"{result['unwarped']:.2f}:")
+    for sign, unit, offset in sorted(result["table"], key=result["table"].get)[:5] if result["moving"] else []:
+        print(f"  {'+-'[sign < 0]}mv, {unit}, offset {offset:+d}: {result['table'][sign, unit, offset]:.2f}")
+    fault = verdict(result)
+    print(f"verdict: {fault or 'motion vectors are previous minus current, in pixels, in step with rgb'}")
+    if fault and result["best"] is not None:
+        raise UserError(f"{data_dir}: {fault}")
+
+
+# ---- cache ----------------------------------------------------------------------------------------------
+
+class LinearCodec:
+    """AutoencoderKLWan's interface without its weights, which no small size has: principal components of the first
+    frame's 8x8 patches and of 4x8x8 patches after it. Causal, 8 times smaller in space, 4 in time.
+
+    """
+    side, dtype = 8, torch.float32
+
+    def __init__(self, tensors):
+        self.tensors = tensors
+        z_dim = tensors["first"].shape[0]
+        self.config = argparse.Namespace(latents_mean=[0.] * z_dim, latents_std=[1.] * z_dim, z_dim=z_dim)
+
+    @classmethod
+    def fit(cls, videos, z_dim):
+        """videos B C T H W in [-1, 1]."""
+        tensors = {}
+        for name, part in zip(("first", "later"), cls.patches(videos)):
+            rows = part.movedim(1, -1).flatten(0, -2)
+            mean = rows.mean(0)
+            _, s, v = torch.pca_lowrank(rows - mean, z_dim, niter=4)
+            tensors |= {name: v.T.contiguous(), f"{name}_mean": mean, f"{name}_std": s / len(rows) ** .5}
+        return cls(tensors)
+
+    @classmethod
+    def patches(cls, x):
+        """B C T H W -> first frame's B p 1 h w and the others' B p F-1 h w."""
+        parts = []
+        for part, length in ((x[:, :, :1], 1), (x[:, :, 1:], 4)):
+            part = part.unflatten(2, (-1, length)).unflatten(4, (-1, cls.side)).unflatten(6, (-1, cls.side))
+            parts.append(part.permute(0, 1, 3, 5, 7, 2, 4, 6).flatten(1, 4))   # B (C t y x) F h w
+        return parts
+
+    def encode(self, x):
+        z = []
+        for name, part in zip(("first", "later"), self.patches(x)):
+            part = part - expand_to(self.tensors[f"{name}_mean"], part[0])
+            z.append(torch.einsum("dp,bpfhw->bdfhw", self.tensors[name], part)
+                     / expand_to(self.tensors[f"{name}_std"], part[0]))
+        z = torch.cat(z, dim=2)
+        return argparse.Namespace(latent_dist=argparse.Namespace(mode=lambda: z))
+
+    def decode(self, z, return_dict=True):
+        x = []
+        for name, part, length in (("first", z[:, :, :1], 1), ("later", z[:, :, 1:], 4)):
+            part = part * expand_to(self.tensors[f"{name}_std"], part[0])
+            part = torch.einsum("dp,bdfhw->bpfhw", self.tensors[name], part)
+            part = part + expand_to(self.tensors[f"{name}_mean"], part[0])
+            part = part.unflatten(1, (3, length, self.side, self.side))          # B C t y x F h w
+            part = part.permute(0, 1, 5, 2, 6, 3, 7, 4)
+            x.append(part.flatten(6, 7).flatten(4, 5).flatten(2, 3))
+        return argparse.Namespace(sample=torch.cat(x, dim=2))
+
+
+def split_scenes(scenes):
+    """Whole scenes only: of seven in the order of names the 4th is for validation, the 6th for the test. Of the
+    document's 21: a ramp, dominoes and an occluder are held out, which are three kinds of motion."""
+    if len(scenes) < 3:
+        raise UserError(f"{len(scenes)} scenes cannot be split into train, val and test: three at least")
+    if len(scenes) < 7:
+        return {"train": scenes[:-2], "val": scenes[-2:-1], "test": scenes[-1:]}
+    place = {3: "val", 5: "test"}
+    return {part: [s for i, s in enumerate(scenes) if place.get(i % 7, "train") == part]
+            for part in ("train", "val", "test")}
+
+
+def choose_clips(scenes, part, args):
+    """-> [(scene, start, stride, flip)]: random ones of the training scenes, evenly spaced ones of the others.
+    Scenes too short for --frames at any stride are left out, said by build_cache."""
+    rng, clips = np.random.default_rng(args.seed), []
+    strides = sorted(int(k) for k in args.strides.split(","))
+    for scene in scenes:
+        fit = [k for k in strides if (args.frames - 1) * k < len(scene.steps)]
+        if not fit:
+            continue
+        for i in range(args.clips if part == "train" else args.eval_clips):
+            stride = int(rng.choice(fit)) if part == "train" else fit[len(fit) // 2]
+            room = len(scene.steps) - (args.frames - 1) * stride
+            start = int(rng.integers(room)) if part == "train" else (2 * i + 1) * room // (2 * args.eval_clips)
+            clips.append((scene, start, stride, bool(part == "train" and rng.random() < .5)))
+    return clips
+
+
+def build_cache(args, run):
+    """Latents, text embeddings and targets of all clips, written once; then VAE and text encoder leave memory.
+
+    cache/<part>_000.safetensors per scene: latents n C F h w, text L D, motion n T 2 h w, depth n T h w (metres) and
+    their masks at the heads' resolution; held-out scenes at full resolution, with the video n T 3 H W uint8.
+    index.json, written last, holds what all of it was made of: another set or other flags make it anew.
+    """
+    folder = Path(args.data_dir) / "cache"
+    scenes = find_scenes(args.data_dir)
+    files = [path for scene in scenes for paths in scene.paths.values() for path in paths.values()]
+    stats = [path.stat() for path in files]
+    made_of = {"files": len(files), "bytes": sum(s.st_size for s in stats),
+               "newest": max(s.st_mtime_ns for s in stats),
+               "prompts": [[scene.name, scene.prompt] for scene in scenes],
+               **{name: getattr(args, name) for name in CACHE_FLAGS}}
+    index = folder / "index.json"
+    if index.is_file() and json.loads(index.read_text())["made_of"] == made_of:
+        return
+    if run.rank == 0:
+        if index.is_file():
+            print(f"{folder} was made of other data or flags: making it anew")
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        tested = convention_test(scenes)
+        problem = tested["best"] and verdict(tested)       # what hardly moves cannot fail
+        if problem:
+            raise UserError(f"{args.data_dir}: {problem}; python {SCRIPT}.py --check --data_dir {args.data_dir} "
+                            f"shows the table")
+    run.barrier()
+    parts = split_scenes(scenes)
+    clips = {part: choose_clips(own, part, args) for part, own in parts.items()}
+    for part, own in clips.items():
+        if not own:
+            raise UserError(f"no scene of split {part} has {args.frames} frames at a stride of --strides "
+                            f"{args.strides}")
+    read = lambda clip: read_clip(*clip[:3], args.frames, args.height, args.width, clip[3])
+    if args.model == "tiny" and run.rank == 0:
+        some = clips["train"][::max(1, len(clips["train"]) // 40)]
+        videos = torch.stack([from_uint8(read(clip)["video"]) for clip in some]).movedim(1, 2)
+        common.save_weights(folder / "codec.safetensors", LinearCodec.fit(
+            videos, TINY["transformer"]["in_channels"]).tensors)
+    run.barrier()
+    vae, encode_prompt = load_codec(args, run), text_encoder(args, run)
+    jobs = [(part, scene) for part, own in parts.items() for scene in own]
+    for number, (part, scene) in enumerate(tqdm(jobs, "cache", unit="scene", disable=run.rank > 0)):
+        own = [clip for clip in clips[part] if clip[0] is scene]
+        if number % run.world != run.rank or not own:
+            continue
+        with ThreadPoolExecutor() as pool:
+            records = list(pool.map(read, own))
+        step = 1 if part != "train" else args.height // args.target_height
+        tensors = {"text": encode_prompt(scene.prompt)}
+        for name in ("motion", "motion_valid", "depth", "depth_valid"):
+            value = torch.stack([r[name] for r in records])[..., step // 2::step, step // 2::step]
+            tensors[name] = value.half() if name == "motion" and part == "train" else value
+        latents = [common.wan_encode(vae, from_uint8(r["video"])[None].to(run.device)).cpu() for r in records]
+        tensors["latents"] = torch.cat(latents).to(torch.float32 if args.model == "tiny" else torch.bfloat16)
+        if part != "train":
+            tensors["video"] = torch.stack([r["video"] for r in records])
+        common.save_weights(folder / f"{part}_{scene.name}.safetensors", tensors)
+    run.barrier()
+    if run.rank == 0:
+        logs = []
+        for file in sorted(folder.glob("train_*.safetensors")):
+            t = common.load_weights(file)
+            logs.append(t["depth"][t["depth_valid"]].float().log()[::7])
+        logs = torch.cat(logs)
+        common.write_json(index, {"made_of": made_of, "mean": logs.mean().item(), "std": logs.std().item(),
+                                  "clips": {part: len(own) for part, own in clips.items()},
+                                  "scenes": {part: [s.name for s in own] for part, own in parts.items()}})
+    run.barrier()
+
+
+class Clips:
+    """A split of the cache. Rows are read where they are needed: a shard is mapped, not loaded."""
+    def __init__(self, args, part):
+        folder = Path(args.data_dir) / "cache"
+        self.index, self.length = json.loads((folder / "index.json").read_text()), args.text_length
+        self.depth_scale = [self.index["mean"], self.index["std"]]
+        shards = [(path, safe_open(path, "pt")) for path in sorted(folder.glob(f"{part}_*.safetensors"))]
+        self.rows = [(path.stem.removeprefix(f"{part}_"), shard, i) for path, shard in shards
+                     for i in range(shard.get_slice("latents").get_shape()[0])]
+
+    def get(self, numbers, names, device):
+        """-> {name: stacked rows}, and "text", padded with zeros as Wan was trained."""
+        rows = [self.rows[i][1:] for i in numbers]
+        batch = {name: torch.stack([shard.get_slice(name)[i] for shard, i in rows]).to(device) for name in names}
+        for name in {"latents", "motion", "depth"} & batch.keys():
+            batch[name] = torch.nan_to_num(batch[name].float(), posinf=0.)
+        batch["text"] = common.pad_text([shard.get_tensor("text") for shard, _ in rows], self.length).to(device)
+        if "motion" in batch:
+            batch["moving"] = batch["motion_valid"] & (batch["motion"].norm(dim=2) > MOVING)
+        return batch
+
+    def targets(self, numbers, device):
+        """What PhysicsModel trains on (see physics_loss)."""
+        batch = self.get(numbers, ("latents", "motion", "motion_valid", "depth", "depth_valid"), device)
+        return batch | {"asked": torch.ones(len(numbers), dtype=torch.bool, device=device)}
+
+
+# ---- evaluate and sample --------------------------------------------------------------------------------
+
+def depth_scores(d, truth, mask):
+    """d, truth T H W in metres, mask T H W: pixels that count -> {metric: mean over them} (spec of Eigen 2014:
+    AbsRel, SqRel, RMSE, log RMSE, thresholds 1.25^n; SILog as in KITTI). A predicted sky is 1000 m away."""
+    d, truth = d[mask].clamp(1e-3, 1e3).double(), truth[mask].double()
+    e = d.log() - truth.log()
+    worst = e.abs().exp()
+    return {"abs_rel": ((d - truth).abs() / truth).mean(), "sq_rel": ((d - truth) ** 2 / truth).mean(),
+            "rmse": (d - truth).square().mean().sqrt(), "rmse_log": e.square().mean().sqrt(),
+            **{f"delta{n}": (worst < 1.25 ** n).double().mean() for n in (1, 2, 3)},
+            "silog": 100 * (e.square().mean() - e.mean() ** 2).clamp(min=0).sqrt()}
+
+
+def motion_scores(f, truth, mask):
+    """f, truth T 2 H W in px -> end-point error, and KITTI's outliers: over 3 px and over 5 % of the length."""
+    error = (f - truth).norm(dim=1)[mask].double()
+    length = truth.norm(dim=1)[mask].double()
+    return {"epe": error.mean(), "outliers_1px": (error > 1).double().mean(),
+            "fl": ((error > 3) & (error > .05 * length)).double().mean()}
+
+
+def clip_scores(motion, depth, clip):
+    """What a prediction is worth on one clip -> {metric: number}; NaN where nothing counts."""
+    valid, moving = clip["depth_valid"], clip["moving"]
+    scaled = depth * (clip["depth"][valid] / depth[valid].clamp(max=1e3)).median()
+    out = {**depth_scores(depth, clip["depth"], valid), **motion_scores(motion, clip["motion"], clip["motion_valid"])}
+    out |= {f"{k}_moving": v for k, v in {**depth_scores(depth, clip["depth"], valid & moving),
+                                         **motion_scores(motion, clip["motion"], moving)}.items()}
+    out |= {f"{k}_scaled": v for k, v in depth_scores(scaled, clip["depth"], valid).items() if k in ("abs_rel", "delta1")}
+    seen = torch.isfinite(depth) == valid
+    return {k: float(v) for k, v in out.items()} | {"sky_accuracy": float(seen.double().mean())}
+
+
+def mean_scores(rows):
+    return {name: float(np.nanmean([row[name] for row in rows])) if any(
+        np.isfinite(row[name]) for row in rows) else math.nan for name in rows[0]}
+
+
+@torch.no_grad()
+def predict(model, batch, sigma, seed, args):
+    """Heads' reading of clips whose latents are noised to `sigma` -> motion B T 2 H W px, depth B T H W m."""
+    z = batch["latents"]
+    _, y = model(z, fixed_noise(z, seed), torch.full((len(z),), sigma, device=z.device), batch["text"],
+                 velocity=False)
+    return read_out(y.float(), (args.height, args.width), model.heads.depth_scale)
+
+
+def describe_data(args):
+    simulated = "SIMULATED by this script" if (Path(args.data_dir) / "simulated.json").exists() else "as found"
+    return f"{args.data_dir}, {simulated}, {args.height}x{args.width}, {args.frames} frames"
+
+
+def evaluate(args, models, run):
+    """Metrics on scenes that no training saw, at full resolution -> eval.json, curves.png. models: {name: model},
+    of which "model" is the one the run is about; the others are controls. Processes share the clips."""
+    began, clips = time.time(), Clips(args, "test")
+    train = Clips(args, "train")
+    names = ("latents", "motion", "motion_valid", "depth", "depth_valid", "video")
+    total = torch.zeros(2, args.height, args.width)
+    for i in range(0, len(train.rows), 16):      # the mean depth of each pixel, over the training clips
+        b = train.get(range(i, min(i + 16, len(train.rows))), ("depth", "depth_valid"), "cpu")
+        depth, valid = b["depth"], b["depth_valid"]
+        sums = torch.stack([torch.where(valid, depth, 0.).sum((0, 1)), valid.float().sum((0, 1))])
+        total += F.interpolate(sums[None], total.shape[1:], mode="nearest")[0]
+    seen = total[1] > 0
+    fallback = (total[0][seen].sum() / total[1][seen].sum()).item()
+    mean_depth = torch.where(seen, total[0] / total[1].clamp(min=1), fallback)
+    tables, flow = {}, {}
+    for i in range(run.rank, len(clips.rows), run.world):
+        batch = clips.get([i], names, run.device)
+        clip = {name: value[0].cpu() for name, value in batch.items()}
+        first = torch.where(clip["depth_valid"][0], clip["depth"][0], fallback)
+        zero = torch.zeros_like(clip["motion"])
+        guesses = {"mean_depth_zero_motion": (zero, mean_depth.expand_as(clip["depth"])),
+                   "copy": (clip["motion"][1].expand_as(zero), first.expand_as(clip["depth"]))}
+        for name, (motion, depth) in guesses.items():
+            tables.setdefault(name, []).append(clip_scores(motion, depth, clip))
+        for name, model in models.items():
+            for sigma in SIGMAS if name == "model" else (PROBE,):
+                with run.autocast():
+                    motion, depth = predict(model, batch, sigma, i, args)
+                label = name if sigma == PROBE else f"{name}_sigma{sigma}"
+                tables.setdefault(label, []).append(clip_scores(motion[0].cpu(), depth[0].cpu(), clip))
+        for label, value in flow_losses(models["model"], batch, i, run).items():
+            flow.setdefault(label, []).append(value)
+    if run.world > 1:
+        gathered = [None] * run.world
+        dist.all_gather_object(gathered, (tables, flow))
+        tables, flow = ({name: [row for part in gathered for row in part[k].get(name, [])] for name in gathered[0][k]}
+                        for k in (0, 1))
+    results = {name: mean_scores(rows) for name, rows in tables.items()}
+    report = {"script": SCRIPT, "preset": args.preset, "data": describe_data(args), "weights": args.weights,
+              "seconds": time.time() - began,
+              "headline": {"metric": "epe_moving", "value": results["model"]["epe_moving"],
+                           "baseline": results["mean_depth_zero_motion"]["epe_moving"], "lower_is_better": True},
+              "results": {**results["model"],
+                          **{f"{k}_{name.removeprefix('model_')}": v for name, row in results.items()
+                             if name.startswith("model_") for k, v in row.items()
+                             if k in ("epe_moving", "abs_rel_moving", "abs_rel", "epe")},
+                          **{f"flow_loss_{name}": float(np.mean(values)) for name, values in flow.items()}},
+              "baselines": {name: row for name, row in results.items() if not name.startswith("model")}}
+    if run.rank == 0:
+        common.write_json(Path(args.output_dir) / "eval.json", report)
+        show_report(report, results, args)
+
+
+def flow_losses(model, batch, seed, run):
+    """The flow-matching loss of a clip at three noise levels, with the adapter and, where there is one, without:
+    heads must not cost the model what it generates."""
+    out, z = {}, batch["latents"]
+    plain = {"adapter_off": model.dit.disable_adapters} if has_adapter(model.dit) else {}
+    for label, switch in {"": lambda: None, **plain}.items():
+        switch()
+        losses = []
+        for sigma in SIGMAS:
+            noise = fixed_noise(z, seed)
+            with torch.no_grad(), run.autocast():
+                v, _ = model(z, noise, torch.full((len(z),), sigma, device=z.device), batch["text"])
+            losses.append(F.mse_loss(v[:, :, 1:].float(), (noise - z)[:, :, 1:]).item())
+        out[label or "heldout"] = float(np.mean(losses))
+    if plain:
+        model.dit.enable_adapters()
+    return out
+
+
+def show_report(report, results, args):
+    """Prints the table and draws curves.png."""
+    shown = ("abs_rel", "abs_rel_moving", "delta1", "delta1_moving", "rmse", "silog", "epe", "epe_moving", "fl_moving")
+    print("held-out scenes " + ", ".join(Clips(args, "test").index["scenes"]["test"]) + f", at {args.height}x"
+          f"{args.width}")
+    print(f"{'':>24}" + "".join(f"{name:>16}" for name in shown))
+    for name, row in results.items():
+        print(f"{name:>24}" + "".join(f"{row[metric]:16.3f}" for metric in shown))
+    r, base = results["model"], results["mean_depth_zero_motion"]
+    print(f"on moving pixels: AbsRel {r['abs_rel_moving'] / base['abs_rel_moving']:.2f} x the mean-depth map's, EPE "
+          f"{r['epe_moving'] / base['epe_moving']:.2f} x zero motion's")
+    print("flow loss on held-out scenes: " + ", ".join(
+        f"{name.removeprefix('flow_loss_')} {value:.4f}" for name, value in report["results"].items()
+        if name.startswith("flow_loss")))
+    panels = []
+    for stage in ("backbone", "heads", "."):
+        path = Path(args.output_dir) / stage / "metrics.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        lines = {}
+        for key in ("motion_loss", "depth_loss", "flow_loss", "val_motion_loss", "val_depth_loss", "val_flow_loss"):
+            points = [(row["step"], row[key]) for row in rows if key in row]
+            if points:
+                lines[key] = tuple(zip(*points))
+        if lines:
+            panels.append({"title": stage.replace(".", args.stage), "xlabel": "step", "ylabel": "loss", "log": True,
+                           "lines": lines})
+    common.plot_curves(Path(args.output_dir) / "curves.png", panels)
+
+
+def motion_picture(motion, scale):
+    """T 2 H W px (backward) -> T 3 H W in [-1, 1]: hue is where to, brightness how fast, `scale` px is full."""
+    import matplotlib.colors
+    forward = -motion
+    hue = torch.atan2(forward[:, 1], forward[:, 0]) / (2 * math.pi) % 1
+    speed = (motion.norm(dim=1) / max(scale, 1e-6)).clamp(0, 1)
+    hsv = torch.stack([hue, torch.ones_like(hue), speed], dim=-1).numpy()
+    return torch.from_numpy(matplotlib.colors.hsv_to_rgb(hsv)).movedim(-1, 1).float() * 2 - 1
+
+
+def depth_picture(depth, low, high):
+    """T H W metres -> T 3 H W in [-1, 1]: log depth from near (bright) to far (dark), sky white."""
+    import matplotlib
+    value = 1 - ((depth.clamp(1e-3, 1e6).log() - low) / max(high - low, 1e-6)).clamp(0, 1)
+    rgb = torch.from_numpy(matplotlib.colormaps["magma"](value.numpy())[..., :3]).float()
+    rgb[~torch.isfinite(depth)] = 1
+    return rgb.movedim(-1, 1) * 2 - 1
+
+
+@torch.no_grad()
+def generate(model, z0, text, negative, args, seed):
+    """Euler's method from noise to the flow's end, frame 0 given. z0 B C 1 h w, text B L D -> B C F h w.
+    Guidance compares with the negative prompt; --cfg 1 leaves it out."""
+    F_ = (args.frames - 1) // 4 + 1
+    noise = fixed_noise(z0.expand(-1, -1, F_, -1, -1), seed)
+    x, levels = noise, shift_sigma(torch.linspace(1, 0, args.steps + 1), args.shift).tolist()
+    for sigma, following in zip(levels, levels[1:]):
+        x = torch.cat([z0, x[:, :, 1:]], dim=2)
+        tokens = torch.full((len(x), F_, x.shape[3] // 2, x.shape[4] // 2), 1000 * sigma, device=x.device)
+        tokens[:, 0] = 0
+        velocity = lambda prompt: run_backbone(model.dit, x, tokens.flatten(1), prompt,
+                                               ())[0].float()
+        v = velocity(text)
+        if args.cfg != 1:
+            v = (away := velocity(negative)) + args.cfg * (v - away)
+        x = x + (following - sigma) * v
+    return torch.cat([z0, x[:, :, 1:]], dim=2)
+
+
+def sample(args, models, run):
+    """Generates a video per chosen held-out scene from its first frame, and lets the heads read it: one clean pass,
+    the final latents at sigma 0.05 with the positive prompt. Also reads the real clip. Rank 0. -> files."""
+    if run.rank:
+        return []
+    model, clips = models["model"], Clips(args, "test")
+    vae, encode_prompt = load_codec(args, run), text_encoder(args, run)
+    folder, files = Path(args.output_dir) / "samples", []
+    folder.mkdir(exist_ok=True)
+    negative = common.pad_text([encode_prompt(NEGATIVE)], args.text_length).to(run.device)
+    names = [name for name, _, _ in clips.rows]
+    chosen = [names.index(name) for name in dict.fromkeys(names)]
+    for index in chosen[:args.num_samples]:
+        batch = clips.get([index], ("latents", "video", "motion", "motion_valid", "depth", "depth_valid"), run.device)
+        z0 = batch["latents"][:, :, :1]
+        with run.autocast():
+            z = generate(model, z0, batch["text"], negative, args, args.seed + index)
+            read = {"generated": predict(model, {"latents": z, "text": batch["text"]}, PROBE, index, args),
+                    "real": predict(model, batch, PROBE, index, args)}
+        film = {"generated": common.wan_decode(vae, z)[0].cpu(), "real": from_uint8(batch["video"][0]).cpu()}
+        truth = torch.where(batch["depth_valid"][0], batch["depth"][0], math.inf).cpu()
+        speed = batch["motion"][0].cpu() * batch["motion_valid"][0].cpu()[:, None]
+        finite = truth[torch.isfinite(truth)].log()
+        low, high = finite.quantile(.02).item(), finite.quantile(.98).item()
+        scale = speed.norm(dim=1).flatten().float().topk(max(1, speed[:, 0].numel() // 500)).values.min().item()
+        stem = names[index]
+        panels = {"truth": torch.cat([film["real"], motion_picture(speed, scale), depth_picture(truth, low, high)], 3)}
+        for kind, (motion, depth) in read.items():
+            motion, depth = motion[0].cpu(), depth[0].cpu()
+            pictures = motion_picture(motion, scale), depth_picture(depth, low, high)
+            panels[f"read from the {kind} video"] = torch.cat([film[kind], *pictures], 3)
+            if kind == "generated":
+                np.save(folder / f"{stem}_motion.npy", motion.movedim(1, -1).numpy())
+                np.save(folder / f"{stem}_depth.npy", depth.numpy())
+                files += [folder / f"{stem}_motion.npy", folder / f"{stem}_depth.npy"]
+                for name, pages in zip(("video", "motion", "depth"), (film[kind], *pictures)):
+                    files.append(common.write_video(folder / f"{stem}_{name}.mp4", pages, args.fps))
+        grid = common.video_grid(panels, scale=max(1, 128 // args.height))
+        files.append(common.write_video(folder / f"{stem}.mp4", grid, args.fps))
+        some = torch.linspace(1, args.frames - 1, 4).round().long()
+        files.append(common.write_video(folder / f"{stem}.png", grid[some]))
+    return [str(file) for file in files]
+
+
+# ---- shared:flags (identical in all scripts, checked by test_smoke.py) ----------------------------------
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}; {self.prog} --help lists the flags")
+
+
+def add_shared_flags(parser, presets):
+    add = parser.add_argument_group("run").add_argument
+    add("--preset", choices=["auto", *presets], default="auto", help=f"auto: {list(presets)[1]} with CUDA")
+    add("--sample", action="store_true", help="write videos from the newest checkpoint")
+    add("--eval", action="store_true", help="measure the newest checkpoint on held-out data")
+    add("--dry_run", action="store_true", help="print parameters, FLOPs and memory, then exit")
+    add("--data_dir", help="where the data lies")
+    add("--output_dir", default=f"runs/{SCRIPT}", help="where the run is written")
+    add("--resume", default="auto", metavar="auto|none|PATH", help="auto: the newest of output_dir")
+    add("--seed", type=int, default=0, help="all randomness is a function of (seed, step)")
+    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: cuda, mps, cpu")
+    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: bf16 if in hardware")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--max_steps", type=int, default=1000, help="optimiser steps in total, resumed ones included")
+    add("--batch_size", type=int, default=16, help="samples per process and micro-step")
+    add("--grad_accum", type=int, default=1, help="micro-steps per optimiser step")
+    add("--lr", type=float, default=1e-4, help="peak learning rate")
+    add("--warmup_steps", type=int, default=100, help="steps of linear warm-up; cosine decay follows")
+    add("--weight_decay", type=float, default=1e-2, help="AdamW's")
+    add("--grad_clip", type=float, default=1.0, help="largest gradient norm (0: no clipping)")
+    add("--ema_decay", type=float, default=0.999, help="of the weights that sampling uses (0: no averaging)")
+    add = parser.add_argument_group("machine and records").add_argument
+    add("--compile", action="store_true", help="torch.compile the model")
+    add("--fsdp", action="store_true", help="shard weights and optimiser over torchrun's processes")
+    add("--grad_checkpoint", action="store_true", help="recompute activations: less memory, more time")
+    add("--log_every", type=int, default=10, help="steps between rows of metrics.jsonl (0: none)")
+    add("--eval_every", type=int, default=250, help="steps between validations (0: none)")
+    add("--save_every", type=int, default=250, help="steps between checkpoints (0: only the last)")
+    add("--keep_last", type=int, default=3, help="checkpoints to keep (0: all)")
+    add("--tensorboard", action="store_true", help="also write TensorBoard events")
+    add("--wandb", metavar="PROJECT", help="also log to this Weights & Biases project")
+
+
+def parse_args(argv=None):
+    """Command line over preset over default. args.given: the flags that the command line names."""
+    parser, unset = build_parser(), object()
+    preset = parser.parse_args(argv).preset
+    args = argparse.Namespace(why_preset="as asked")
+    if preset == "auto":
+        preset = list(PRESETS)[1] if torch.cuda.is_available() else "tiny"
+        args.why_preset = "no CUDA here" if preset == "tiny" else "CUDA is present"
+    flags = argparse.Namespace(**{action.dest: unset for action in parser._actions})
+    args.given = {name for name, value in vars(parser.parse_args(argv, flags)).items() if value is not unset}
+    parser.set_defaults(**PRESETS[preset])
+    parser.parse_args(argv, args).preset = preset
+    return args
+
+
+def adopt(args, saved, locked, source):
+    """A checkpoint's own flags fill in what the command line leaves unsaid; `locked` ones must agree."""
+    own = {"output_dir", "resume", "sample", "eval", "dry_run", "device", "dtype", "fsdp", "compile"}
+    for name, value in saved.items():
+        if name in args.given & set(locked) and getattr(args, name) != value:
+            raise UserError(f"--{name} {getattr(args, name)} does not fit {source}, trained with {value}")
+        if name not in args.given | own and hasattr(args, name):
+            setattr(args, name, value)
+
+
+def public_flags(args):
+    """The flags as JSON: what args.json and checkpoints keep."""
+    return {name: value for name, value in vars(args).items() if name not in ("given", "why_preset")}
+# end shared:flags
+
+
+# ---- shared:dist (identical in all scripts, checked by test_smoke.py) -----------------------------------
+
+class Run:
+    """Where this process stands: rank, world, device, autocast dtype, whether SIGTERM asked it to stop."""
+    def __init__(self, args):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        kind, cuda = args.device, torch.cuda.is_available()
+        if kind == "auto":
+            kind = "cuda" if cuda else "mps" if torch.backends.mps.is_available() else "cpu"
+        if kind == "cuda" and not cuda:
+            raise UserError("--device cuda: there is no CUDA device here; use --device cpu")
+        if args.fsdp and self.world == 1:
+            raise UserError("--fsdp shards over processes: start it with torchrun --nproc_per_node=N")
+        self.device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else None)
+        if kind == "cuda":
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("high")
+        if self.world > 1:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
+        units = torch.cpu.get_capabilities()     # without hardware for it, bf16 is 3 to 4 times slower
+        fast = kind == "cuda" or kind == "cpu" and (units.get("avx512_bf16") or units.get("amx_bf16"))
+        auto = torch.bfloat16 if fast else torch.float32
+        self.dtype = auto if args.dtype == "auto" else getattr(torch, args.dtype)
+        self.stop = False
+
+    def heed_sigterm(self, heed):
+        """In the training loop SIGTERM is noted until the step is saved; elsewhere it ends the process."""
+        signal.signal(signal.SIGTERM, (lambda *_: setattr(self, "stop", True)) if heed else signal.SIG_DFL)
+
+    def autocast(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def stopping(self):
+        """Whether any process was asked to stop: a CPU all-reduce, for which no GPU has to be waited for."""
+        flag = torch.tensor(float(self.stop))
+        if self.world > 1:
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
+
+    def barrier(self):
+        if self.world > 1:
+            dist.barrier()
+
+    def close(self):
+        if self.world > 1:
+            dist.destroy_process_group()
+
+
+def get_lr(step, peak, warmup, total):
+    """Learning rate of a step, counted from 0: linear warm-up, then cosine decay to 1 % of the peak."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - 1 - warmup)
+    return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+# end shared:dist
+
+
+# ---- parallel wrap --------------------------------------------------------------------------------------
+
+def wrap(model, args, run):
+    """FSDP2 with --fsdp, a block a unit; DDP under torchrun; otherwise the module itself."""
+    if args.compile:
+        for block in model.dit.blocks:
+            block.compile()
+    if args.fsdp:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        mesh = init_device_mesh(run.device.type, (run.world,))
+        policy = MixedPrecisionPolicy(param_dtype=run.dtype, reduce_dtype=torch.float32)
+        for block in model.dit.blocks:
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+        return fully_shard(model, mesh=mesh)
+    if run.world > 1:
+        ids = [run.device] if run.device.type == "cuda" else None
+        # A head's last layers and, where a batch has no draw for the heads, all of them may see no gradient.
+        return nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+    return model
+
+
+# ---- train ----------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def swapped(trained, averages):
+    """Within it the model has the averaged weights."""
+    own = [p.detach().clone() for p in trained]
+    with torch.no_grad():
+        for p, average in zip(trained, averages):
+            p.copy_(average)
+        yield
+        for p, value in zip(trained, own):
+            p.copy_(value)
+
+
+def fit(args, run, folder, model, losses, validate, found, steps, lr):
+    """Trains what requires grad of `model` to `steps`, on from checkpoint `found`; then it has the averages.
+
+    Checkpoints hold only what is trained: a LoRA's are 1 GB where the model has 10. losses(model, step, micro) ->
+    loss of a micro-batch and its parts; validate(model) -> {name: number}.
+    """
+    model = wrap(model, args, run)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    averages = [p.detach().clone() for p in trained]
+    optimizer = torch.optim.AdamW(trained, lr, betas=(.9, args.beta2), weight_decay=args.weight_decay, fused=True)
+    start = 0
+    if found:
+        path, state, saved = found
+        common.restore_state(model, state["ema"], source=str(path), trained_only=True)
+        averages = [p.detach().clone() for p in trained]
+        common.restore_state(model, state["model"], optimizer, state["optimizer"], str(path), trained_only=True)
+        start = saved["step"]
+    log = common.Log(folder, f"{SCRIPT} {folder.name}", start, steps, run.rank, args.tensorboard, args.wandb,
+                     public_flags(args))
+    run.barrier()                                # rank 0 has removed what lies beyond `start`
+    clock, logged = time.time(), start
+    run.heed_sigterm(True)
+    for step in range(start, steps):
+        for group in optimizer.param_groups:
+            group["lr"] = get_lr(step, lr, args.warmup_steps, steps)
+        model.train()
+        sums = {}
+        for micro in range(args.grad_accum):     # processes average their gradients at the last one only
+            hold = micro < args.grad_accum - 1 and hasattr(model, "no_sync")
+            with model.no_sync() if hold else contextlib.nullcontext():
+                with run.autocast():
+                    loss, parts = losses(model, step, micro)
+                (loss / args.grad_accum).backward()
+            for name, value in {"loss": loss.detach(), **parts}.items():
+                sums[name] = sums.get(name, 0) + value / args.grad_accum
+        norm = nn.utils.clip_grad_norm_(trained, args.grad_clip or math.inf)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        done, stop = step + 1, run.stopping()
+        logging = args.log_every and done % args.log_every == 0
+        saving = stop or done == steps or args.save_every and done % args.save_every == 0
+        # All processes see the same norm, so they stop together. CUDA looks only where it has to wait anyway.
+        if (logging or saving or run.device.type != "cuda") and not torch.isfinite(norm):
+            last = common.latest_checkpoint(folder / "ckpt")
+            raise UserError(f"loss or gradient is not finite at step {done}: the last good checkpoint is "
+                            f"{last or 'none'}; go on from there with a lower --lr")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        decay = min(args.ema_decay, (1 + step) / (10 + step))
+        with torch.no_grad():
+            torch._foreach_lerp_(averages, [p.detach() for p in trained], 1 - decay)
+        if logging:
+            log.row(done, **{name: common.all_mean(value).item() for name, value in sums.items()},
+                    lr=optimizer.param_groups[0]["lr"], grad_norm=norm.item(),
+                    seconds_per_step=(time.time() - clock) / (done - logged))
+            clock, logged = time.time(), done
+        log.bar.update()
+        if saving:                               # before validation: what fails there loses nothing
+            weights, moments = common.gather_state(model, optimizer, trained_only=True)
+            with swapped(trained, averages):
+                averaged, _ = common.gather_state(model, trained_only=True)
+            if run.rank == 0:
+                state = {"model": weights, "ema": averaged, "optimizer": moments}
+                common.save_checkpoint(folder / "ckpt", done, state,
+                                       {"script": SCRIPT, "args": public_flags(args)}, args.keep_last)
+            run.barrier()
+        if stop:
+            raise UserError(f"stopped by SIGTERM after step {done}, which is saved: the same command goes on")
+        if args.eval_every and (done % args.eval_every == 0 or done == steps):
+            with swapped(trained, averages), torch.no_grad(), run.autocast():
+                model.eval()
+                log.row(done, **validate(model))
+            clock = time.time()
+    run.heed_sigterm(False)
+    log.bar.close()
+    with torch.no_grad():
+        for p, average in zip(trained, averages):
+            p.copy_(average)
+
+
+def draw_batch(args, run, clips, step, micro, share):
+    """Clips, noise levels and noise of a micro-batch, a function of (seed, step) and of a sample's place in the
+    whole batch. A share of the samples has sigma as Wan draws it, for the flow loss; the others have it from the
+    density 3 (1 - sigma)^2, for the heads, which are not asked where all is noise: the answer is not there."""
+    seed = common.seed_all(args.seed, 1, step)
+    kinds = {"clip": ("randint", len(clips.rows)), "u": ("rand",), "noise": ("randint", 2 ** 62), "coin": ("rand",)}
+    numbers = common.draw(kinds, seed, args.batch_size, run.rank, run.world, micro, args.grad_accum)
+    wan = numbers["coin"] < share
+    sigma = torch.where(wan, shift_sigma(numbers["u"], args.shift), 1 - (1 - numbers["u"]) ** (1 / 3))
+    batch = clips.targets(numbers["clip"].tolist(), run.device)
+    if share:
+        batch["asked"] = ~wan.to(run.device)
+        for name in ("motion_valid", "depth_valid"):
+            batch[name] = batch[name] & expand_to(batch["asked"], batch[name])
+    noise = torch.stack([torch.randn(batch["latents"].shape[1:], generator=torch.Generator().manual_seed(n))
+                         for n in numbers["noise"].tolist()])
+    return batch, noise.to(run.device), sigma.to(run.device)
+
+
+def fixed_noise(z, seed):
+    return torch.randn(z.shape, generator=torch.Generator().manual_seed(seed)).to(z.device)
+
+
+
+def run_stage(args, run, stage, folder, dit, found=None, only=False, heads_from=None, head=None):
+    """One stage of training, or none where `found` has all its steps or `only` it counts. -> PhysicsModel with the
+    averaged weights. stage: backbone (tiny only: nobody has pretrained weights of that size), heads (the backbone
+    is frozen), lora, last_k, full. dit: the backbone, changed in place. heads_from: a file of heads to start from.
+    """
+    clips, held = Clips(args, "train"), Clips(args, "val")
+    torch.manual_seed(args.seed)                 # equal initial weights on all ranks and after any restart
+    model = make_model(args, dit, stage, head)
+    if stage != "backbone":
+        model.heads.depth_scale.copy_(torch.tensor(clips.depth_scale))
+    if heads_from and not found:
+        common.restore_state(model.heads, common.load_weights(heads_from), source=str(heads_from))
+    many = args.stage == "all"
+    steps, lr = {"backbone": (args.backbone_steps, args.backbone_lr),
+                 "lora": (many and args.lora_steps or args.max_steps, many and args.lora_lr or args.lr)}.get(
+        stage, (args.max_steps, args.lr))
+    share = {"backbone": 1., "heads": 0.}.get(stage, .5)
+
+    def losses(model, step, micro):
+        batch, noise, sigma = draw_batch(args, run, clips, step, micro, share)
+        return model(batch["latents"], noise, sigma, batch["text"], batch, velocity=share > 0)
+
+    def validate(model):
+        rows, totals = range(0, len(held.rows), args.batch_size), {}
+        for i in rows:
+            batch = held.targets(range(i, min(i + args.batch_size, len(held.rows))), run.device)
+            z = batch["latents"]
+            sigma = torch.full((len(z),), .5 if stage == "backbone" else PROBE, device=z.device)
+            loss, parts = model(z, fixed_noise(z, i), sigma, batch["text"], batch, velocity=share > 0)
+            for name, value in {"loss": loss, **parts}.items():
+                totals[f"val_{name}"] = totals.get(f"val_{name}", 0) + value.item() / len(rows)
+        return totals
+
+    if found and (only or found[2]["step"] >= steps):
+        common.restore_state(model, found[1]["ema"], source=str(found[0]), trained_only=True)
+        return model.eval()
+    fit(args, run, folder, model, losses, validate, found, steps, lr)
+    export(args, run, model, stage, folder)
+    return model.eval()
+
+
+def run_stages(args, run, found, only=False):
+    """What --stage asks for, each stage going on from its own checkpoint -> {"model": PhysicsModel, and with
+    --stage all the controls "heads", "linear", "random_backbone"}."""
+    folder = Path(args.output_dir)
+    if run.rank == 0 and not only:
+        common.write_json(folder / "args.json", {**public_flags(args), **common.provenance()})
+
+    def stage(name, place, dit, **options):
+        before = common.find_checkpoint(folder / place / "ckpt", SCRIPT, "auto")
+        return run_stage(args, run, name, folder / place, dit, before, **options)
+
+    dit = wan_part(args, run, "transformer", trunk_dtype(args))
+    untrained = copy.deepcopy(dit) if args.controls and args.stage == "all" else None
+    if args.model == "tiny" and not args.random_backbone and args.backbone_steps:
+        dit = stage("backbone", "backbone", dit).dit
+    if args.stage != "all":
+        return {"model": run_stage(args, run, args.stage, folder, dit, found, only, args.heads)}
+    models = {"heads": stage("heads", "heads", dit)}
+    if args.controls:
+        models["linear"] = stage("heads", "heads_linear", dit, head="linear")
+        models["random_backbone"] = stage("heads", "heads_random", untrained)
+    first = folder / "heads/final/heads.safetensors"
+    return {"model": run_stage(args, run, "lora", folder, copy.deepcopy(dit), found, only, first), **models}
+
+
+def prepare(args, run):
+    """Scenes (simulated for the tiny preset's own folder) and their cache."""
+    if run.rank == 0 and args.preset == "tiny" and "data_dir" not in args.given:
+        simulate_scenes(args.data_dir, args.height, most=args.sim_frames)
+    run.barrier()
+    build_cache(args, run)
+    if run.rank == 0:
+        scenes = Clips(args, "train").index["scenes"]
+        print(", ".join(f"{part}: {len(Clips(args, part).rows)} clips of {len(names)} scenes"
+                        for part, names in scenes.items()))
+
+
+def dry_run(args):
+    """Prints what each stage costs, from the meta device: nothing is allocated, nothing is read."""
+    world, B = int(os.environ.get("WORLD_SIZE", 1)), args.batch_size
+    run = argparse.Namespace(device=torch.device("meta"))
+    side = LinearCodec.side if args.model == "tiny" else 16
+    for stage in ("heads", "lora", "full") if args.stage in ("heads", "lora", "all") else (args.stage,):
+        own = argparse.Namespace(**{**vars(args), "random_init": True, "stage": stage})
+        with torch.device("meta"):
+            dit = wan_part(own, run, "transformer", trunk_dtype(own))
+            model = make_model(own, dit, stage)
+            F_, h, w = (args.frames - 1) // 4 + 1, args.height // side, args.width // side
+            z, rows = torch.randn(B, dit.config.in_channels, F_, h, w), args.target_height
+            mask = torch.ones(B, args.frames, rows, rows * args.width // args.height, dtype=torch.bool)
+            batch = {"motion": torch.randn(B, args.frames, 2, *mask.shape[2:]), "depth": torch.randn(mask.shape),
+                     "motion_valid": mask, "depth_valid": mask, "moving": mask, "asked": mask[:, 0, 0, 0]}
+            text = torch.randn(B, args.text_length, dit.config.text_dim)
+
+            def loss():
+                with torch.autocast("cpu", torch.bfloat16, enabled=args.model != "tiny"):
+                    return model(z, z, torch.rand(B), text, batch, velocity=stage != "heads")[0]
+
+            print(common.dry_run_report(f"stage {stage}", model, loss, B, F_ * h * w // 4, world,
+                                        args.fsdp or stage == "full"))
+    print(f"  heads {common.count_params(model.heads):,}; stage full needs --fsdp: weights, gradients and moments are "
+          f"shared by the processes of torchrun ({world} here)")
+
+
+# ---- main -----------------------------------------------------------------------------------------------
+
+def work(args):
+    folder = Path(args.output_dir)
+    if args.check:
+        return check(args.data_dir)
+    found = common.find_checkpoint(folder / "ckpt", SCRIPT, args.resume)
+    if found:
+        adopt(args, found[2]["args"], ("preset", *MODEL_FLAGS), str(found[0]))
+    check_args(args)
+    if args.dry_run:
+        return dry_run(args)
+    run, only = Run(args), args.sample or args.eval
+    args.weights = ("tiny backbone of this run, on a LINEAR codec instead of a VAE" if args.model == "tiny" else
+                    f"{args.weights_from}" + (" shape, RANDOM weights" if args.random_init else ""))
+    if run.rank == 0:
+        there = "" if Path(args.data_dir).exists() else " (not there yet)"
+        print(f"{SCRIPT}: preset {args.preset} ({args.why_preset}), stage {args.stage}, data {args.data_dir}{there}, "
+              f"weights {args.weights}{f', from {found[0]}' if found else ''}, {run.world} x {run.device.type} "
+              f"{str(run.dtype)[6:]}")
+    if only and not found:
+        if "output_dir" in args.given:
+            raise UserError(f"no checkpoint in {folder}/ckpt: first python {SCRIPT}.py --output_dir {folder}")
+        if run.rank == 0:
+            print(f"no checkpoint in {folder}/ckpt: training preset {args.preset} first"
+                  + (", about 10 minutes on 2 cores" if args.preset == "tiny" else ""))
+    prepare(args, run)
+    models = run_stages(args, run, found, only and bool(found))
+    written = []
+    if args.eval or not only:
+        evaluate(args, models, run)
+        written = [f"{folder}/eval.json", f"{folder}/curves.png"]
+    if args.sample or not only:
+        written += sample(args, models, run)
+    if run.rank == 0:
+        print("wrote " + ", ".join(written))
+    run.barrier()
+    run.close()
+
+
+def main(argv=None):
+    return common.one_line_errors(f"{SCRIPT}.py", lambda: work(parse_args(argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
