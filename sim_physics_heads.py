@@ -1,29 +1,30 @@
 """sim_physics_heads.py: a video model is taught to say where things move and how far away they are.
 
-Idea        Heads read per-pixel motion and depth off the tokens of Wan2.2-TI2V-5B (arXiv:2503.20314), first with
-            the backbone frozen, then with LoRA adapters that let what the heads know shape the model.
+Idea        Heads read per-pixel motion and depth off the tokens of Wan2.2-TI2V-5B (arXiv:2503.20314), first
+            with the backbone frozen, then with LoRA adapters that let what the heads know shape the model.
 Equations   x_s = (1 - s) z + s eps, frame 0 clean; v = eps - z     -> add_noise, PhysicsModel
             s = shift u / (1 + (shift - 1) u)                       -> shift_sigma; heads: density 3 (1 - s)^2
             v = Wan(x_s, 1000 s, text), opened between its blocks   -> run_backbone
-            asinh(motion), standardised log depth, sky, masked      -> PerFrameHeads, LinearHeads, physics_loss
+            motion, standardised log depth, sky, all masked         -> PerFrameHeads, physics_loss
             p_{t-k} = p_t + mv_t(p_t) + mv_{t-1}(...) + ...         -> read_clip
 Differs     from Windsao/Sim4VideoGen, and why:
             - files are paired by step number; motion over a stride is composed, not taken from its last step
             - a frame's own targets train its own cells; the original shrinks 49 frames to 13 x 30 x 30
-            - sky, first frames and occlusions are masked; the original teaches them as zeros or a million metres
+            - sky, first frames and occlusions are masked; the original teaches zeros or a million metres
             - scenes are held out, and the trivial answers and a random backbone stand beside every result
             - heads read a clean pass with the positive prompt, not the last pass of the guidance
             - latents and texts are cached; what is trained is fp32; checkpoints resume
-Run         python sim_physics_heads.py                          # scenes, cache, both stages, evaluation: 10 min
+Run         python sim_physics_heads.py                          # scenes, cache, both stages: 10 min, 2 GB
             python sim_physics_heads.py --sample --num_samples 3
             python sim_physics_heads.py --eval                   # 1 min
             python sim_physics_heads.py --check --data_dir data/sim_physics_heads
             torchrun --nproc_per_node=8 sim_physics_heads.py --preset ti2v_5b --data_dir data/Sim_Physics
-            torchrun --nproc_per_node=8 sim_physics_heads.py --preset ti2v_5b_lora --data_dir data/Sim_Physics --heads runs/sim_physics_heads/final/heads.safetensors --output_dir runs/lora
+            torchrun --nproc_per_node=8 sim_physics_heads.py --preset ti2v_5b_lora --output_dir runs/lora
             python sim_physics_heads.py --preset ti2v_5b_lora --dry_run
-Shapes      B batch  T frames  F = (T - 1) / 4 + 1 latent frames  C latent channels  H W pixels  h w latent grid
-            N = F h/2 w/2 tokens  D width  L text tokens. Videos are B T 3 H W in [-1, 1]; motion is in pixels,
-            x to the right, y down, from a pixel to where it was (Replicator's sign); depth in metres along the ray.
+Shapes      B batch  T frames  F = (T - 1) / 4 + 1 latent frames  C latent channels  H W pixels  h w latent
+            grid  N = F h/2 w/2 tokens  D width  L text tokens. Videos are B T 3 H W in [-1, 1]; motion is in
+            pixels, x to the right, y down, from a pixel to where it was (Replicator's sign); depth in metres
+            along the ray.
 """
 import argparse
 import colorsys
@@ -41,7 +42,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from collections import Counter
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,6 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import safe_open
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -58,39 +58,41 @@ import common
 from common import UserError, expand_to, from_uint8
 
 SCRIPT = "sim_physics_heads"
-OUTPUTS = 4                              # of a head per pixel: asinh(dx), asinh(dy), log depth, sky
+OUTPUTS = 4                              # of a head per pixel: dx, dy, log depth, sky
 MOVING = 0.5                             # px per frame of the clip, from which on a pixel counts as moving
 PROBE, SIGMAS = 0.05, (0.05, 0.3, 0.7)   # noise at which heads are read; at which they are measured
-NEGATIVE = ("vivid tones, overexposed, static, blurred details, subtitles, style, artwork, painting, still picture, "
-            "grey overall, worst quality, low quality, JPEG artifacts, ugly, incomplete, extra fingers, deformed, "
+NEGATIVE = ("vivid tones, overexposed, static, blurred details, subtitles, style, artwork, painting, still "
+            "picture, grey overall, worst quality, low quality, JPEG artifacts, ugly, incomplete, deformed, "
             "messy background, walking backwards")
 
 # ---- args -----------------------------------------------------------------------------------------------
 
 PRESETS = {
-    "tiny": dict(model="tiny", stage="all", data_dir="data/sim_physics_heads", height=64, width=64, frames=17,
-                 strides="1,2,3", clips=32, eval_clips=4, text_length=64, head_width=96, head_blocks=2, cells=16,
-                 target_height=64, batch_size=8, max_steps=1200, lora_steps=300, backbone_steps=400, lr=2e-3,
-                 lora_lr=5e-4, backbone_lr=1e-3, warmup_steps=50, lora_rank=8, ema_decay=0.99, beta2=.98, steps=20,
-                 cfg=1.0, controls=True, eval_every=200, save_every=200),
+    "tiny": dict(
+        model="tiny", stage="all", data_dir="data/sim_physics_heads", height=64, width=64, frames=17,
+        strides="1,2,3", zoom=2.0, permute_colours=True, clips=48, target_height=64, text_length=64, cells=16,
+        head_width=96, head_blocks=2, batch_size=8, max_steps=1200, lora_steps=300, backbone_steps=400,
+        lr=2e-3, lora_lr=5e-4, backbone_lr=1e-3, warmup_steps=50, lora_rank=8, ema_decay=0.99, beta2=.98, steps=20, cfg=1.0,
+        controls=True, eval_every=200, save_every=200),
     # The document's stage 1: 10 epochs of 2,100 clips, accumulated over 8.
     "ti2v_5b": dict(stage="heads", data_dir="data/Sim_Physics", lr=1e-4, grad_accum=8, batch_size=1,
                     max_steps=2625, save_every=500, eval_every=500),
     # Its stage 2: LoRA of rank 32, from stage 1's heads.
-    "ti2v_5b_lora": dict(stage="lora", data_dir="data/Sim_Physics", heads=f"runs/{SCRIPT}/final/heads.safetensors",
-                         lr=1e-4, grad_accum=8, batch_size=1, max_steps=1312, save_every=500, eval_every=500,
-                         grad_checkpoint=True),
+    "ti2v_5b_lora": dict(stage="lora", data_dir="data/Sim_Physics",
+                         heads=f"runs/{SCRIPT}/final/heads.safetensors", lr=1e-4, grad_accum=8, batch_size=1,
+                         max_steps=1312, save_every=500, eval_every=500, grad_checkpoint=True),
 }
 TINY = {
     "transformer": {"num_attention_heads": 4, "attention_head_dim": 24, "in_channels": 32, "out_channels": 32,
                     "text_dim": 32, "freq_dim": 64, "ffn_dim": 256, "num_layers": 4},
-    "text_encoder": {"vocab_size": 384, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2},
+    "text_encoder": {"vocab_size": 259, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2,
+                     "num_heads": 2},
 }
 # What the weights mean: a checkpoint's own values hold. What the cache is made of: other values make it anew.
 MODEL_FLAGS = ("model", "stage", "head", "head_width", "head_blocks", "cells", "taps", "lora_rank", "last_k",
                "random_backbone", "text_length")
-CACHE_FLAGS = ("model", "weights_from", "random_init", "height", "width", "frames", "strides", "clips", "eval_clips",
-               "target_height", "text_length", "far", "seed")
+CACHE_FLAGS = ("model", "weights_from", "random_init", "height", "width", "frames", "strides", "clips",
+               "eval_clips", "zoom", "permute_colours", "target_height", "text_length", "far", "seed")
 
 
 def build_parser():
@@ -103,14 +105,17 @@ def build_parser():
     add("--width", type=int, default=480, help="pixels, a multiple of 32")
     add("--frames", type=int, default=49, help="of a clip, 4k + 1")
     add("--strides", default="1,2", help="steps of the simulation from frame to frame; one is drawn per clip")
-    add("--clips", type=int, default=16, help="cached clips of a training scene: start, stride and mirroring vary")
+    add("--clips", type=int, default=16, help="cached clips of a training scene; their start and stride vary")
     add("--eval_clips", type=int, default=4, help="cached clips of a held-out scene")
+    add("--zoom", type=float, default=1.5, help="every other training clip is a part up to so much smaller")
+    add("--permute_colours", action=argparse.BooleanOptionalAction, default=False,
+        help="swap colour channels at random, clip by clip")
     add("--target_height", type=int, default=120, help="rows of the training targets")
     add("--far", type=float, default=100.0, help="metres from which on depth counts as sky")
     add("--fps", type=int, default=15, help="of the videos that are written")
     add("--sim_frames", type=int, default=0, help="frames of a simulated scene (0: 60 to 131, by scene)")
     add = parser.add_argument_group("model").add_argument
-    add("--model", choices=["ti2v_5b", "tiny"], default="ti2v_5b", help="tiny: the same classes at small size")
+    add("--model", choices=["ti2v_5b", "tiny"], default="ti2v_5b", help="tiny: the same classes, small")
     add("--weights_from", default="Wan-AI/Wan2.2-TI2V-5B-Diffusers", metavar="FOLDER|HUB_ID",
         help="diffusers folder, hub id, or folder with the official files")
     add("--random_init", action="store_true", help="Wan's shape with random weights, to measure speed")
@@ -118,7 +123,7 @@ def build_parser():
     add("--head_width", type=int, default=256, help="channels of the head")
     add("--head_blocks", type=int, default=3, help="its residual blocks of 3x3x3 convolutions")
     add("--cells", type=int, default=8, help="rows and columns that a token predicts")
-    add("--taps", default="", help="blocks after which heads read, as 0,8,15,23 (default: quarters, not the last)")
+    add("--taps", default="", help="blocks after which heads read, as 0,8,15,23 (default: those quarters)")
     add("--random_backbone", action="store_true", help="control: heads on an untrained backbone")
     add("--text_length", type=int, default=512, help="tokens of a prompt, zeros included")
     add = parser.add_argument_group("stages").add_argument
@@ -148,8 +153,9 @@ def build_parser():
 
 def check_args(args):
     """One clear line for values that no run can mean."""
-    for name in ("height", "width", "frames", "clips", "eval_clips", "target_height", "batch_size", "grad_accum",
-                 "max_steps", "steps", "num_samples", "lora_rank", "last_k", "cells", "head_width", "text_length"):
+    for name in ("height", "width", "frames", "clips", "eval_clips", "target_height", "batch_size",
+                 "grad_accum", "max_steps", "steps", "num_samples", "lora_rank", "last_k", "cells",
+                 "head_width", "text_length"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
     for name in ("seed", "lr", "lora_lr", "backbone_lr", "head_blocks", "lora_steps", "backbone_steps"):
@@ -159,7 +165,7 @@ def check_args(args):
         if getattr(args, name) % 32:
             raise UserError(f"--{name} must be a multiple of 32, not {getattr(args, name)}")
     if args.frames % 4 != 1:
-        raise UserError(f"--frames must be 4k + 1, not {args.frames}: Wan's VAE packs 4 frames after the first")
+        raise UserError(f"--frames must be 4k + 1, not {args.frames}: Wan's VAE packs fours after the first")
     if args.height % args.target_height:
         raise UserError(f"--target_height {args.target_height} does not divide --height {args.height}")
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", args.strides):
@@ -167,8 +173,8 @@ def check_args(args):
     if not re.fullmatch(r"(\d+(,\d+)*)?", args.taps):
         raise UserError(f"--taps takes numbers of blocks such as 0,8,15,23, not {args.taps}")
     if args.stage in ("lora", "last_k", "full") and not (args.heads or args.dry_run):
-        raise UserError(f"--stage {args.stage} starts from stage 1's heads: python {SCRIPT}.py --stage heads, then "
-                        f"--heads FILE")
+        raise UserError(f"--stage {args.stage} starts from stage 1's heads: first python {SCRIPT}.py --stage "
+                        f"heads, then --heads FILE")
 
 
 # ---- model: the backbone's own loop ---------------------------------------------------------------------
@@ -214,12 +220,12 @@ def add_noise(z, noise, sigma):
 
 
 # ---- model: heads ---------------------------------------------------------------------------------------
-# What a head says of each pixel: motion as u = asinh(dx / 1 px) and asinh(dy / 1 px), since speeds span three
-# decades, the standardised logarithm of depth, and the logit of there being a depth at all.
+# What a head says of each pixel: motion dx and dy in units of 1/32 of the picture's height, the standardised
+# logarithm of depth, and the logit of there being a depth at all.
 
 class LinearHead(nn.Module):
-    """The document's head: LayerNorm, modulation by time, one Linear from the last block. 55,312 parameters for
-    motion (4 channels, of which the annotator's two last mean nothing) and 18,436 for depth at width 3072."""
+    """The document's head: LayerNorm, modulation by time, one Linear from the last block. 55,312 parameters
+    for motion (4 channels, of which the annotator's two last mean nothing), 18,436 for depth, at D 3072."""
     def __init__(self, D, channels):
         super().__init__()
         self.norm = nn.LayerNorm(D, eps=1e-6, elementwise_affine=False)
@@ -312,21 +318,22 @@ class PhysicsModel(nn.Module):
         x, token_sigma = add_noise(z, noise, sigma)
         trained = any(p.requires_grad for p in self.dit.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
-            v, tapped, temb = run_backbone(self.dit, x, 1000 * token_sigma.flatten(1), text, self.taps, velocity,
-                                           self.args.grad_checkpoint)
+            v, tapped, temb = run_backbone(self.dit, x, 1000 * token_sigma.flatten(1), text, self.taps,
+                                           velocity, self.args.grad_checkpoint)
         y = None
         if self.heads is not None:
             with torch.autocast("cpu" if z.is_meta else z.device.type, enabled=False):     # heads are fp32
-                grid = token_sigma.shape[1:]
-                y = self.heads([t.float().unflatten(1, grid) for t in tapped], temb.float().unflatten(1, grid))
+                *tapped, temb = (t.float().unflatten(1, token_sigma.shape[1:]) for t in (*tapped, temb))
+                y = self.heads(tapped, temb)
         if target is None:
             return v, y
         args, parts = self.args, {}
         if y is not None:
-            parts |= physics_loss(y, target, self.heads.depth_scale)
+            parts |= physics_loss(y, target, self.heads.depth_scale, args.height / 32)
         if v is not None:                        # frame 0 is given: it has no loss
             parts["flow_loss"] = F.mse_loss(v[:, :, 1:].float(), (noise - z)[:, :, 1:])
-        weights = {"motion_loss": args.motion_weight, "depth_loss": args.depth_weight, "sky_loss": args.sky_weight}
+        weights = {"motion_loss": args.motion_weight, "depth_loss": args.depth_weight,
+                   "sky_loss": args.sky_weight}
         loss = sum(weights.get(name, 1.) * value for name, value in parts.items())
         return loss, {name: value.detach() for name, value in parts.items()}
 
@@ -370,8 +377,8 @@ def has_adapter(dit):
 
 
 def make_model(args, dit, stage, head=None):
-    """PhysicsModel with what `stage` trains requiring grad, in fp32: at a learning rate of 1e-5 most steps of a
-    bf16 weight round to none."""
+    """PhysicsModel with what `stage` trains requiring grad, in fp32: at a learning rate of 1e-5 most steps of
+    a bf16 weight round to none."""
     depth, D = len(dit.blocks), dit.config.num_attention_heads * dit.config.attention_head_dim
     taps = [int(n) for n in args.taps.split(",") if n] or sorted({depth * i // 4 for i in range(4)})
     head = head or args.head
@@ -405,7 +412,7 @@ def export(args, run, model, stage, folder):
         return
     final = folder / "final"
     final.mkdir(exist_ok=True)
-    own = lambda part: {name.removeprefix(part): value for name, value in weights.items() if name.startswith(part)}
+    own = lambda part: {name.removeprefix(part): v for name, v in weights.items() if name.startswith(part)}
     if heads := own("heads."):
         common.save_weights(final / "heads.safetensors", heads)
         common.write_json(final / "heads.json", {name: getattr(args, name) for name in (
@@ -418,24 +425,32 @@ def export(args, run, model, stage, folder):
 
 # ---- objective ------------------------------------------------------------------------------------------
 
+def speed(motion):
+    """... 2 H W -> ... H W, the length. Tensor.norm over a dimension of 2 takes 20 times as long."""
+    return torch.hypot(*motion.unbind(-3))
+
+
 def masked_mean(x, mask):
-    return (x * mask).sum() / mask.sum().clamp(min=1)
+    """Mean of x over what the mask shows, clip by clip, then over clips: two processes of 8 clips agree with one
+    of 16. Where under half a per cent shows, the clip counts for less: its few pixels would weigh much."""
+    count = mask.flatten(1).sum(1).clamp(min=mask[0].numel() / 200)
+    return ((x * mask).flatten(1).sum(1) / count).mean()
 
 
-def physics_loss(y, target, depth_scale):
-    """y B OUTPUTS T h' w' against {"motion" B T 2 h w in px, "depth" B T h w in metres, masks B T h w of what is
-    known, "motion_valid" and "depth_valid", and "moving", and "asked" B, whether a clip counts at all}
+def physics_loss(y, target, depth_scale, motion_unit):
+    """y B OUTPUTS T h' w' against {"motion" B T 2 h w in px, "depth" B T h w in metres, masks B T h w of what
+    is known, "motion_valid" and "depth_valid", and "moving", and "asked" B, whether sky is asked for}
     -> {"motion_loss", "depth_loss", "sky_loss"}, fp32.
 
-    Half of each loss is on moving pixels: they are a few per cent, and a mean over the whole frame is won by a
-    map of the background. What is not valid (sky, first frames, occlusions) teaches nothing.
+    Half of each loss is on moving pixels: they are a few per cent, and a mean over the whole frame is won by
+    a map of the background. What is not valid (sky, first frames, occlusions) teaches nothing.
     """
     size = target["depth"].shape[-2:]
     if y.shape[-2:] != size:
         y = F.interpolate(y, (y.shape[2], *size), mode="trilinear", align_corners=False)
     moving = target["moving"]
-    error = y[:, :2] - torch.asinh(target["motion"].movedim(1, 2))
-    error = (error.square().sum(1) + .02 ** 2).sqrt() - .02                    # Charbonnier
+    error = y[:, :2] - target["motion"].movedim(1, 2) / motion_unit
+    error = (error.square().sum(1) + .02 ** 2).sqrt() - .02                    # end-point error, smooth at 0
     valid = target["motion_valid"]
     motion = (masked_mean(error, valid & moving) + masked_mean(error, valid & ~moving)) / 2
     valid, (mean, std) = target["depth_valid"], depth_scale
@@ -453,11 +468,11 @@ def physics_loss(y, target, depth_scale):
 
 
 def read_out(y, size, depth_scale):
-    """Heads' output B OUTPUTS T h w -> motion B T 2 H W in px, depth B T H W in metres (inf: sky)."""
+    """Heads' output B OUTPUTS T h w -> motion B T 2 H W in px, depth B T H W in metres, sky B T H W bool."""
     if y.shape[-2:] != tuple(size):
         y = F.interpolate(y, (y.shape[2], *size), mode="trilinear", align_corners=False)
     depth = (y[:, 2].clamp(-8, 8) * depth_scale[1] + depth_scale[0]).exp()
-    return y[:, :2].sinh().movedim(1, 2), depth.masked_fill(y[:, 3] < 0, math.inf)
+    return y[:, :2].movedim(1, 2) * (size[0] / 32), depth, y[:, 3] < 0
 
 
 def shift_sigma(u, shift):
@@ -1076,8 +1091,13 @@ def load_array(scene, modality, step):
     """-> H W 2 (motion) or H W (depth) floats of any precision, mapped: pages are read when used. None for an
     empty file, which a renderer writes as long as there is no frame before. UserError names the file."""
     path = scene.paths[modality][step]
+    return map_array(path, modality, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=4096)                   # a scene's clips share its frames
+def map_array(path, modality, changed):
     try:
-        array = np.load(path, mmap_mode="r")
+        array = np.asarray(np.load(path, mmap_mode="r"))       # the plain class: indexing a memmap is slow
     except (ValueError, EOFError, OSError) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
     if array.size == 0:
@@ -1091,11 +1111,17 @@ def load_array(scene, modality, step):
 
 
 def open_rgb(scene, step):
-    """-> PIL image, not yet decoded."""
+    """-> PIL image in RGB."""
+    path = scene.paths["rgb"][step]
+    return read_picture(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def read_picture(path, changed):
     try:
-        return Image.open(scene.paths["rgb"][step])
+        return Image.open(path).convert("RGB")
     except OSError as error:
-        raise UserError(f"{scene.paths['rgb'][step]} cannot be read: {error}") from None
+        raise UserError(f"{path} cannot be read: {error}") from None
 
 
 def crop_box(size, height, width):
@@ -1112,7 +1138,7 @@ def clean_depth(depth, far):
 
 
 def interpolate(point, distance, motion, depth, far):
-    """motion at points N 2 (x, y) whose distance was N metres one step later -> motion N 2, distance N, valid N.
+    """motion at points N 2 (x, y) whose distance was N metres one step later -> motion, distance, valid N.
 
     Bilinear among those of the four neighbours that lie on the same surface: where an object borders on
     another, the ordinary bilinear mixture of both motions belongs to neither. Same surface means a distance
@@ -1173,11 +1199,12 @@ def compose(motions, depths, rows, columns, far=FAR):
     return motion.reshape(*shape, 2), valid.reshape(shape)
 
 
-def read_clip(scene, start, stride, frames, height, width, flip=False, far=FAR):
+def read_clip(scene, start, stride, frames, height, width, flip=False, zoom=(1., 0., 0.), far=FAR):
     """Frames start, start + stride, ... of scene.steps, all modalities cropped and resized alike -> dict of
     video T 3 H W uint8, motion T 2 H W float32 (previous chosen frame minus this one, in pixels at H x W; 0
     where not valid), motion_valid T H W bool (never in frame 0), depth T H W float32 metres (far where not
-    valid), depth_valid T H W bool. flip mirrors left and right. UserError names the file or the scene.
+    valid), depth_valid T H W bool. flip mirrors left and right. zoom (z, x, y) takes a part z times
+    smaller, at the share x of what is left over to its sides and y above and below. UserError names the file.
 
     RGB is averaged, motion and depth are picked from the nearest pixel: their mean over a border is no
     surface. Vectors are chained at native resolution and then scaled.
@@ -1188,6 +1215,9 @@ def read_clip(scene, start, stride, frames, height, width, flip=False, far=FAR):
                         f"{len(scene.steps)} steps")
     size = open_rgb(scene, scene.steps[start]).size
     left, top, w, h = crop_box(size, height, width)
+    part = max(1, round(w / zoom[0])), max(1, round(h / zoom[0]))
+    left, top = left + round(zoom[1] * (w - part[0])), top + round(zoom[2] * (h - part[1]))
+    w, h = part
     rows = top + ((np.arange(height) + .5) * h / height).astype(int)
     columns = left + ((np.arange(width) + .5) * w / width).astype(int)
     video = np.zeros((frames, height, width, 3), np.uint8)
@@ -1207,11 +1237,7 @@ def read_clip(scene, start, stride, frames, height, width, flip=False, far=FAR):
         if picture.size != size:
             raise UserError(f"{scene.paths['rgb'][scene.steps[index]]} is {picture.size[0]} x "
                             f"{picture.size[1]}, the frames of scene {scene.name} are {size[0]} x {size[1]}")
-        try:
-            video[i] = picture.convert("RGB").resize((width, height), Image.BICUBIC,
-                                                     (left, top, left + w, top + h))
-        except OSError as error:
-            raise UserError(f"{scene.paths['rgb'][scene.steps[index]]} cannot be read: {error}") from None
+        video[i] = picture.resize((width, height), Image.BICUBIC, (left, top, left + w, top + h))
         array = load("depth", index)
         if array is not None:
             depth[i] = array[np.ix_(rows, columns)]
@@ -1268,7 +1294,7 @@ def busiest_pairs(scenes, pairs):
 
 def convention_test(scenes, pairs=20):
     """Which reading of the vectors explains the pictures? Warps rgb[t - 1] to t by sign x unit x vectors of
-    file t + offset, at native resolution -> dict of table {(sign, unit, offset): mean |difference| in 0..255},
+    file t + offset, at native resolution -> dict of table {(sign, unit, offset): mean |difference|},
     unwarped (the same without warp), best (a key of table or None), moving (pixels compared), changed (those
     of them where the picture changes at all).
 
@@ -1280,7 +1306,7 @@ def convention_test(scenes, pairs=20):
     total, unwarped, moving, changed = dict.fromkeys(keys, 0.), 0., 0, 0
     for scene, t in busiest_pairs(scenes, pairs):
         vectors = [load_array(scene, "motion", t + offset * scene.spacing) for offset in OFFSETS]
-        now, before = (np.asarray(open_rgb(scene, step).convert("RGB"), np.float32)
+        now, before = (np.asarray(open_rgb(scene, step), np.float32)
                        for step in (t, t - scene.spacing))
         if any(array is None or array.shape[:2] != now.shape[:2] for array in vectors):
             continue
@@ -1305,12 +1331,12 @@ def verdict(result):
     """What convention_test found -> None if the vectors are as read_clip takes them, else one line that names
     the fault."""
     if result["best"] is None:
-        return (f"too few moving pixels ({result['changed']}, {LEAST_MOVING} are needed) to test the sign, unit "
-                "and offset of motion_vectors")
+        return (f"too few moving pixels ({result['changed']}, {LEAST_MOVING} are needed) to test the sign, "
+                "unit and offset of motion_vectors")
     (sign, unit, offset), error = result["best"], result["table"][result["best"]]
     if error > .8 * result["unwarped"]:
-        return (f"motion_vectors do not explain the pictures: the best reading leaves an error of {error:.1f}, "
-                f"no motion at all {result['unwarped']:.1f}")
+        return (f"motion_vectors do not explain the pictures: the best reading leaves an error of "
+                f"{error:.1f}, no motion at all {result['unwarped']:.1f}")
     faults = []
     if sign < 0:
         faults.append("motion_vectors point the other way: multiply by -1")
@@ -1360,7 +1386,8 @@ def check(data_dir, far=FAR):
     result = convention_test(scenes)
     print(f"error of warping frame t-1 to t on {result['moving']} moving pixels (0..255), without warp "
           f"{result['unwarped']:.2f}:")
-    for sign, unit, offset in sorted(result["table"], key=result["table"].get)[:5] if result["moving"] else []:
+    rows = sorted(result["table"], key=result["table"].get)[:5]
+    for sign, unit, offset in rows if result["moving"] else []:
         print(f"  {'+-'[sign < 0]}mv, {unit}, offset {offset:+d}: {result['table'][sign, unit, offset]:.2f}")
     fault = verdict(result)
     print(f"verdict: {fault or 'motion vectors are previous minus current, in pixels, in step with rgb'}")
@@ -1371,8 +1398,8 @@ def check(data_dir, far=FAR):
 # ---- cache ----------------------------------------------------------------------------------------------
 
 class LinearCodec:
-    """AutoencoderKLWan's interface without its weights, which no small size has: principal components of the first
-    frame's 8x8 patches and of 4x8x8 patches after it. Causal, 8 times smaller in space, 4 in time.
+    """AutoencoderKLWan's interface without its weights, which no small size has: principal components of the
+    first frame's 8x8 patches and of 4x8x8 patches after it. Causal, 8 times smaller in space, 4 in time.
 
     """
     side, dtype = 8, torch.float32
@@ -1424,8 +1451,8 @@ class LinearCodec:
 
 
 def split_scenes(scenes):
-    """Whole scenes only: of seven in the order of names the 4th is for validation, the 6th for the test. Of the
-    document's 21: a ramp, dominoes and an occluder are held out, which are three kinds of motion."""
+    """Whole scenes only: of seven in the order of names the 4th is for validation, the 6th for the test. Of
+    the document's 21: a ramp, dominoes and an occluder are held out, which are three kinds of motion."""
     if len(scenes) < 3:
         raise UserError(f"{len(scenes)} scenes cannot be split into train, val and test: three at least")
     if len(scenes) < 7:
@@ -1436,8 +1463,8 @@ def split_scenes(scenes):
 
 
 def choose_clips(scenes, part, args):
-    """-> [(scene, start, stride, flip)]: random ones of the training scenes, evenly spaced ones of the others.
-    Scenes too short for --frames at any stride are left out, said by build_cache."""
+    """-> dicts of scene, start, stride, flip, zoom, colours: random ones of the training scenes, plain and
+    evenly spaced ones of the others. Scenes too short for --frames at any stride have none."""
     rng, clips = np.random.default_rng(args.seed), []
     strides = sorted(int(k) for k in args.strides.split(","))
     for scene in scenes:
@@ -1447,16 +1474,33 @@ def choose_clips(scenes, part, args):
         for i in range(args.clips if part == "train" else args.eval_clips):
             stride = int(rng.choice(fit)) if part == "train" else fit[len(fit) // 2]
             room = len(scene.steps) - (args.frames - 1) * stride
-            start = int(rng.integers(room)) if part == "train" else (2 * i + 1) * room // (2 * args.eval_clips)
-            clips.append((scene, start, stride, bool(part == "train" and rng.random() < .5)))
+            even = (2 * i + 1) * room // (2 * args.eval_clips)
+            start = int(rng.integers(room)) if part == "train" else even
+            train = part == "train"
+            near = train and args.zoom > 1 and i % 2
+            clips.append({"scene": scene, "start": start, "stride": stride,
+                          "flip": bool(train and rng.random() < .5),
+                          "zoom": (rng.uniform(1, args.zoom), *rng.random(2)) if near else (1., 0., 0.),
+                          "colours": rng.permutation(3) if train and args.permute_colours else np.arange(3)})
     return clips
 
 
-def build_cache(args, run):
-    """Latents, text embeddings and targets of all clips, written once; then VAE and text encoder leave memory.
+def read_augmented(clip, args):
+    """A clip of choose_clips -> read_clip's dict. Depth counts as unknown where zoomed in: a longer lens
+    makes things look nearer than they are, while motion in pixels stays what is seen."""
+    record = read_clip(clip["scene"], clip["start"], clip["stride"], args.frames, args.height, args.width,
+                       clip["flip"], clip["zoom"], args.far)
+    record["video"] = record["video"][:, clip["colours"].tolist()]
+    record["asked"] = torch.tensor(clip["zoom"][0] == 1)
+    record["depth_valid"] = record["depth_valid"] & record["asked"]
+    return record
 
-    cache/<part>_000.safetensors per scene: latents n C F h w, text L D, motion n T 2 h w, depth n T h w (metres) and
-    their masks at the heads' resolution; held-out scenes at full resolution, with the video n T 3 H W uint8.
+
+def build_cache(args, run):
+    """Latents, text embeddings, targets of all clips, written once; then VAE and text encoder leave memory.
+
+    cache/<part>_<scene>.safetensors: latents n C F h w, text L D, motion n T 2 h w, depth n T h w (m) and
+    their masks in --target_height rows; held-out scenes at full size, with the video n T 3 H W uint8.
     index.json, written last, holds what all of it was made of: another set or other flags make it anew.
     """
     folder = Path(args.data_dir) / "cache"
@@ -1478,8 +1522,8 @@ def build_cache(args, run):
         tested = convention_test(scenes)
         problem = tested["best"] and verdict(tested)       # what hardly moves cannot fail
         if problem:
-            raise UserError(f"{args.data_dir}: {problem}; python {SCRIPT}.py --check --data_dir {args.data_dir} "
-                            f"shows the table")
+            raise UserError(f"{args.data_dir}: {problem}; python {SCRIPT}.py --check --data_dir "
+                            f"{args.data_dir} shows the table")
     run.barrier()
     parts = split_scenes(scenes)
     clips = {part: choose_clips(own, part, args) for part, own in parts.items()}
@@ -1487,7 +1531,7 @@ def build_cache(args, run):
         if not own:
             raise UserError(f"no scene of split {part} has {args.frames} frames at a stride of --strides "
                             f"{args.strides}")
-    read = lambda clip: read_clip(*clip[:3], args.frames, args.height, args.width, clip[3])
+    read = lambda clip: read_augmented(clip, args)
     if args.model == "tiny" and run.rank == 0:
         some = clips["train"][::max(1, len(clips["train"]) // 40)]
         videos = torch.stack([from_uint8(read(clip)["video"]) for clip in some]).movedim(1, 2)
@@ -1497,13 +1541,14 @@ def build_cache(args, run):
     vae, encode_prompt = load_codec(args, run), text_encoder(args, run)
     jobs = [(part, scene) for part, own in parts.items() for scene in own]
     for number, (part, scene) in enumerate(tqdm(jobs, "cache", unit="scene", disable=run.rank > 0)):
-        own = [clip for clip in clips[part] if clip[0] is scene]
+        own = [clip for clip in clips[part] if clip["scene"] is scene]
         if number % run.world != run.rank or not own:
             continue
         with ThreadPoolExecutor() as pool:
             records = list(pool.map(read, own))
         step = 1 if part != "train" else args.height // args.target_height
         tensors = {"text": encode_prompt(scene.prompt)}
+        tensors["asked"] = torch.stack([r["asked"] for r in records])
         for name in ("motion", "motion_valid", "depth", "depth_valid"):
             value = torch.stack([r[name] for r in records])[..., step // 2::step, step // 2::step]
             tensors[name] = value.half() if name == "motion" and part == "train" else value
@@ -1525,39 +1570,41 @@ def build_cache(args, run):
     run.barrier()
 
 
+EVERYTHING = ("latents", "motion", "motion_valid", "depth", "depth_valid", "asked", "video")
+
+
 class Clips:
-    """A split of the cache. Rows are read where they are needed: a shard is mapped, not loaded."""
+    """A split of the cache, in memory: 2 GB at paper scale."""
     def __init__(self, args, part):
         folder = Path(args.data_dir) / "cache"
         self.index, self.length = json.loads((folder / "index.json").read_text()), args.text_length
         self.depth_scale = [self.index["mean"], self.index["std"]]
-        shards = [(path, safe_open(path, "pt")) for path in sorted(folder.glob(f"{part}_*.safetensors"))]
-        self.rows = [(path.stem.removeprefix(f"{part}_"), shard, i) for path, shard in shards
-                     for i in range(shard.get_slice("latents").get_shape()[0])]
+        shards = {path.stem.removeprefix(f"{part}_"): common.load_weights(path)
+                  for path in sorted(folder.glob(f"{part}_*.safetensors"))}
+        self.rows = [(name, shard, i) for name, shard in shards.items() for i in range(len(shard["latents"]))]
 
     def get(self, numbers, names, device):
         """-> {name: stacked rows}, and "text", padded with zeros as Wan was trained."""
         rows = [self.rows[i][1:] for i in numbers]
-        batch = {name: torch.stack([shard.get_slice(name)[i] for shard, i in rows]).to(device) for name in names}
+        batch = {name: torch.stack([shard[name][i] for shard, i in rows]).to(device) for name in names}
         for name in {"latents", "motion", "depth"} & batch.keys():
-            batch[name] = torch.nan_to_num(batch[name].float(), posinf=0.)
-        batch["text"] = common.pad_text([shard.get_tensor("text") for shard, _ in rows], self.length).to(device)
+            batch[name] = batch[name].float()
+        batch["text"] = common.pad_text([shard["text"] for shard, _ in rows], self.length).to(device)
         if "motion" in batch:
-            batch["moving"] = batch["motion_valid"] & (batch["motion"].norm(dim=2) > MOVING)
+            batch["moving"] = batch["motion_valid"] & (speed(batch["motion"]) > MOVING)
         return batch
 
     def targets(self, numbers, device):
         """What PhysicsModel trains on (see physics_loss)."""
-        batch = self.get(numbers, ("latents", "motion", "motion_valid", "depth", "depth_valid"), device)
-        return batch | {"asked": torch.ones(len(numbers), dtype=torch.bool, device=device)}
+        return self.get(numbers, EVERYTHING[:-1], device)
 
 
 # ---- evaluate and sample --------------------------------------------------------------------------------
 
 def depth_scores(d, truth, mask):
-    """d, truth T H W in metres, mask T H W: pixels that count -> {metric: mean over them} (spec of Eigen 2014:
-    AbsRel, SqRel, RMSE, log RMSE, thresholds 1.25^n; SILog as in KITTI). A predicted sky is 1000 m away."""
-    d, truth = d[mask].clamp(1e-3, 1e3).double(), truth[mask].double()
+    """d, truth T H W in metres, mask T H W: pixels that count -> {metric: mean over them} (Eigen 2014,
+    and SILog as in KITTI)."""
+    d, truth = d[mask].double(), truth[mask].double()
     e = d.log() - truth.log()
     worst = e.abs().exp()
     return {"abs_rel": ((d - truth).abs() / truth).mean(), "sq_rel": ((d - truth) ** 2 / truth).mean(),
@@ -1567,23 +1614,25 @@ def depth_scores(d, truth, mask):
 
 
 def motion_scores(f, truth, mask):
-    """f, truth T 2 H W in px -> end-point error, and KITTI's outliers: over 3 px and over 5 % of the length."""
-    error = (f - truth).norm(dim=1)[mask].double()
-    length = truth.norm(dim=1)[mask].double()
+    """f, truth T 2 H W in px -> end-point error; KITTI's outliers are off by 3 px and 5 % of the length."""
+    error = speed(f - truth)[mask].double()
+    length = speed(truth)[mask].double()
     return {"epe": error.mean(), "outliers_1px": (error > 1).double().mean(),
             "fl": ((error > 3) & (error > .05 * length)).double().mean()}
 
 
-def clip_scores(motion, depth, clip):
-    """What a prediction is worth on one clip -> {metric: number}; NaN where nothing counts."""
+def clip_scores(motion, depth, sky, clip):
+    """What a prediction is worth on one clip -> {metric: number}; NaN where nothing counts. Depth is scored
+    where there is one, whatever the prediction takes for sky; that has a score of its own."""
     valid, moving = clip["depth_valid"], clip["moving"]
-    scaled = depth * (clip["depth"][valid] / depth[valid].clamp(max=1e3)).median()
-    out = {**depth_scores(depth, clip["depth"], valid), **motion_scores(motion, clip["motion"], clip["motion_valid"])}
-    out |= {f"{k}_moving": v for k, v in {**depth_scores(depth, clip["depth"], valid & moving),
-                                         **motion_scores(motion, clip["motion"], moving)}.items()}
-    out |= {f"{k}_scaled": v for k, v in depth_scores(scaled, clip["depth"], valid).items() if k in ("abs_rel", "delta1")}
-    seen = torch.isfinite(depth) == valid
-    return {k: float(v) for k, v in out.items()} | {"sky_accuracy": float(seen.double().mean())}
+    scaled = depth * (clip["depth"][valid] / depth[valid]).median()
+    score = lambda still, moved: {**depth_scores(depth, clip["depth"], still),
+                                  **motion_scores(motion, clip["motion"], moved)}
+    out = score(valid, clip["motion_valid"])
+    out |= {f"{name}_moving": value for name, value in score(valid & moving, moving).items()}
+    aligned = depth_scores(scaled, clip["depth"], valid)
+    out |= {f"{name}_scaled": aligned[name] for name in ("abs_rel", "delta1")}
+    return {k: float(v) for k, v in out.items()} | {"sky_accuracy": float((sky != valid).double().mean())}
 
 
 def mean_scores(rows):
@@ -1593,7 +1642,7 @@ def mean_scores(rows):
 
 @torch.no_grad()
 def predict(model, batch, sigma, seed, args):
-    """Heads' reading of clips whose latents are noised to `sigma` -> motion B T 2 H W px, depth B T H W m."""
+    """Heads' reading of clips whose latents are noised to `sigma` -> what read_out gives."""
     z = batch["latents"]
     _, y = model(z, fixed_noise(z, seed), torch.full((len(z),), sigma, device=z.device), batch["text"],
                  velocity=False)
@@ -1601,16 +1650,16 @@ def predict(model, batch, sigma, seed, args):
 
 
 def describe_data(args):
-    simulated = "SIMULATED by this script" if (Path(args.data_dir) / "simulated.json").exists() else "as found"
-    return f"{args.data_dir}, {simulated}, {args.height}x{args.width}, {args.frames} frames"
+    simulated = (Path(args.data_dir) / "simulated.json").exists()
+    return (f"{args.data_dir}{', SIMULATED by this script' if simulated else ''}, {args.height}x"
+            f"{args.width}, {args.frames} frames")
 
 
 def evaluate(args, models, run):
-    """Metrics on scenes that no training saw, at full resolution -> eval.json, curves.png. models: {name: model},
-    of which "model" is the one the run is about; the others are controls. Processes share the clips."""
+    """Metrics on scenes that no training saw, at full resolution -> eval.json, curves.png. models: {name:
+    model}, of which "model" is what the run is about; the others are controls. Processes share the clips."""
     began, clips = time.time(), Clips(args, "test")
     train = Clips(args, "train")
-    names = ("latents", "motion", "motion_valid", "depth", "depth_valid", "video")
     total = torch.zeros(2, args.height, args.width)
     for i in range(0, len(train.rows), 16):      # the mean depth of each pixel, over the training clips
         b = train.get(range(i, min(i + 16, len(train.rows))), ("depth", "depth_valid"), "cpu")
@@ -1622,32 +1671,34 @@ def evaluate(args, models, run):
     mean_depth = torch.where(seen, total[0] / total[1].clamp(min=1), fallback)
     tables, flow = {}, {}
     for i in range(run.rank, len(clips.rows), run.world):
-        batch = clips.get([i], names, run.device)
+        batch = clips.get([i], EVERYTHING, run.device)
         clip = {name: value[0].cpu() for name, value in batch.items()}
         first = torch.where(clip["depth_valid"][0], clip["depth"][0], fallback)
         zero = torch.zeros_like(clip["motion"])
         guesses = {"mean_depth_zero_motion": (zero, mean_depth.expand_as(clip["depth"])),
                    "copy": (clip["motion"][1].expand_as(zero), first.expand_as(clip["depth"]))}
+        sky = ~clip["depth_valid"][0].expand_as(clip["depth_valid"])           # as in the frame that is given
         for name, (motion, depth) in guesses.items():
-            tables.setdefault(name, []).append(clip_scores(motion, depth, clip))
+            tables.setdefault(name, []).append(clip_scores(motion, depth, sky, clip))
         for name, model in models.items():
             for sigma in SIGMAS if name == "model" else (PROBE,):
                 with run.autocast():
-                    motion, depth = predict(model, batch, sigma, i, args)
+                    guess = [value[0].cpu() for value in predict(model, batch, sigma, i, args)]
                 label = name if sigma == PROBE else f"{name}_sigma{sigma}"
-                tables.setdefault(label, []).append(clip_scores(motion[0].cpu(), depth[0].cpu(), clip))
+                tables.setdefault(label, []).append(clip_scores(*guess, clip))
         for label, value in flow_losses(models["model"], batch, i, run).items():
             flow.setdefault(label, []).append(value)
     if run.world > 1:
         gathered = [None] * run.world
         dist.all_gather_object(gathered, (tables, flow))
-        tables, flow = ({name: [row for part in gathered for row in part[k].get(name, [])] for name in gathered[0][k]}
-                        for k in (0, 1))
+        tables, flow = ({name: [row for part in gathered for row in part[k].get(name, [])]
+                         for name in gathered[0][k]} for k in (0, 1))
     results = {name: mean_scores(rows) for name, rows in tables.items()}
     report = {"script": SCRIPT, "preset": args.preset, "data": describe_data(args), "weights": args.weights,
               "seconds": time.time() - began,
               "headline": {"metric": "epe_moving", "value": results["model"]["epe_moving"],
-                           "baseline": results["mean_depth_zero_motion"]["epe_moving"], "lower_is_better": True},
+                           "baseline": results["mean_depth_zero_motion"]["epe_moving"],
+                           "lower_is_better": True},
               "results": {**results["model"],
                           **{f"{k}_{name.removeprefix('model_')}": v for name, row in results.items()
                              if name.startswith("model_") for k, v in row.items()
@@ -1660,8 +1711,8 @@ def evaluate(args, models, run):
 
 
 def flow_losses(model, batch, seed, run):
-    """The flow-matching loss of a clip at three noise levels, with the adapter and, where there is one, without:
-    heads must not cost the model what it generates."""
+    """The flow-matching loss of a clip at three noise levels, with the adapter and, where there is one,
+    without: heads must not cost the model what it generates."""
     out, z = {}, batch["latents"]
     plain = {"adapter_off": model.dit.disable_adapters} if has_adapter(model.dit) else {}
     for label, switch in {"": lambda: None, **plain}.items():
@@ -1680,15 +1731,16 @@ def flow_losses(model, batch, seed, run):
 
 def show_report(report, results, args):
     """Prints the table and draws curves.png."""
-    shown = ("abs_rel", "abs_rel_moving", "delta1", "delta1_moving", "rmse", "silog", "epe", "epe_moving", "fl_moving")
+    shown = ("abs_rel", "abs_rel_moving", "delta1", "delta1_moving", "rmse", "silog", "epe", "epe_moving",
+             "fl_moving")
     print("held-out scenes " + ", ".join(Clips(args, "test").index["scenes"]["test"]) + f", at {args.height}x"
           f"{args.width}")
     print(f"{'':>24}" + "".join(f"{name:>16}" for name in shown))
     for name, row in results.items():
         print(f"{name:>24}" + "".join(f"{row[metric]:16.3f}" for metric in shown))
     r, base = results["model"], results["mean_depth_zero_motion"]
-    print(f"on moving pixels: AbsRel {r['abs_rel_moving'] / base['abs_rel_moving']:.2f} x the mean-depth map's, EPE "
-          f"{r['epe_moving'] / base['epe_moving']:.2f} x zero motion's")
+    print(f"on moving pixels: AbsRel {r['abs_rel_moving'] / base['abs_rel_moving']:.2f} x the mean-depth "
+          f"map's, EPE {r['epe_moving'] / base['epe_moving']:.2f} x zero motion's")
     print("flow loss on held-out scenes: " + ", ".join(
         f"{name.removeprefix('flow_loss_')} {value:.4f}" for name, value in report["results"].items()
         if name.startswith("flow_loss")))
@@ -1696,24 +1748,24 @@ def show_report(report, results, args):
     for stage in ("backbone", "heads", "."):
         path = Path(args.output_dir) / stage / "metrics.jsonl"
         rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-        lines = {}
-        for key in ("motion_loss", "depth_loss", "flow_loss", "val_motion_loss", "val_depth_loss", "val_flow_loss"):
+        lines, keys = {}, ("motion_loss", "depth_loss", "flow_loss")
+        for key in (*keys, *(f"val_{key}" for key in keys)):
             points = [(row["step"], row[key]) for row in rows if key in row]
             if points:
                 lines[key] = tuple(zip(*points))
         if lines:
-            panels.append({"title": stage.replace(".", args.stage), "xlabel": "step", "ylabel": "loss", "log": True,
-                           "lines": lines})
+            panels.append({"title": stage.replace(".", args.stage), "xlabel": "step", "ylabel": "loss",
+                           "log": True, "lines": lines})
     common.plot_curves(Path(args.output_dir) / "curves.png", panels)
 
 
 def motion_picture(motion, scale):
-    """T 2 H W px (backward) -> T 3 H W in [-1, 1]: hue is where to, brightness how fast, `scale` px is full."""
+    """T 2 H W px (backward) -> T 3 H W in [-1, 1]: hue is where to, brightness how fast, up to `scale`."""
     import matplotlib.colors
     forward = -motion
     hue = torch.atan2(forward[:, 1], forward[:, 0]) / (2 * math.pi) % 1
-    speed = (motion.norm(dim=1) / max(scale, 1e-6)).clamp(0, 1)
-    hsv = torch.stack([hue, torch.ones_like(hue), speed], dim=-1).numpy()
+    value = (speed(motion) / max(scale, 1e-6)).clamp(0, 1)
+    hsv = torch.stack([hue, torch.ones_like(hue), value], dim=-1).numpy()
     return torch.from_numpy(matplotlib.colors.hsv_to_rgb(hsv)).movedim(-1, 1).float() * 2 - 1
 
 
@@ -1747,8 +1799,8 @@ def generate(model, z0, text, negative, args, seed):
 
 
 def sample(args, models, run):
-    """Generates a video per chosen held-out scene from its first frame, and lets the heads read it: one clean pass,
-    the final latents at sigma 0.05 with the positive prompt. Also reads the real clip. Rank 0. -> files."""
+    """Generates a video per chosen held-out scene from its first frame, and lets the heads read it: one clean
+    pass, the final latents at sigma 0.05 with the positive prompt. Also reads the real clip. -> files."""
     if run.rank:
         return []
     model, clips = models["model"], Clips(args, "test")
@@ -1759,7 +1811,7 @@ def sample(args, models, run):
     names = [name for name, _, _ in clips.rows]
     chosen = [names.index(name) for name in dict.fromkeys(names)]
     for index in chosen[:args.num_samples]:
-        batch = clips.get([index], ("latents", "video", "motion", "motion_valid", "depth", "depth_valid"), run.device)
+        batch = clips.get([index], EVERYTHING, run.device)
         z0 = batch["latents"][:, :, :1]
         with run.autocast():
             z = generate(model, z0, batch["text"], negative, args, args.seed + index)
@@ -1767,16 +1819,18 @@ def sample(args, models, run):
                     "real": predict(model, batch, PROBE, index, args)}
         film = {"generated": common.wan_decode(vae, z)[0].cpu(), "real": from_uint8(batch["video"][0]).cpu()}
         truth = torch.where(batch["depth_valid"][0], batch["depth"][0], math.inf).cpu()
-        speed = batch["motion"][0].cpu() * batch["motion_valid"][0].cpu()[:, None]
+        moved = batch["motion"][0].cpu() * batch["motion_valid"][0].cpu()[:, None]
         finite = truth[torch.isfinite(truth)].log()
         low, high = finite.quantile(.02).item(), finite.quantile(.98).item()
-        scale = speed.norm(dim=1).flatten().float().topk(max(1, speed[:, 0].numel() // 500)).values.min().item()
+        scale = speed(moved).flatten().topk(max(1, moved[:, 0].numel() // 500)).values.min().item()
         stem = names[index]
-        panels = {"truth": torch.cat([film["real"], motion_picture(speed, scale), depth_picture(truth, low, high)], 3)}
-        for kind, (motion, depth) in read.items():
-            motion, depth = motion[0].cpu(), depth[0].cpu()
+        pictures = film["real"], motion_picture(moved, scale), depth_picture(truth, low, high)
+        panels = {"truth": torch.cat(pictures, 3)}
+        for kind, guess in read.items():
+            motion, depth, sky = (value[0].cpu() for value in guess)
+            depth = depth.masked_fill(sky, math.inf)
             pictures = motion_picture(motion, scale), depth_picture(depth, low, high)
-            panels[f"read from the {kind} video"] = torch.cat([film[kind], *pictures], 3)
+            panels[{"real": "read", "generated": "sampled"}[kind]] = torch.cat([film[kind], *pictures], 3)
             if kind == "generated":
                 np.save(folder / f"{stem}_motion.npy", motion.movedim(1, -1).numpy())
                 np.save(folder / f"{stem}_depth.npy", depth.numpy())
@@ -1785,8 +1839,9 @@ def sample(args, models, run):
                     files.append(common.write_video(folder / f"{stem}_{name}.mp4", pages, args.fps))
         grid = common.video_grid(panels, scale=max(1, 128 // args.height))
         files.append(common.write_video(folder / f"{stem}.mp4", grid, args.fps))
-        some = torch.linspace(1, args.frames - 1, 4).round().long()
-        files.append(common.write_video(folder / f"{stem}.png", grid[some]))
+        some = grid[torch.linspace(1, args.frames - 1, 4).round().long()]          # 2 x 2 pages in a picture
+        pages = torch.cat([torch.cat([*some[:2]], 2), torch.cat([*some[2:]], 2)], 1)
+        files.append(common.write_video(folder / f"{stem}.png", pages[None]))
     return [str(file) for file in files]
 
 
@@ -1957,19 +2012,20 @@ def swapped(trained, averages):
 def fit(args, run, folder, model, losses, validate, found, steps, lr):
     """Trains what requires grad of `model` to `steps`, on from checkpoint `found`; then it has the averages.
 
-    Checkpoints hold only what is trained: a LoRA's are 1 GB where the model has 10. losses(model, step, micro) ->
-    loss of a micro-batch and its parts; validate(model) -> {name: number}.
+    Checkpoints hold only what is trained: a LoRA's are 1 GB, the model has 10. losses(model, step, micro)
+    -> loss of a micro-batch and its parts; validate(model) -> {name: number}.
     """
     model = wrap(model, args, run)
     trained = [p for p in model.parameters() if p.requires_grad]
     averages = [p.detach().clone() for p in trained]
-    optimizer = torch.optim.AdamW(trained, lr, betas=(.9, args.beta2), weight_decay=args.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(trained, lr, betas=(.9, args.beta2), weight_decay=args.weight_decay,
+                                  fused=True)
     start = 0
     if found:
         path, state, saved = found
         common.restore_state(model, state["ema"], source=str(path), trained_only=True)
         averages = [p.detach().clone() for p in trained]
-        common.restore_state(model, state["model"], optimizer, state["optimizer"], str(path), trained_only=True)
+        common.restore_state(model, state["model"], optimizer, state["optimizer"], str(path), True)
         start = saved["step"]
     log = common.Log(folder, f"{SCRIPT} {folder.name}", start, steps, run.rank, args.tensorboard, args.wandb,
                      public_flags(args))
@@ -2034,19 +2090,19 @@ def fit(args, run, folder, model, losses, validate, found, steps, lr):
 
 
 def draw_batch(args, run, clips, step, micro, share):
-    """Clips, noise levels and noise of a micro-batch, a function of (seed, step) and of a sample's place in the
-    whole batch. A share of the samples has sigma as Wan draws it, for the flow loss; the others have it from the
-    density 3 (1 - sigma)^2, for the heads, which are not asked where all is noise: the answer is not there."""
+    """Clips, noise levels and noise of a micro-batch, a function of (seed, step) and of a sample's place in
+    the whole batch. A share of the samples has sigma as Wan draws it, for the flow loss; others from
+    the density 3 (1 - sigma)^2, for the heads, which are not asked where all is noise."""
     seed = common.seed_all(args.seed, 1, step)
-    kinds = {"clip": ("randint", len(clips.rows)), "u": ("rand",), "noise": ("randint", 2 ** 62), "coin": ("rand",)}
+    kinds = {"clip": ("randint", len(clips.rows)), "u": ("rand",), "noise": ("randint", 2 ** 62),
+             "coin": ("rand",)}
     numbers = common.draw(kinds, seed, args.batch_size, run.rank, run.world, micro, args.grad_accum)
     wan = numbers["coin"] < share
     sigma = torch.where(wan, shift_sigma(numbers["u"], args.shift), 1 - (1 - numbers["u"]) ** (1 / 3))
     batch = clips.targets(numbers["clip"].tolist(), run.device)
     if share:
-        batch["asked"] = ~wan.to(run.device)
-        for name in ("motion_valid", "depth_valid"):
-            batch[name] = batch[name] & expand_to(batch["asked"], batch[name])
+        for name in ("asked", "motion_valid", "depth_valid"):
+            batch[name] = batch[name] & expand_to(~wan.to(run.device), batch[name])
     noise = torch.stack([torch.randn(batch["latents"].shape[1:], generator=torch.Generator().manual_seed(n))
                          for n in numbers["noise"].tolist()])
     return batch, noise.to(run.device), sigma.to(run.device)
@@ -2058,9 +2114,10 @@ def fixed_noise(z, seed):
 
 
 def run_stage(args, run, stage, folder, dit, found=None, only=False, heads_from=None, head=None):
-    """One stage of training, or none where `found` has all its steps or `only` it counts. -> PhysicsModel with the
-    averaged weights. stage: backbone (tiny only: nobody has pretrained weights of that size), heads (the backbone
-    is frozen), lora, last_k, full. dit: the backbone, changed in place. heads_from: a file of heads to start from.
+    """One stage of training, none where `found` has all steps or `only` it counts. -> PhysicsModel with the
+    averaged weights. stage: backbone (tiny only: nobody has pretrained weights of that size), heads (the
+    backbone is frozen), lora, last_k, full. dit: the backbone, changed in place. heads_from: where to
+    start.
     """
     clips, held = Clips(args, "train"), Clips(args, "val")
     torch.manual_seed(args.seed)                 # equal initial weights on all ranks and after any restart
@@ -2148,8 +2205,9 @@ def dry_run(args):
             F_, h, w = (args.frames - 1) // 4 + 1, args.height // side, args.width // side
             z, rows = torch.randn(B, dit.config.in_channels, F_, h, w), args.target_height
             mask = torch.ones(B, args.frames, rows, rows * args.width // args.height, dtype=torch.bool)
-            batch = {"motion": torch.randn(B, args.frames, 2, *mask.shape[2:]), "depth": torch.randn(mask.shape),
-                     "motion_valid": mask, "depth_valid": mask, "moving": mask, "asked": mask[:, 0, 0, 0]}
+            batch = {"motion": torch.randn(B, args.frames, 2, *mask.shape[2:]), "moving": mask,
+                     "depth": torch.randn(mask.shape), "motion_valid": mask, "depth_valid": mask,
+                     "asked": mask[:, 0, 0, 0]}
             text = torch.randn(B, args.text_length, dit.config.text_dim)
 
             def loss():
@@ -2158,8 +2216,8 @@ def dry_run(args):
 
             print(common.dry_run_report(f"stage {stage}", model, loss, B, F_ * h * w // 4, world,
                                         args.fsdp or stage == "full"))
-    print(f"  heads {common.count_params(model.heads):,}; stage full needs --fsdp: weights, gradients and moments are "
-          f"shared by the processes of torchrun ({world} here)")
+    print(f"  heads {common.count_params(model.heads):,}; stage full needs --fsdp: weights, gradients and "
+          f"moments are shared by the processes of torchrun ({world} here)")
 
 
 # ---- main -----------------------------------------------------------------------------------------------
@@ -2175,13 +2233,14 @@ def work(args):
     if args.dry_run:
         return dry_run(args)
     run, only = Run(args), args.sample or args.eval
-    args.weights = ("tiny backbone of this run, on a LINEAR codec instead of a VAE" if args.model == "tiny" else
-                    f"{args.weights_from}" + (" shape, RANDOM weights" if args.random_init else ""))
+    args.weights = f"{args.weights_from}" + (" shape, RANDOM weights" if args.random_init else "")
+    if args.model == "tiny":
+        args.weights = "tiny ones that the run trains, on a LINEAR codec instead of a VAE"
     if run.rank == 0:
         there = "" if Path(args.data_dir).exists() else " (not there yet)"
-        print(f"{SCRIPT}: preset {args.preset} ({args.why_preset}), stage {args.stage}, data {args.data_dir}{there}, "
-              f"weights {args.weights}{f', from {found[0]}' if found else ''}, {run.world} x {run.device.type} "
-              f"{str(run.dtype)[6:]}")
+        print(f"{SCRIPT}: preset {args.preset} ({args.why_preset}), stage {args.stage}, data {args.data_dir}"
+              f"{there}, weights {args.weights}{f', going on from {found[0]}' if found else ''}, {run.world} "
+              f"x {run.device.type} {str(run.dtype)[6:]}")
     if only and not found:
         if "output_dir" in args.given:
             raise UserError(f"no checkpoint in {folder}/ckpt: first python {SCRIPT}.py --output_dir {folder}")
