@@ -70,10 +70,10 @@ NEGATIVE = ("vivid tones, overexposed, static, blurred details, subtitles, style
 PRESETS = {
     "tiny": dict(
         model="tiny", stage="all", data_dir="data/sim_physics_heads", height=64, width=64, frames=17,
-        strides="1,2,3", zoom=2.0, permute_colours=True, clips=48, target_height=64, text_length=64, cells=16,
+        strides="1,2", zoom=2.0, permute_colours=True, clips=48, target_height=64, text_length=64, cells=16,
         head_width=96, head_blocks=2, batch_size=8, max_steps=1200, lora_steps=300, backbone_steps=400,
-        lr=2e-3, lora_lr=5e-4, backbone_lr=1e-3, warmup_steps=50, lora_rank=8, ema_decay=0.99, beta2=.98, steps=20, cfg=1.0,
-        controls=True, eval_every=200, save_every=200),
+        lr=2e-3, lora_lr=5e-4, backbone_lr=1e-3, warmup_steps=50, lora_rank=8, ema_decay=0.99, beta2=.98,
+        steps=20, cfg=1.0, controls=True, eval_every=200, save_every=200),
     # The document's stage 1: 10 epochs of 2,100 clips, accumulated over 8.
     "ti2v_5b": dict(stage="heads", data_dir="data/Sim_Physics", lr=1e-4, grad_accum=8, batch_size=1,
                     max_steps=2625, save_every=500, eval_every=500),
@@ -83,8 +83,8 @@ PRESETS = {
                          max_steps=1312, save_every=500, eval_every=500, grad_checkpoint=True),
 }
 TINY = {
-    "transformer": {"num_attention_heads": 4, "attention_head_dim": 24, "in_channels": 32, "out_channels": 32,
-                    "text_dim": 32, "freq_dim": 64, "ffn_dim": 256, "num_layers": 4},
+    "transformer": {"num_attention_heads": 6, "attention_head_dim": 32, "in_channels": 48, "out_channels": 48,
+                    "text_dim": 32, "freq_dim": 64, "ffn_dim": 384, "num_layers": 4},
     "text_encoder": {"vocab_size": 259, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2,
                      "num_heads": 2},
 }
@@ -172,6 +172,9 @@ def check_args(args):
         raise UserError(f"--strides takes numbers such as 1,2,4, not {args.strides}")
     if not re.fullmatch(r"(\d+(,\d+)*)?", args.taps):
         raise UserError(f"--taps takes numbers of blocks such as 0,8,15,23, not {args.taps}")
+    if args.fsdp and args.stage != "full":
+        raise UserError(f"--fsdp is for --stage full: stage {args.stage} fits one GPU, and "
+                        f"torchrun alone shares out its batch")
     if args.stage in ("lora", "last_k", "full") and not (args.heads or args.dry_run):
         raise UserError(f"--stage {args.stage} starts from stage 1's heads: first python {SCRIPT}.py --stage "
                         f"heads, then --heads FILE")
@@ -431,8 +434,8 @@ def speed(motion):
 
 
 def masked_mean(x, mask):
-    """Mean of x over what the mask shows, clip by clip, then over clips: two processes of 8 clips agree with one
-    of 16. Where under half a per cent shows, the clip counts for less: its few pixels would weigh much."""
+    """Mean of x over what the mask shows, clip by clip, then over clips: two processes of 8 clips agree with
+    one of 16. Where under half a per cent shows, a clip counts for less: its few pixels would weigh much."""
     count = mask.flatten(1).sum(1).clamp(min=mask[0].numel() / 200)
     return ((x * mask).flatten(1).sum(1) / count).mean()
 
@@ -2091,14 +2094,16 @@ def fit(args, run, folder, model, losses, validate, found, steps, lr):
 
 def draw_batch(args, run, clips, step, micro, share):
     """Clips, noise levels and noise of a micro-batch, a function of (seed, step) and of a sample's place in
-    the whole batch. A share of the samples has sigma as Wan draws it, for the flow loss; others from
-    the density 3 (1 - sigma)^2, for the heads, which are not asked where all is noise."""
+    the whole batch. A share of the samples has sigma as Wan draws it, for the flow loss. The others are for the heads:
+    half at the level where heads are read, half from the density 3 (1 - sigma)^2, as all noise holds no answer.
+    """
     seed = common.seed_all(args.seed, 1, step)
     kinds = {"clip": ("randint", len(clips.rows)), "u": ("rand",), "noise": ("randint", 2 ** 62),
              "coin": ("rand",)}
     numbers = common.draw(kinds, seed, args.batch_size, run.rank, run.world, micro, args.grad_accum)
-    wan = numbers["coin"] < share
+    wan, read = numbers["coin"] < share, numbers["coin"] > (1 + share) / 2
     sigma = torch.where(wan, shift_sigma(numbers["u"], args.shift), 1 - (1 - numbers["u"]) ** (1 / 3))
+    sigma = torch.where(read, torch.tensor(PROBE), sigma)
     batch = clips.targets(numbers["clip"].tolist(), run.device)
     if share:
         for name in ("asked", "motion_valid", "depth_valid"):
@@ -2152,6 +2157,10 @@ def run_stage(args, run, stage, folder, dit, found=None, only=False, heads_from=
         return model.eval()
     fit(args, run, folder, model, losses, validate, found, steps, lr)
     export(args, run, model, stage, folder)
+    if args.fsdp:                                # evaluation shares out clips: each process has a whole model
+        weights, _ = common.gather_state(model, everywhere=True)
+        model = make_model(args, wan_part(args, run, "transformer", trunk_dtype(args)), stage, head)
+        common.restore_state(model, weights, source="this run")
     return model.eval()
 
 

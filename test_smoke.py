@@ -42,6 +42,7 @@ from torch import nn
 import common
 import cosmos_lite as cosmos
 import river_smoke as river
+import sim_physics_heads as physics
 
 torch.set_num_threads(1)      # bits are compared across processes, and tiny tensors are fastest on one thread
 
@@ -54,10 +55,23 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:-40])
 
 
+def arrays(data, kind, change, scene="test_ball_collide"):
+    """Changes all files of a kind in some scenes, and removes the cache that they were read into."""
+    shutil.rmtree(data / "cache", ignore_errors=True)
+    for path in data.glob(f"{scene}/env_0/0/0/{kind}/*.npy"):
+        np.save(path, change(np.load(path)))
+
+
+def later_steps(folder):
+    for path in list(folder.iterdir()):
+        path.rename(path.with_name(f"step_{int(path.stem[5:]) + 100}.npy"))
+
+
 # tiny: flags of a run of a second, every stage of which takes 4 steps and saves after 2; a long warm-up keeps
 # the learning rate independent of --max_steps. stages: folders with a ckpt/, in order. reuse: takes the first
-# stages of another run. double: tiny's batch twice. headline: keys of eval.json. overfit: () -> losses on one
-# batch. bad: (flags, what the one line must say, damage to the data and the run or None).
+# stages of another run; where no flag does, they are copied. steps: the flag that counts the last stage's.
+# double: tiny's batch twice. headline: keys of eval.json. overfit: () -> losses on one batch.
+# bad: (flags, what the one line must say, damage to the data and the run or None).
 SCRIPTS = {
     "river_smoke": dict(
         tiny="--preset tiny --dtype float32 --sim_clips 8 --sim_frames 14 --num_observations 6 "
@@ -130,6 +144,56 @@ SCRIPTS = {
             ("--output_dir {run} --eval --best", "best/world_model.safetensors", lambda data, run: cut(
                 run / "best/world_model.safetensors")),
         ]),
+    "sim_physics_heads": dict(
+        tiny="--preset tiny --dtype float32 --sim_frames 12 --height 32 --width 32 --target_height 32 "
+             "--frames 5 --strides 1,2 --clips 2 --eval_clips 1 --head_width 8 --head_blocks 1 --cells 4 "
+             "--text_length 16 --lora_rank 2 --batch_size 4 --max_steps 4 --lora_steps 4 --backbone_steps 4 "
+             "--lr 1 --lora_lr 0 --backbone_lr 1 --warmup_steps 1000 --log_every 1 --eval_every 2 "
+             "--save_every 2 --keep_last 0 --steps 2 --num_samples 1 --no-controls",
+        stages=("backbone", "heads", "."), reuse="", steps="--lora_steps", double="--batch_size 8",
+        fsdp=False,                              # for --stage full alone, which has its own test
+        headline=("results/epe_moving", "results/abs_rel_moving", "results/flow_loss_heldout",
+                  "results/flow_loss_adapter_off", "baselines/copy/epe_moving",
+                  "baselines/mean_depth_zero_motion/abs_rel_moving", "baselines/heads/epe_moving"),
+        overfit=lambda: overfit_physics(),
+        bad=[
+            ("", "scene test_ball_ramp: .* lacks the folder distance_to_camera",
+             lambda data, run: shutil.rmtree(data / "test_ball_ramp/env_0/0/0/distance_to_camera")),
+            ("", "scene test_ball_ramp: .* share no step", lambda data, run: later_steps(
+                data / "test_ball_ramp/env_0/0/0/distance_to_camera")),
+            ("", "names .*nowhere, which is no folder", lambda data, run: edit(
+                data / "metadata.csv", "test_ball_ramp/.*?,", "nowhere,")),
+            ("", "no column video", lambda data, run: edit(data / "metadata.csv", "video", "path")),
+            ("", "no scenes in .*data", lambda data, run: shutil.rmtree(data)),
+            ("", "2 scenes cannot be split", lambda data, run: edit(
+                data / "metadata.csv", "(?s)(prompt.*?\n.*?\n.*?\n).*", "\\g<1>")),
+            ("", "npy is float32 .32, 32, 3.: floats of shape .H, W, 2 or 4.", lambda data, run: arrays(
+                data, "motion_vectors", lambda array: np.zeros((32, 32, 3), np.float32))),
+            ("", "npy is int16 .32, 32.: floats of shape .H, W.", lambda data, run: arrays(
+                data, "distance_to_camera", lambda array: array.astype(np.int16))),
+            ("", "npy is 16 x 32, the frames of scene test_ball_collide are 32 x 32",
+             lambda data, run: arrays(data, "distance_to_camera", lambda array: array[:, :16])),
+            ("", "motion_vectors point the other way: multiply by -1", lambda data, run: arrays(
+                data, "motion_vectors", lambda array: -array, "*")),
+            ("--frames 13 --strides 1,2", "no scene of split train has 13 frames", None),
+            ("--height 40", "--height must be a multiple of 32, not 40", None),
+            ("--frames 6", "--frames must be 4k [+] 1, not 6", None),
+            ("--target_height 12", "--target_height 12 does not divide --height 32", None),
+            ("--strides 0", "--strides takes numbers such as 1,2,4, not 0", None),
+            ("--taps 99", "--taps 99: the backbone has 4 blocks", None),
+            ("--taps 1,b", "--taps takes numbers of blocks", None),
+            ("--stage head", "invalid choice: 'head'", None),
+            ("--stage lora", "--stage lora starts from stage 1's heads", None),
+            ("--stage lora --heads {data}/none.safetensors", "cannot read the weights .*none.safetensors",
+             None),
+            ("--stage lora --head_width 16 --heads {run}/heads/final/heads.safetensors",
+             "heads.safetensors does not fit", None),
+            ("--cells 0", "--cells must be at least 1, not 0", None),
+            ("--lr nan", "--lr must not be negative", None),
+            ("--seed -1", "seed", None),
+            ("--output_dir {run} --eval --head_width 16", "--head_width 16 does not fit .* trained with 8",
+             None),
+        ]),
 }
 BAD_ANYWHERE = [
     ("--warm_strat 0.2", "unrecognized arguments: --warm_strat", None),
@@ -174,7 +238,8 @@ def start(script, flags, log, world=1, full=False):
     They fork from a server that has imported what takes each new interpreter seconds."""
     server = multiprocessing.get_context("forkserver")
     server.set_forkserver_preload(["test_smoke", "torch._dynamo", "torch.distributed.checkpoint.state_dict",
-                                   "torch.distributed.fsdp", "matplotlib.pyplot"])
+                                   "torch.distributed.fsdp", "matplotlib.pyplot",
+                                   "diffusers.pipelines.wan.pipeline_wan_i2v", "peft"])
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -246,6 +311,23 @@ def sigterm():
     old = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, old)
+
+
+def begun(script, run, to):
+    """A run that has the first stages of another one, where no flag takes them from there."""
+    for stage in () if SCRIPTS[script]["reuse"] else SCRIPTS[script]["stages"][:-1]:
+        shutil.copytree(run / stage, to / stage)
+    return to
+
+
+def steps_flag(script):
+    return SCRIPTS[script].get("steps", "--max_steps")
+
+
+def exports(run):
+    """Weights for use elsewhere, by stage."""
+    found = {path: path.read_bytes() for path in run.rglob("*.safetensors") if "ckpt" not in path.parts}
+    return {str(path.relative_to(run)): content for path, content in found.items()}
 
 
 def halfway(run, to):
@@ -335,7 +417,7 @@ def test_run_on_disk(script, base):
         assert [row["step"] for row in rows(base.run / stage) if "val_loss" in row] == [2, 4]
     flags = json.loads((base.run / "args.json").read_text())
     assert flags["batch_size"] == 4 and flags["torch"] == torch.__version__ and "git" in flags
-    assert iio.imread(base.run / "curves.png").std() > 0 and any(base.run.glob("*.safetensors"))
+    assert iio.imread(base.run / "curves.png").std() > 0 and exports(base.run)
     assert {path.suffix for path in (base.run / "samples").iterdir()} >= {".mp4", ".png"}
     assert (base.root / "printed").read_text().startswith(f"{script}: preset tiny (as asked), data ")
 
@@ -348,12 +430,12 @@ def test_resume_equals_no_stop(script, base, tmp_path):
         for later in stages[i:]:
             if later != stage:
                 shutil.rmtree(run / later / "ckpt")
-            for export in (run / later).glob("*.safetensors"):
+            for export in (*(run / later).glob("*.safetensors"), *(run / later).glob("*/*.safetensors")):
                 export.unlink()
         assert launch(script, f"--data_dir {base.data} --output_dir {run}") == 0
         for later in stages[i:]:
             assert_same(saved(run, later), saved(base.run, later))
-        assert files(run, "*.safetensors") == files(base.run, "*.safetensors")
+        assert exports(run) == exports(base.run)
 
 
 def test_one_clip_can_be_evaluated(script, base, tmp_path):
@@ -363,8 +445,9 @@ def test_one_clip_can_be_evaluated(script, base, tmp_path):
 
 def test_stages_can_be_reused(script, base, tmp_path):
     """A run that stopped between two stages ends as one that did not stop."""
-    assert launch(script, f"--data_dir {base.data} --output_dir {tmp_path} {base.reuse}") == 0
-    assert_same(saved(tmp_path), saved(base.run))
+    run = begun(script, base.run, tmp_path / "run")
+    assert launch(script, f"--data_dir {base.data} --output_dir {run} {base.reuse}") == 0
+    assert_same(saved(run), saved(base.run))
 
 
 def test_sample_is_a_function_of_the_seed(script, base, tmp_path, monkeypatch):
@@ -382,6 +465,7 @@ def test_sample_is_a_function_of_the_seed(script, base, tmp_path, monkeypatch):
 
 def test_sample_without_checkpoint_trains_first(script, base, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    begun(script, base.run, tmp_path / "runs" / script)
     assert launch(script, f"--sample --data_dir {base.data} {base.reuse}", full=True) == 0
     assert re.search("no checkpoint in .*: training preset tiny first, about .* min", capsys.readouterr().out)
     made = os.listdir(tmp_path / "runs" / script)
@@ -389,7 +473,8 @@ def test_sample_without_checkpoint_trains_first(script, base, tmp_path, monkeypa
 
 
 def test_sigterm_saves_and_stops(script, base, tmp_path, monkeypatch, capsys):
-    flags, row = f"--data_dir {base.data} --output_dir {tmp_path} {base.reuse} --save_every 0", common.Log.row
+    run, row = begun(script, base.run, tmp_path / "run"), common.Log.row
+    flags = f"--data_dir {base.data} --output_dir {run} {base.reuse} --save_every 0"
 
     def terminated(log, step, **values):
         row(log, step, **values)
@@ -400,15 +485,16 @@ def test_sigterm_saves_and_stops(script, base, tmp_path, monkeypatch, capsys):
         patch.setattr(common.Log, "row", terminated)
         assert launch(script, flags) == 2
     assert "stopped by SIGTERM after step 3" in the_error(capsys, script)
-    assert [path.name for path in common.checkpoints(tmp_path / "ckpt")] == ["step_000003"]
+    assert [path.name for path in common.checkpoints(run / "ckpt")] == ["step_000003"]
     assert launch(script, flags) == 0
-    assert_same(saved(tmp_path), saved(base.run))
+    assert_same(saved(run), saved(base.run))
 
 
 def test_kills_lose_nothing(script, base, tmp_path):
     """SIGKILL at three random moments of a run that saves at every step."""
-    run, step = tmp_path / "killed", 0
-    flags = f"--data_dir {base.data} {base.reuse} --max_steps 40 --eval_every 0 --save_every 1 --keep_last 2"
+    run, step = begun(script, base.run, tmp_path / "killed"), 0
+    flags = f"--data_dir {base.data} {base.reuse} {steps_flag(script)} 40"
+    flags += " --eval_every 0 --save_every 1 --keep_last 2"
     for _ in range(3):
         ranks = start(script, f"{flags} --output_dir {run}", tmp_path / "log")
         wait_for_step(run, step + random.randint(1, 5), ranks)
@@ -416,7 +502,7 @@ def test_kills_lose_nothing(script, base, tmp_path):
         ranks[0].kill()
         assert finish(ranks) == [-signal.SIGKILL]
         step = int(common.latest_checkpoint(run / "ckpt").name[5:])
-    for folder in (run, tmp_path / "whole"):
+    for folder in (run, begun(script, base.run, tmp_path / "whole")):
         assert launch(script, f"{flags} --output_dir {folder}") == 0
     assert_same(saved(run), saved(tmp_path / "whole"))
     assert sorted(os.listdir(run / "ckpt")) == ["step_000039", "step_000040"]
@@ -456,8 +542,11 @@ def test_truncated_newest_checkpoint(script, base, tmp_path, capsys):
 @pytest.mark.parametrize("script,flags,message,damage", BAD)
 def test_bad_input(script, flags, message, damage, trained, tmp_path, capsys):
     data, run, new = tmp_path / "data", tmp_path / "run", tmp_path / "new"
+    root = str(trained(script).run)
+    older = lambda folder, names: {"step_000002"} if folder.startswith(f"{root}/ckpt") else (
+        {"ckpt"} if folder != root else ())
     shutil.copytree(trained(script).data, data)
-    shutil.copytree(trained(script).run, run)
+    shutil.copytree(trained(script).run, run, ignore=older)        # nor the first stages' checkpoints
     if damage:
         damage(data, run)
     before, flags = (files(data), files(run)), flags.format(data=data, run=run, new=new)
@@ -469,10 +558,12 @@ def test_bad_input(script, flags, message, damage, trained, tmp_path, capsys):
 
 # ---- more than one process ------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("how", ["torchrun", "fsdp", "grad_accum"])
-def test_equals_one_process_at_twice_the_batch(script, how, base, doubled, tmp_path):
+@pytest.mark.parametrize("script,how", [
+    (script, how) for script, row in SCRIPTS.items() for how in ("torchrun", "fsdp", "grad_accum")
+    if row.get("fsdp", True) or how != "fsdp"])
+def test_equals_one_process_at_twice_the_batch(script, how, trained, doubled, tmp_path):
     """Two processes, sharded or not, and two micro-steps; also on from what the other saved."""
-    row, alone = SCRIPTS[script], doubled(script)
+    row, base, alone = SCRIPTS[script], trained(script), doubled(script)
 
     def go(run):
         flags = f"--data_dir {base.data} --output_dir {run} {reuse}"
@@ -492,7 +583,7 @@ def test_equals_one_process_at_twice_the_batch(script, how, base, doubled, tmp_p
     for stage in row["stages"][:-1]:
         assert_same(saved(run, stage), saved(alone, stage), 1e-4)
     # A quantiser makes a leap of a difference of 1e-7: last stages are compared after the same first ones.
-    run, reuse = tmp_path / "last", row["reuse"].format(run=alone)
+    run, reuse = begun(script, alone, tmp_path / "last"), row["reuse"].format(run=alone)
     go(run)
     assert_same(saved(run), saved(alone), 1e-4)
     there, again = halfway(run, tmp_path / "there"), halfway(run, tmp_path / "again")
@@ -509,8 +600,9 @@ def test_equals_one_process_at_twice_the_batch(script, how, base, doubled, tmp_p
                                                ("kill", [2, -9], "another process of this run died")])
 def test_one_of_two_processes_ends(script, how, codes, message, base, tmp_path):
     """SIGTERM at one rank stops both after the same step; where one dies, the other says so and ends."""
-    run = tmp_path / "run"
-    flags = f"--data_dir {base.data} --output_dir {run} {base.reuse} --max_steps 100000 --keep_last 2"
+    run = begun(script, base.run, tmp_path / "run")
+    flags = f"--data_dir {base.data} --output_dir {run} {base.reuse} --keep_last 2 "
+    flags += f"{steps_flag(script)} 100000"
     ranks = start(script, flags, tmp_path / "log", world=2)
     wait_for_step(run, 2, ranks)
     getattr(ranks[1], how)()
@@ -1479,3 +1571,49 @@ def test_learns_physics(tmp_path):
     assert error[0] < .7 * min(still[0], white[0]) and error.mean() < min(still.mean(), white.mean())
     assert y.std(0).mean() > .3 * truth.std(0).mean()      # not the same picture for every clip
     assert y.diff(dim=1).abs().mean() > .2 * truth.diff(dim=1).abs().mean()            # nor a frozen one
+
+
+# ---- sim_physics_heads.py -------------------------------------------------------------------------------
+
+def physics_args(flags=""):
+    args = physics.parse_args(shlex.split(f"{SCRIPTS['sim_physics_heads']['tiny']} {flags}"))
+    physics.check_args(args)
+    return args
+
+
+def physics_model(flags="--stage heads", stage="heads", noise=0.):
+    """PhysicsModel on a random tiny backbone; noise: of all weights, of which some are zero at the start."""
+    args = physics_args(flags)
+    dit = physics.wan_part(args, Namespace(device=torch.device("cpu")), "transformer")
+    torch.manual_seed(0)
+    model = physics.make_model(args, dit, stage)
+    for p in model.parameters() if noise else ():
+        nn.init.normal_(p, std=noise)
+    return model, args
+
+
+def clip_tensors(B=2, T=5, side=32, seed=0):
+    """Random inputs of PhysicsModel, and targets without holes."""
+    g = torch.Generator().manual_seed(seed)
+    z, noise = torch.randn(2, B, 48, (T - 1) // 4 + 1, side // 8, side // 8, generator=g)
+    motion = F.interpolate(torch.randn(B * T, 2, 4, 4, generator=g), (side, side), mode="bicubic")
+    motion = 2 * motion.unflatten(0, (B, T))
+    depth = (1 + torch.rand(B * T, 1, 4, 4, generator=g).log1p()) * 3
+    depth = F.interpolate(depth, (side, side), mode="bicubic").unflatten(0, (B, T))[:, :, 0]
+    known = torch.ones(B, T, side, side, dtype=torch.bool)
+    target = {"motion": motion, "depth": depth, "motion_valid": known, "depth_valid": known.clone(),
+              "moving": physics.speed(motion) > physics.MOVING, "asked": torch.ones(B, dtype=torch.bool)}
+    return z, noise, torch.randn(B, 16, 32, generator=g), target
+
+
+def overfit_physics():
+    model, args = physics_model("--stage heads --head_width 32 --head_blocks 2 --cells 16")
+    z, noise, text, target = clip_tensors()
+    optimizer, losses = torch.optim.Adam(model.heads.parameters(), lr=3e-3), []
+    for _ in range(150):
+        loss, _ = model(z, noise, torch.full((2,), physics.PROBE), text, target, velocity=False)
+        losses.append(loss)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return losses
