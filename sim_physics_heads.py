@@ -70,8 +70,8 @@ NEGATIVE = ("vivid tones, overexposed, static, blurred details, subtitles, style
 PRESETS = {
     "tiny": dict(
         model="tiny", stage="all", data_dir="data/sim_physics_heads", height=64, width=64, frames=17,
-        strides="1,2", zoom=2.0, permute_colours=True, clips=48, target_height=64, text_length=64, cells=16,
-        head_width=96, head_blocks=2, batch_size=8, max_steps=1200, lora_steps=300, backbone_steps=400,
+        strides="1,2", zoom=2.0, permute_colours=True, clips=96, target_height=64, text_length=64, cells=16,
+        head_width=128, head_blocks=2, batch_size=8, max_steps=1200, lora_steps=300, backbone_steps=300,
         lr=2e-3, lora_lr=5e-4, backbone_lr=1e-3, warmup_steps=50, lora_rank=8, ema_decay=0.99, beta2=.98,
         steps=20, cfg=1.0, controls=True, eval_every=200, save_every=200),
     # The document's stage 1: 10 epochs of 2,100 clips, accumulated over 8.
@@ -107,7 +107,7 @@ def build_parser():
     add("--strides", default="1,2", help="steps of the simulation from frame to frame; one is drawn per clip")
     add("--clips", type=int, default=16, help="cached clips of a training scene; their start and stride vary")
     add("--eval_clips", type=int, default=4, help="cached clips of a held-out scene")
-    add("--zoom", type=float, default=1.5, help="every other training clip is a part up to so much smaller")
+    add("--zoom", type=float, default=1.5, help="two in three training clips show a part, enlarged so much")
     add("--permute_colours", action=argparse.BooleanOptionalAction, default=False,
         help="swap colour channels at random, clip by clip")
     add("--target_height", type=int, default=120, help="rows of the training targets")
@@ -445,8 +445,9 @@ def physics_loss(y, target, depth_scale, motion_unit):
     is known, "motion_valid" and "depth_valid", and "moving", and "asked" B, whether sky is asked for}
     -> {"motion_loss", "depth_loss", "sky_loss"}, fp32.
 
-    Half of each loss is on moving pixels: they are a few per cent, and a mean over the whole frame is won by
-    a map of the background. What is not valid (sky, first frames, occlusions) teaches nothing.
+    Half of the depth loss and most of the motion loss are on moving pixels: they are a few per cent, and a
+    mean over the whole frame is won by a map of the background. What is not valid (sky, first frames,
+    occlusions) teaches nothing.
     """
     size = target["depth"].shape[-2:]
     if y.shape[-2:] != size:
@@ -455,7 +456,7 @@ def physics_loss(y, target, depth_scale, motion_unit):
     error = y[:, :2] - target["motion"].movedim(1, 2) / motion_unit
     error = (error.square().sum(1) + .02 ** 2).sqrt() - .02                    # end-point error, smooth at 0
     valid = target["motion_valid"]
-    motion = (masked_mean(error, valid & moving) + masked_mean(error, valid & ~moving)) / 2
+    motion = .75 * masked_mean(error, valid & moving) + .25 * masked_mean(error, valid & ~moving)
     valid, (mean, std) = target["depth_valid"], depth_scale
     off = torch.where(valid, y[:, 2] - (target["depth"].clamp(min=1e-3).log() - mean) / std, 0.)
     depth = (masked_mean(off.abs(), valid & moving) + masked_mean(off.abs(), valid)) / 2
@@ -1202,6 +1203,14 @@ def compose(motions, depths, rows, columns, far=FAR):
     return motion.reshape(*shape, 2), valid.reshape(shape)
 
 
+@lru_cache(maxsize=400)                    # a scene's clips share its frames
+def compose_frame(motions, depths, far, changed):
+    """compose() of a whole frame from files."""
+    motions = [map_array(path, "motion", changed) for path in motions]
+    depths = [map_array(path, "depth", changed) for path in depths]
+    return compose(motions, depths, np.arange(depths[0].shape[0]), np.arange(depths[0].shape[1]), far)
+
+
 def read_clip(scene, start, stride, frames, height, width, flip=False, zoom=(1., 0., 0.), far=FAR):
     """Frames start, start + stride, ... of scene.steps, all modalities cropped and resized alike -> dict of
     video T 3 H W uint8, motion T 2 H W float32 (previous chosen frame minus this one, in pixels at H x W; 0
@@ -1247,8 +1256,12 @@ def read_clip(scene, start, stride, frames, height, width, flip=False, zoom=(1.,
         chain = range(index, index - stride, -1)
         # a vector leads to the step before it: where that one is missing, the chain is broken
         if i and all(scene.steps[j] - scene.steps[j - 1] == scene.spacing for j in chain):
-            motion[i], motion_valid[i] = compose([load("motion", j) for j in chain], [
-                load("depth", j) for j in (*chain, index - stride)], rows, columns, far)
+            steps = {"motion": [*chain], "depth": [*chain, index - stride]}
+            files = [tuple(scene.paths[name][scene.steps[j]] for j in own) for name, own in steps.items()]
+            if all(load(name, j) is not None for name, own in steps.items() for j in own):
+                changed = max(path.stat().st_mtime_ns for own in files for path in own)
+                vectors, valid = compose_frame(*files, far, changed)
+                motion[i], motion_valid[i] = vectors[np.ix_(rows, columns)], valid[np.ix_(rows, columns)]
     depth_valid = np.isfinite(depth) & (depth > 0) & (depth < far)
     depth = np.where(depth_valid, depth, np.float32(far))
     motion *= np.float32([width / w, height / h])
@@ -1466,8 +1479,8 @@ def split_scenes(scenes):
 
 
 def choose_clips(scenes, part, args):
-    """-> dicts of scene, start, stride, flip, zoom, colours: random ones of the training scenes, plain and
-    evenly spaced ones of the others. Scenes too short for --frames at any stride have none."""
+    """-> dicts of scene, start, stride, flip, zoom, turn, colours: random ones of the training scenes, plain
+    and evenly spaced ones of the others. Scenes too short for --frames at any stride have none."""
     rng, clips = np.random.default_rng(args.seed), []
     strides = sorted(int(k) for k in args.strides.split(","))
     for scene in scenes:
@@ -1480,20 +1493,28 @@ def choose_clips(scenes, part, args):
             even = (2 * i + 1) * room // (2 * args.eval_clips)
             start = int(rng.integers(room)) if part == "train" else even
             train = part == "train"
-            near = train and args.zoom > 1 and i % 2
+            near = train and args.zoom > 1 and i % 3 > 0
             clips.append({"scene": scene, "start": start, "stride": stride,
                           "flip": bool(train and rng.random() < .5),
                           "zoom": (rng.uniform(1, args.zoom), *rng.random(2)) if near else (1., 0., 0.),
+                          "turn": rng.random(2) < .5 if near else (False, False),
                           "colours": rng.permutation(3) if train and args.permute_colours else np.arange(3)})
     return clips
 
 
 def read_augmented(clip, args):
-    """A clip of choose_clips -> read_clip's dict. Depth counts as unknown where zoomed in: a longer lens
-    makes things look nearer than they are, while motion in pixels stays what is seen."""
+    """A clip of choose_clips -> read_clip's dict. Two in three are for motion alone, which remains what is
+    seen when a part is enlarged, stood on its head or laid on its side; their depth would be another one."""
     record = read_clip(clip["scene"], clip["start"], clip["stride"], args.frames, args.height, args.width,
                        clip["flip"], clip["zoom"], args.far)
     record["video"] = record["video"][:, clip["colours"].tolist()]
+    head, side = clip["turn"]
+    if head:
+        record = {name: value.flip(-2) for name, value in record.items()}
+        record["motion"][:, 1] *= -1
+    if side and args.height == args.width:
+        record = {name: value.transpose(-1, -2) for name, value in record.items()}
+        record["motion"] = record["motion"].flip(1)
     record["asked"] = torch.tensor(clip["zoom"][0] == 1)
     record["depth_valid"] = record["depth_valid"] & record["asked"]
     return record
@@ -1585,6 +1606,7 @@ class Clips:
         shards = {path.stem.removeprefix(f"{part}_"): common.load_weights(path)
                   for path in sorted(folder.glob(f"{part}_*.safetensors"))}
         self.rows = [(name, shard, i) for name, shard in shards.items() for i in range(len(shard["latents"]))]
+        self.plain = [i for i, (_, shard, row) in enumerate(self.rows) if shard["asked"][row]]
 
     def get(self, numbers, names, device):
         """-> {name: stacked rows}, and "text", padded with zeros as Wan was trained."""
@@ -2094,17 +2116,18 @@ def fit(args, run, folder, model, losses, validate, found, steps, lr):
 
 def draw_batch(args, run, clips, step, micro, share):
     """Clips, noise levels and noise of a micro-batch, a function of (seed, step) and of a sample's place in
-    the whole batch. A share of the samples has sigma as Wan draws it, for the flow loss. The others are for the heads:
-    half at the level where heads are read, half from the density 3 (1 - sigma)^2, as all noise holds no answer.
-    """
+    the whole batch. A share of the samples has sigma as Wan draws it, for the flow loss. The others are for
+    the heads: half at the level where heads are read, half from the density 3 (1 - sigma)^2, since all noise
+    holds no answer."""
     seed = common.seed_all(args.seed, 1, step)
-    kinds = {"clip": ("randint", len(clips.rows)), "u": ("rand",), "noise": ("randint", 2 ** 62),
+    rows = clips.plain if share == 1 else range(len(clips.rows))       # videos are learned as they are
+    kinds = {"clip": ("randint", len(rows)), "u": ("rand",), "noise": ("randint", 2 ** 62),
              "coin": ("rand",)}
     numbers = common.draw(kinds, seed, args.batch_size, run.rank, run.world, micro, args.grad_accum)
     wan, read = numbers["coin"] < share, numbers["coin"] > (1 + share) / 2
     sigma = torch.where(wan, shift_sigma(numbers["u"], args.shift), 1 - (1 - numbers["u"]) ** (1 / 3))
     sigma = torch.where(read, torch.tensor(PROBE), sigma)
-    batch = clips.targets(numbers["clip"].tolist(), run.device)
+    batch = clips.targets([rows[i] for i in numbers["clip"].tolist()], run.device)
     if share:
         for name in ("asked", "motion_valid", "depth_valid"):
             batch[name] = batch[name] & expand_to(~wan.to(run.device), batch[name])
