@@ -33,13 +33,14 @@ import copy
 import csv
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
 import signal
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -70,8 +71,8 @@ NEGATIVE = ("vivid tones, overexposed, static, blurred details, subtitles, style
 PRESETS = {
     "tiny": dict(
         model="tiny", stage="all", data_dir="data/sim_physics_heads", height=64, width=64, frames=17,
-        strides="1,2", zoom=2.0, permute_colours=True, clips=96, target_height=64, text_length=64, cells=16,
-        head_width=128, head_blocks=2, batch_size=8, max_steps=1200, lora_steps=300, backbone_steps=300,
+        strides="1,2", zoom=2.0, permute_colours=True, clips=32, target_height=64, text_length=64, cells=16,
+        head_width=64, head_blocks=2, batch_size=8, max_steps=1000, lora_steps=150, backbone_steps=300,
         lr=2e-3, lora_lr=5e-4, backbone_lr=1e-3, warmup_steps=50, lora_rank=8, ema_decay=0.99, beta2=.98,
         steps=20, cfg=1.0, controls=True, eval_every=200, save_every=200),
     # The document's stage 1: 10 epochs of 2,100 clips, accumulated over 8.
@@ -114,6 +115,7 @@ def build_parser():
     add("--far", type=float, default=100.0, help="metres from which on depth counts as sky")
     add("--fps", type=int, default=15, help="of the videos that are written")
     add("--sim_frames", type=int, default=0, help="frames of a simulated scene (0: 60 to 131, by scene)")
+    add("--sim_recordings", type=int, default=3, help="of each simulated scene that moves")
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=["ti2v_5b", "tiny"], default="ti2v_5b", help="tiny: the same classes, small")
     add("--weights_from", default="Wan-AI/Wan2.2-TI2V-5B-Diffusers", metavar="FOLDER|HUB_ID",
@@ -122,7 +124,7 @@ def build_parser():
     add("--head", choices=list(HEADS), default="frames", help="linear: the document's, from the last block")
     add("--head_width", type=int, default=256, help="channels of the head")
     add("--head_blocks", type=int, default=3, help="its residual blocks of 3x3x3 convolutions")
-    add("--cells", type=int, default=8, help="rows and columns that a token predicts")
+    add("--cells", type=int, default=8, help="rows and columns that a token predicts, even")
     add("--taps", default="", help="blocks after which heads read, as 0,8,15,23 (default: those quarters)")
     add("--random_backbone", action="store_true", help="control: heads on an untrained backbone")
     add("--text_length", type=int, default=512, help="tokens of a prompt, zeros included")
@@ -137,7 +139,7 @@ def build_parser():
     add("--backbone_steps", type=int, default=0, help="of the tiny backbone's own training")
     add("--backbone_lr", type=float, default=1e-3, help="likewise")
     add("--controls", action=argparse.BooleanOptionalAction, default=False,
-        help="within --stage all: also train the linear head, and heads on a random backbone")
+        help="within --stage all: also train heads on a random backbone")
     add = parser.add_argument_group("loss").add_argument
     add("--motion_weight", type=float, default=1.0, help="of the motion loss")
     add("--depth_weight", type=float, default=1.0, help="of the depth loss")
@@ -154,8 +156,8 @@ def build_parser():
 def check_args(args):
     """One clear line for values that no run can mean."""
     for name in ("height", "width", "frames", "clips", "eval_clips", "target_height", "batch_size",
-                 "grad_accum", "max_steps", "steps", "num_samples", "lora_rank", "last_k", "cells",
-                 "head_width", "text_length"):
+                 "sim_recordings", "grad_accum", "max_steps", "steps", "num_samples", "lora_rank", "last_k",
+                 "cells", "head_width", "text_length"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
     for name in ("seed", "lr", "lora_lr", "backbone_lr", "head_blocks", "lora_steps", "backbone_steps"):
@@ -166,6 +168,8 @@ def check_args(args):
             raise UserError(f"--{name} must be a multiple of 32, not {getattr(args, name)}")
     if args.frames % 4 != 1:
         raise UserError(f"--frames must be 4k + 1, not {args.frames}: Wan's VAE packs fours after the first")
+    if args.cells % 2:
+        raise UserError(f"--cells must be even, not {args.cells}: a token is 2 x 2 latents")
     if args.height % args.target_height:
         raise UserError(f"--target_height {args.target_height} does not divide --height {args.height}")
     if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", args.strides):
@@ -261,19 +265,19 @@ class LinearHeads(nn.Module):
 class PerFrameHeads(nn.Module):
     """Motion and depth of every frame, from several depths of the backbone.
 
-    A token covers 4 frames (the first one 1). Taps are normed, projected and summed, modulated by time, mixed
-    by 3x3x3 convolutions over tokens, then laid out as 4 frames x cells x cells.
+    A token covers 4 frames (the first one 1) of 2 x 2 latents. Taps are normed, projected, summed, modulated
+    by time, laid out as latents, mixed by 3x3x3 convolutions, then laid out as 4 frames x cells x cells.
     """
     def __init__(self, D, taps, args):
         super().__init__()
-        width, self.cells = args.head_width, args.cells
+        width, self.cells = args.head_width, args.cells // 2
         self.register_buffer("depth_scale", torch.tensor([0., 1.]))            # mean and std of log depth
         self.norms = nn.ModuleList(nn.LayerNorm(D, eps=1e-6) for _ in taps)
-        self.read = nn.ModuleList(nn.Linear(D, width) for _ in taps)
-        self.time = nn.Linear(D, 2 * width)
+        self.read = nn.ModuleList(nn.Linear(D, 4 * width) for _ in taps)
+        self.time = nn.Linear(D, 8 * width)
         self.blocks = nn.ModuleList(ResBlock(width) for _ in range(args.head_blocks))
         self.norm = nn.GroupNorm(1, width)
-        self.out = nn.Linear(width, 4 * OUTPUTS * args.cells ** 2)
+        self.out = nn.Linear(width, 4 * OUTPUTS * self.cells ** 2)
         for layer in (self.time, self.out):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -282,12 +286,13 @@ class PerFrameHeads(nn.Module):
         """[B F h w D], B F h w D -> B OUTPUTS T h*cells w*cells, T = 4 (F - 1) + 1 frames."""
         x = sum(read(norm(hidden)) for read, norm, hidden in zip(self.read, self.norms, tapped))
         scale, shift = self.time(F.silu(temb)).chunk(2, dim=-1)
-        x = (x * (1 + scale) + shift).movedim(-1, 1)                           # B width F h w
+        x = (x * (1 + scale) + shift).unflatten(-1, (2, 2, -1))                # B F h w 2 2 width
+        x = x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
         for block in self.blocks:
             x = block(x)
         y = self.out(F.silu(self.norm(x)).movedim(1, -1))
         r = self.cells
-        y = y.unflatten(-1, (4, OUTPUTS, r, r)).permute(0, 5, 1, 4, 2, 6, 3, 7)    # B c F 4 h r w r
+        y = y.unflatten(-1, (4, OUTPUTS, r, r)).permute(0, 5, 1, 4, 2, 6, 3, 7)    # B c F 4 2h r 2w r
         return y.flatten(6, 7).flatten(4, 5).flatten(2, 3)[:, :, 3:]
 
 
@@ -379,16 +384,15 @@ def has_adapter(dit):
     return bool(getattr(dit, "peft_config", None))
 
 
-def make_model(args, dit, stage, head=None):
+def make_model(args, dit, stage):
     """PhysicsModel with what `stage` trains requiring grad, in fp32: at a learning rate of 1e-5 most steps of
     a bf16 weight round to none."""
     depth, D = len(dit.blocks), dit.config.num_attention_heads * dit.config.attention_head_dim
     taps = [int(n) for n in args.taps.split(",") if n] or sorted({depth * i // 4 for i in range(4)})
-    head = head or args.head
-    taps = [depth] if head == "linear" else taps
+    taps = [depth] if args.head == "linear" else taps
     if max(taps) > depth:
         raise UserError(f"--taps {args.taps}: the backbone has {depth} blocks")
-    heads = None if stage == "backbone" else HEADS[head](D, taps, args).to(dit.device)
+    heads = None if stage == "backbone" else HEADS[args.head](D, taps, args).to(dit.device)
     dit.requires_grad_(stage in ("backbone", "full"))
     if stage == "lora":
         from peft import LoraConfig
@@ -955,34 +959,41 @@ def render(world, t, side):
             depth.astype(np.float32).reshape(side, side), ids.reshape(side, side))
 
 
-def simulate_scenes(root, side, seed=0, most=0, scenes=SCENES):
-    """Writes the scenes in the document's layout under root, at most `most` frames of each (0: all), and
-    metadata.csv; whole, or not at all. Does nothing where they lie already; UserError where others do."""
-    root, made_of = Path(root), {"side": side, "seed": seed, "frames": most, "scenes": list(scenes)}
+def record(name, folder, frames, trailing, seed, side):
+    """Simulates a scene and writes it in the document's layout."""
+    world = simulate(name, frames + trailing, seed)
+    for kind in ("rgb", "motion_vectors", "distance_to_camera"):
+        (folder / kind).mkdir(parents=True)
+    for t in range(frames + trailing):
+        rgb, motion, depth, _ = render(world, t, side)
+        # The first frame has none before it: its file is an empty array, as in the real set.
+        np.save(folder / f"motion_vectors/step_{t:04d}.npy", motion if t else np.zeros(0, np.float32))
+        if t < frames:
+            Image.fromarray(rgb).save(folder / f"rgb/step_{t:04d}.png")
+            np.save(folder / f"distance_to_camera/step_{t:04d}.npy", depth)
+
+
+def simulate_scenes(root, side, seed=0, most=0, recordings=3, scenes=SCENES):
+    """Writes the scenes under root, env_0, env_1, ... of each that moves: `recordings` with other bodies, at
+    most `most` frames (0: all). Whole, or not at all. They may be there; UserError where others are."""
+    root = Path(root)
+    made_of = {"side": side, "seed": seed, "frames": most, "recordings": recordings, "scenes": list(scenes)}
     if root.exists():
-        record = root / "simulated.json"
-        if not record.is_file() or json.loads(record.read_text()) != made_of:
+        kept = root / "simulated.json"
+        if not kept.is_file() or json.loads(kept.read_text()) != made_of:
             raise UserError(f"{root} holds other scenes: remove it, or name what you want with --data_dir")
         return
     work = root.with_name(root.name + ".tmp")
     shutil.rmtree(work, ignore_errors=True)
-
-    def write(name):
-        frames, trailing = SCENES[name]
-        frames = min(frames, most or frames)
-        world, folder = simulate(name, frames + trailing, seed), work / name / "env_0/0/0"
-        for kind in ("rgb", "motion_vectors", "distance_to_camera"):
-            (folder / kind).mkdir(parents=True)
-        for t in range(frames + trailing):
-            rgb, motion, depth, _ = render(world, t, side)
-            # The first frame has none before it: its file is an empty array, as in the real set.
-            np.save(folder / f"motion_vectors/step_{t:04d}.npy", motion if t else np.zeros(0, np.float32))
-            if t < frames:
-                Image.fromarray(rgb).save(folder / f"rgb/step_{t:04d}.png")
-                np.save(folder / f"distance_to_camera/step_{t:04d}.npy", depth)
-
-    with ThreadPoolExecutor() as pool:
-        list(tqdm(pool.map(write, scenes), "simulate", len(scenes), unit="scene"))
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")) as pool:
+        jobs = []
+        for name in scenes:
+            frames, trailing = SCENES[name]
+            for take in range(1 if "static" in name or "light" in name else recordings):
+                jobs.append(pool.submit(record, name, work / name / f"env_{take}/0/0",
+                                        min(frames, most or frames), trailing, seed + take, side))
+        for job in tqdm(jobs, "simulate", unit="recording"):
+            job.result()
     common.write_json(work / "simulated.json", made_of)
     work.rename(root)
 
@@ -1467,15 +1478,15 @@ class LinearCodec:
 
 
 def split_scenes(scenes):
-    """Whole scenes only: of seven in the order of names the 4th is for validation, the 6th for the test. Of
-    the document's 21: a ramp, dominoes and an occluder are held out, which are three kinds of motion."""
-    if len(scenes) < 3:
-        raise UserError(f"{len(scenes)} scenes cannot be split into train, val and test: three at least")
-    if len(scenes) < 7:
-        return {"train": scenes[:-2], "val": scenes[-2:-1], "test": scenes[-1:]}
-    place = {3: "val", 5: "test"}
-    return {part: [s for i, s in enumerate(scenes) if place.get(i % 7, "train") == part]
-            for part in ("train", "val", "test")}
+    """Whole scenes only, with all their recordings: of seven in the order of names the 4th is for validation,
+    the 6th for the test. Of the document's 21 a ramp, dominoes and an occluder are tested on."""
+    names = sorted({scene.name for scene in scenes})
+    if len(names) < 3:
+        raise UserError(f"{len(names)} scenes cannot be split into train, val and test: three at least")
+    place = {name: {3: "val", 5: "test"}.get(i % 7, "train") for i, name in enumerate(names)}
+    if len(names) < 7:
+        place |= {names[-2]: "val", names[-1]: "test"}
+    return {part: [s for s in scenes if place[s.name] == part] for part in ("train", "val", "test")}
 
 
 def choose_clips(scenes, part, args):
@@ -1523,7 +1534,7 @@ def read_augmented(clip, args):
 def build_cache(args, run):
     """Latents, text embeddings, targets of all clips, written once; then VAE and text encoder leave memory.
 
-    cache/<part>_<scene>.safetensors: latents n C F h w, text L D, motion n T 2 h w, depth n T h w (m) and
+    cache/<part>_<number>_<scene>.safetensors: latents n C F h w, text L D, motion n T 2 h w, depth n T h w and
     their masks in --target_height rows; held-out scenes at full size, with the video n T 3 H W uint8.
     index.json, written last, holds what all of it was made of: another set or other flags make it anew.
     """
@@ -1580,7 +1591,7 @@ def build_cache(args, run):
         tensors["latents"] = torch.cat(latents).to(torch.float32 if args.model == "tiny" else torch.bfloat16)
         if part != "train":
             tensors["video"] = torch.stack([r["video"] for r in records])
-        common.save_weights(folder / f"{part}_{scene.name}.safetensors", tensors)
+        common.save_weights(folder / f"{part}_{number:03d}_{scene.name}.safetensors", tensors)
     run.barrier()
     if run.rank == 0:
         logs = []
@@ -1590,7 +1601,8 @@ def build_cache(args, run):
         logs = torch.cat(logs)
         common.write_json(index, {"made_of": made_of, "mean": logs.mean().item(), "std": logs.std().item(),
                                   "clips": {part: len(own) for part, own in clips.items()},
-                                  "scenes": {part: [s.name for s in own] for part, own in parts.items()}})
+                                  "scenes": {part: sorted({s.name for s in own})
+                                             for part, own in parts.items()}})
     run.barrier()
 
 
@@ -1605,7 +1617,8 @@ class Clips:
         self.depth_scale = [self.index["mean"], self.index["std"]]
         shards = {path.stem.removeprefix(f"{part}_"): common.load_weights(path)
                   for path in sorted(folder.glob(f"{part}_*.safetensors"))}
-        self.rows = [(name, shard, i) for name, shard in shards.items() for i in range(len(shard["latents"]))]
+        self.rows = [(name[4:], shard, i) for name, shard in shards.items()
+                     for i in range(len(shard["latents"]))]
         self.plain = [i for i, (_, shard, row) in enumerate(self.rows) if shard["asked"][row]]
 
     def get(self, numbers, names, device):
@@ -2141,7 +2154,7 @@ def fixed_noise(z, seed):
 
 
 
-def run_stage(args, run, stage, folder, dit, found=None, only=False, heads_from=None, head=None):
+def run_stage(args, run, stage, folder, dit, found=None, only=False, heads_from=None):
     """One stage of training, none where `found` has all steps or `only` it counts. -> PhysicsModel with the
     averaged weights. stage: backbone (tiny only: nobody has pretrained weights of that size), heads (the
     backbone is frozen), lora, last_k, full. dit: the backbone, changed in place. heads_from: where to
@@ -2149,7 +2162,7 @@ def run_stage(args, run, stage, folder, dit, found=None, only=False, heads_from=
     """
     clips, held = Clips(args, "train"), Clips(args, "val")
     torch.manual_seed(args.seed)                 # equal initial weights on all ranks and after any restart
-    model = make_model(args, dit, stage, head)
+    model = make_model(args, dit, stage)
     if stage != "backbone":
         model.heads.depth_scale.copy_(torch.tensor(clips.depth_scale))
     if heads_from and not found:
@@ -2182,14 +2195,14 @@ def run_stage(args, run, stage, folder, dit, found=None, only=False, heads_from=
     export(args, run, model, stage, folder)
     if args.fsdp:                                # evaluation shares out clips: each process has a whole model
         weights, _ = common.gather_state(model, everywhere=True)
-        model = make_model(args, wan_part(args, run, "transformer", trunk_dtype(args)), stage, head)
+        model = make_model(args, wan_part(args, run, "transformer", trunk_dtype(args)), stage)
         common.restore_state(model, weights, source="this run")
     return model.eval()
 
 
 def run_stages(args, run, found, only=False):
     """What --stage asks for, each stage going on from its own checkpoint -> {"model": PhysicsModel, and with
-    --stage all the controls "heads", "linear", "random_backbone"}."""
+    --stage all also stage 1's "heads", and the control "random_backbone"}."""
     folder = Path(args.output_dir)
     if run.rank == 0 and not only:
         common.write_json(folder / "args.json", {**public_flags(args), **common.provenance()})
@@ -2206,7 +2219,6 @@ def run_stages(args, run, found, only=False):
         return {"model": run_stage(args, run, args.stage, folder, dit, found, only, args.heads)}
     models = {"heads": stage("heads", "heads", dit)}
     if args.controls:
-        models["linear"] = stage("heads", "heads_linear", dit, head="linear")
         models["random_backbone"] = stage("heads", "heads_random", untrained)
     first = folder / "heads/final/heads.safetensors"
     return {"model": run_stage(args, run, "lora", folder, copy.deepcopy(dit), found, only, first), **models}
@@ -2215,7 +2227,7 @@ def run_stages(args, run, found, only=False):
 def prepare(args, run):
     """Scenes (simulated for the tiny preset's own folder) and their cache."""
     if run.rank == 0 and args.preset == "tiny" and "data_dir" not in args.given:
-        simulate_scenes(args.data_dir, args.height, most=args.sim_frames)
+        simulate_scenes(args.data_dir, args.height, 0, args.sim_frames, args.sim_recordings)
     run.barrier()
     build_cache(args, run)
     if run.rank == 0:

@@ -35,6 +35,7 @@ os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLI
 import imageio.v3 as iio      # with all that follows, after the environment that it reads
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -43,6 +44,15 @@ import common
 import cosmos_lite as cosmos
 import river_smoke as river
 import sim_physics_heads as physics
+
+VAE21 = {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2,
+         "latents_mean": [.1, -.2, .3, .4], "latents_std": [.5, 2., 1., 3.]}
+VAE22 = {**VAE21, "is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12,
+         "scale_factor_spatial": 16}
+TINY_WAN = {"vae": VAE22, "transformer": {
+    "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": 16,
+    "freq_dim": 32, "ffn_dim": 48, "num_layers": 2}, "text_encoder": {
+    "vocab_size": 259, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}}
 
 torch.set_num_threads(1)      # bits are compared across processes, and tiny tensors are fastest on one thread
 
@@ -170,7 +180,7 @@ SCRIPTS = {
             ("", "npy is float32 .32, 32, 3.: floats of shape .H, W, 2 or 4.", lambda data, run: arrays(
                 data, "motion_vectors", lambda array: np.zeros((32, 32, 3), np.float32))),
             ("", "npy is int16 .32, 32.: floats of shape .H, W.", lambda data, run: arrays(
-                data, "distance_to_camera", lambda array: array.astype(np.int16))),
+                data, "distance_to_camera", lambda array: np.zeros(array.shape, np.int16))),
             ("", "npy is 16 x 32, the frames of scene test_ball_collide are 32 x 32",
              lambda data, run: arrays(data, "distance_to_camera", lambda array: array[:, :16])),
             ("", "motion_vectors point the other way: multiply by -1", lambda data, run: arrays(
@@ -184,9 +194,9 @@ SCRIPTS = {
             ("--taps 1,b", "--taps takes numbers of blocks", None),
             ("--stage head", "invalid choice: 'head'", None),
             ("--stage lora", "--stage lora starts from stage 1's heads", None),
-            ("--stage lora --heads {data}/none.safetensors", "cannot read the weights .*none.safetensors",
-             None),
-            ("--stage lora --head_width 16 --heads {run}/heads/final/heads.safetensors",
+            ("--stage lora --backbone_steps 0 --heads {data}/none.safetensors",
+             "cannot read the weights .*none.safetensors", None),
+            ("--stage lora --backbone_steps 0 --head_width 16 --heads {run}/heads/final/heads.safetensors",
              "heads.safetensors does not fit", None),
             ("--cells 0", "--cells must be at least 1, not 0", None),
             ("--lr nan", "--lr must not be negative", None),
@@ -325,9 +335,9 @@ def steps_flag(script):
 
 
 def exports(run):
-    """Weights for use elsewhere, by stage."""
-    found = {path: path.read_bytes() for path in run.rglob("*.safetensors") if "ckpt" not in path.parts}
-    return {str(path.relative_to(run)): content for path, content in found.items()}
+    """Weights for use elsewhere, of all stages. (safetensors orders a file's metadata at random.)"""
+    found = [path for path in run.rglob("*.safetensors") if "ckpt" not in path.parts]
+    return flat({str(path.relative_to(run)): common.load_weights(path) for path in found})
 
 
 def halfway(run, to):
@@ -435,7 +445,7 @@ def test_resume_equals_no_stop(script, base, tmp_path):
         assert launch(script, f"--data_dir {base.data} --output_dir {run}") == 0
         for later in stages[i:]:
             assert_same(saved(run, later), saved(base.run, later))
-        assert exports(run) == exports(base.run)
+        assert_same(exports(run), exports(base.run))
 
 
 def test_one_clip_can_be_evaluated(script, base, tmp_path):
@@ -819,6 +829,297 @@ def test_run_files(tmp_path, monkeypatch):
     cut(tmp_path / "w.safetensors")
     with pytest.raises(common.UserError, match="w.safetensors"):
         common.load_weights(tmp_path / "w.safetensors")
+
+
+# ---- common.py: Wan --------------------------------------------------------------------------------------
+
+def tiny_wan(part, config=None, **more):
+    torch.manual_seed(0)
+    return common.load_wan(None, part=part, config=config or TINY_WAN, random_init=True, **more)
+
+
+def velocity(transformer, seed=1):
+    g = torch.Generator().manual_seed(seed)
+    channels, D = transformer.config.in_channels, transformer.config.text_dim
+    x, text = torch.randn(2, channels, 2, 4, 4, generator=g), torch.randn(2, 8, D, generator=g)
+    with torch.no_grad():
+        return transformer(x, torch.rand(2, generator=g) * 1000, text).sample
+
+
+def same_weights(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def pipeline(transformer, transformer_2=None):
+    from diffusers import FlowMatchEulerDiscreteScheduler, WanImageToVideoPipeline
+    return WanImageToVideoPipeline(None, None, tiny_wan("vae"), FlowMatchEulerDiscreteScheduler(),
+                                   transformer=transformer, transformer_2=transformer_2)
+
+
+# Official names, written here independently of the converters.
+
+def official_transformer(weights):
+    table = [("condition_embedder.time_embedder.linear_1", "time_embedding.0"),
+             ("condition_embedder.time_embedder.linear_2", "time_embedding.2"),
+             ("condition_embedder.text_embedder.linear_1", "text_embedding.0"),
+             ("condition_embedder.text_embedder.linear_2", "text_embedding.2"),
+             ("condition_embedder.time_proj", "time_projection.1"), ("attn1.", "self_attn."),
+             ("attn2.", "cross_attn."), ("to_out.0", "o"), ("to_q", "q"), ("to_k", "k"), ("to_v", "v"),
+             ("ffn.net.0.proj", "ffn.0"), ("ffn.net.2", "ffn.2"), ("proj_out", "head.head"),
+             (".norm2.", ".norm3.")]
+    named = {}
+    for key, value in weights.items():
+        for new, old in table:
+            key = key.replace(new, old)
+        key = "head.modulation" if key == "scale_shift_table" else key
+        named[key.replace("scale_shift_table", "modulation")] = value.clone()
+    return named
+
+
+def official_vae(weights, nested):
+    layers = {"norm1": "residual.0", "conv1": "residual.2", "norm2": "residual.3", "conv2": "residual.6",
+              "conv_shortcut": "shortcut"}
+    named = {}
+    for k, value in weights.items():
+        k = re.sub(r"^quant_conv", "conv1", re.sub(r"^post_quant_conv", "conv2", k))
+        k = k.replace("conv_in.", "conv1.").replace("norm_out.", "head.0.").replace("conv_out.", "head.2.")
+        k = k.replace("mid_block.attentions.0", "middle.1")
+        k = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"middle.{2 * int(m[1])}", k)
+        if re.search(r"middle\.[02]|_blocks", k):
+            k = re.sub(r"(norm1|norm2|conv1|conv2|conv_shortcut)\.(\w+)$",
+                       lambda m: f"{layers[m[1]]}.{m[2]}", k)
+        if nested:
+            last = {"down": 2, "up": 3}
+            k = re.sub(r"(down|up)_blocks\.(\d)\.resnets", r"\1samples.\2.\1samples", k)
+            k = re.sub(r"(down|up)_blocks\.(\d)\.\1sampler",
+                       lambda m: f"{m[1]}samples.{m[2]}.{m[1]}samples.{last[m[1]]}", k)
+        else:
+            k = k.replace("down_blocks", "downsamples")
+            k = re.sub(r"up_blocks\.(\d)\.resnets\.(\d)",
+                       lambda m: f"upsamples.{4 * int(m[1]) + int(m[2])}", k)
+            k = re.sub(r"up_blocks\.(\d)\.upsamplers\.0", lambda m: f"upsamples.{4 * int(m[1]) + 3}", k)
+        named[k] = value.clone()
+    return named
+
+
+def official_t5(weights):
+    table = [("shared.", "token_embedding."), ("encoder.final_layer_norm", "norm"),
+             ("encoder.block.", "blocks."),
+             ("layer.0.SelfAttention.relative_attention_bias", "pos_embedding.embedding"),
+             ("layer.0.SelfAttention", "attn"), ("layer.0.layer_norm", "norm1"),
+             ("layer.1.layer_norm", "norm2"), ("layer.1.DenseReluDense.wi_0", "ffn.gate.0"),
+             ("layer.1.DenseReluDense.wi_1", "ffn.fc1"), ("layer.1.DenseReluDense.wo", "ffn.fc2")]
+    named = {}
+    for key, value in weights.items():
+        if key != "encoder.embed_tokens.weight":
+            for new, old in table:
+                key = key.replace(new, old)
+            named[key] = value.clone()
+    return named
+
+
+def write_official(folder, model):
+    """Two shards and their index, as Wan's are published."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = official_transformer(model.state_dict())
+    assert "blocks.0.norm3.weight" in weights and "blocks.1.cross_attn.norm_q.weight" in weights
+    names, index = list(weights), {}
+    for i, part in enumerate([names[:len(names) // 2], names[len(names) // 2:]]):
+        file = f"diffusion_pytorch_model-{i + 1:05d}-of-00002.safetensors"
+        common.save_weights(folder / file, {name: weights[name] for name in part})
+        index.update({name: file for name in part})
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+
+
+@pytest.mark.parametrize("name,part,count", [
+    ("ti2v_5b", "transformer", 4_999_787_712), ("ti2v_5b", "vae", 704_688_668),
+    ("ti2v_5b", "text_encoder", 5_680_910_336), ("i2v_a14b", "transformer", 14_288_901_184),
+    ("i2v_a14b", "vae", 126_892_531)])
+def test_wan_at_full_size(name, part, count):
+    """The published sizes, and every official name of the VAEs."""
+    model = common.load_wan(None, part=part, config=name, random_init=True, device="meta")
+    assert common.count_params(model) == count
+    if part == "vae":
+        assert len(model.config.latents_mean) == len(model.config.latents_std) == model.config.z_dim
+        weights = model.state_dict()
+        official = official_vae(weights, nested=name == "ti2v_5b")
+        assert common.diffusers_names(official, "vae").keys() == weights.keys()
+    if part == "transformer":
+        c = model.config
+        assert (c.attention_head_dim, c.text_dim, c.freq_dim, c.eps, c.cross_attn_norm, c.image_dim) == \
+            (128, 4096, 256, 1e-6, True, None) and tuple(c.patch_size) == (1, 2, 2)
+
+
+@pytest.mark.parametrize("config,stride", [(VAE21, 8), (VAE22, 16)])
+def test_wan_latents(config, stride):
+    vae = tiny_wan("vae", {"vae": config})
+    x = torch.rand(1, 5, 3, 32, 32) * 2 - 1
+    z = common.wan_encode(vae, x)
+    assert z.shape == (1, 4, 2, 32 // stride, 32 // stride) and z.dtype == torch.float32
+    raw = vae.encode(x.permute(0, 2, 1, 3, 4)).latent_dist.mode()
+    for c in range(4):
+        expected = (raw[:, c] - vae.config.latents_mean[c]) / vae.config.latents_std[c]
+        torch.testing.assert_close(z[:, c], expected)
+    y = common.wan_decode(vae, z)
+    assert y.shape == x.shape and y.abs().max() <= 1
+    torch.testing.assert_close(y, vae.decode(raw).sample.permute(0, 2, 1, 3, 4), atol=1e-4, rtol=1e-4)
+    common.wan_encode(vae, x.requires_grad_()).sum().backward()
+    assert x.grad.abs().sum() > 0
+    with pytest.raises(ValueError, match="4k [+] 1"):
+        common.wan_encode(vae, x[:, :4])
+
+
+def test_official_wan_transformers(tmp_path):
+    """A folder of shards, one per expert, and single files under either names."""
+    model, low = tiny_wan("transformer"), common.load_wan(None, part="transformer", config=TINY_WAN,
+                                                          random_init=True)
+    load = functools.partial(common.load_wan, part="transformer", config=TINY_WAN)
+    write_official(tmp_path / "high_noise_model", model)
+    write_official(tmp_path / "low_noise_model", low)
+    loaded = load(tmp_path)
+    assert same_weights(model, loaded) and torch.equal(velocity(model), velocity(loaded))
+    assert same_weights(low, load(tmp_path, expert="transformer_2")) and not same_weights(model, low)
+    half = load(tmp_path, dtype=torch.bfloat16)
+    kept = {name for name, p in half.named_parameters() if p.dtype == torch.float32}
+    fp32 = r"norm[123]\.|time_embedder|scale_shift_table"
+    assert kept == {name for name in half.state_dict() if re.search(fp32, name)}
+    assert all(b.dtype != torch.bfloat16 and not b.is_meta for b in half.buffers())
+    (tmp_path / "high_noise_model/diffusion_pytorch_model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(common.UserError, match="00002-of-00002.safetensors is missing.*hf download"):
+        load(tmp_path)
+    weights = official_transformer(model.state_dict())
+    torch.save({"model": {f"_orig_mod.{name}": value for name, value in weights.items()}, "step": 3},
+               tmp_path / "vidar.pt")
+    common.save_weights(tmp_path / "own.safetensors", model.state_dict())
+    assert same_weights(model, load(tmp_path / "vidar.pt"))
+    assert same_weights(model, load(tmp_path / "own.safetensors"))
+    with pytest.raises(common.UserError, match="blocks.2"):
+        load(tmp_path / "vidar.pt", config={"transformer": {**TINY_WAN["transformer"], "num_layers": 3}})
+
+
+def test_official_wan_files(tmp_path):
+    for config, file in ((VAE21, "Wan2.1_VAE.pth"), (VAE22, "Wan2.2_VAE.pth")):
+        vae = tiny_wan("vae", {"vae": config})
+        named = official_vae(vae.state_dict(), nested="2.2" in file)
+        assert "decoder.middle.0.residual.0.gamma" in named
+        torch.save(named, tmp_path / file)
+        assert same_weights(vae, common.load_wan(tmp_path, part="vae", config={"vae": config}))
+    encoder = tiny_wan("text_encoder")
+    torch.save(official_t5(encoder.state_dict()), tmp_path / "models_t5_umt5-xxl-enc-bf16.pth")
+    loaded = common.load_wan(tmp_path, part="text_encoder", config=TINY_WAN)
+    assert same_weights(encoder, loaded) and loaded.shared.weight is loaded.encoder.embed_tokens.weight
+    tiny_wan("tokenizer").save_pretrained(tmp_path / "google/umt5-xxl")
+    assert common.load_wan(tmp_path, part="tokenizer")("ab").input_ids == [100, 101, 1]
+
+
+def test_wan_from_a_diffusers_folder(tmp_path):
+    for part in ("transformer", "vae", "text_encoder"):
+        model = tiny_wan(part)
+        model.save_pretrained(tmp_path / part)
+        assert same_weights(model, common.load_wan(str(tmp_path), part=part)), part
+        loaded = common.load_wan(tmp_path, part=part, dtype=torch.bfloat16)
+        drawn = tiny_wan(part, dtype=torch.bfloat16)
+        assert loaded.dtype == torch.bfloat16 and not loaded.training and not drawn.training
+        kinds = [{name: value.dtype for name, value in m.state_dict().items()} for m in (loaded, drawn)]
+        assert kinds[0] == kinds[1] and torch.get_default_dtype() == torch.float32
+    for part, gone in (("text_encoder", "encoder.final_layer_norm.weight"), ("vae", "quant_conv.bias")):
+        file = next((tmp_path / part).glob("*.safetensors"))
+        weights = common.load_weights(file)
+        del weights[gone]
+        safetensors.torch.save_file(weights, file, {"format": "pt"})
+        with pytest.raises(common.UserError, match=gone):
+            common.load_wan(tmp_path, part=part)
+    tiny_wan("tokenizer").save_pretrained(tmp_path / "tokenizer")
+    assert common.load_wan(tmp_path, part="tokenizer")("ab").input_ids == [100, 101, 1]
+    with pytest.raises(common.UserError, match="hf download Wan-AI/Wan2.2-I2V-A14B-Diffusers"):
+        common.load_wan(tmp_path, part="transformer", expert="transformer_2", config="i2v_a14b")
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder", "tokenizer"])
+def test_wan_that_is_not_there(tmp_path, part):
+    (tmp_path / "empty").mkdir()
+    for source in (tmp_path / "no/such", tmp_path / "empty"):
+        with pytest.raises(common.UserError) as error:
+            common.load_wan(source, part=part)
+        message = str(error.value)
+        assert "\n" not in message and str(source) in message
+        assert "hf download Wan-AI/Wan2.2-TI2V-5B-Diffusers --local-dir" in message
+    with pytest.raises(common.UserError, match="hf download Wan-AI/none-such$"):
+        common.load_wan("Wan-AI/none-such", part=part)
+
+
+def test_wan_text():
+    from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+    tokenizer, encoder = tiny_wan("tokenizer"), tiny_wan("text_encoder")
+    prompts = ["a  cat &amp; ", "", "x" * 50]
+    texts = common.encode_text(tokenizer, encoder, prompts, length=32)
+    assert [len(text) for text in texts] == [8, 1, 32]     # "a cat &" and its end; the end; cut off
+    padded = common.pad_text(texts, 32)
+    assert padded.shape == (3, 32, 16) and padded[0, 8:].abs().max() == 0 < padded[0, 7].abs().max()
+    own = WanPipeline(tokenizer, encoder, tiny_wan("vae"), FlowMatchEulerDiscreteScheduler())
+    expected = own._get_t5_prompt_embeds(prompts, max_sequence_length=32)
+    torch.testing.assert_close(padded, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_lora_loads_into_the_pipeline(tmp_path):
+    from peft import LoraConfig
+    plain, trained = velocity(tiny_wan("transformer")), tiny_wan("transformer")
+    trained.add_adapter(LoraConfig(r=4, lora_alpha=16, target_modules=["to_q", "to_out.0", "ffn.net.0.proj"]))
+    assert torch.equal(velocity(trained), plain)                   # B = 0 at the start
+    for name, p in trained.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p, std=.1)
+    expected = velocity(trained)
+    path = common.save_lora(tmp_path, trained, trained.state_dict())
+    assert path.name == "pytorch_lora_weights.safetensors" and list(tmp_path.iterdir()) == [path]
+    assert len(common.load_weights(path)) == 2 * 2 * 5
+    pipe = pipeline(tiny_wan("transformer"), tiny_wan("transformer"))
+    pipe.load_lora_weights(tmp_path)
+    assert (expected - plain).abs().max() > 1e-2
+    torch.testing.assert_close(velocity(pipe.transformer), expected)               # alpha / r = 4 came along
+    assert torch.equal(velocity(pipe.transformer_2), plain)
+    pipe.load_lora_weights(tmp_path, load_into_transformer_2=True)
+    torch.testing.assert_close(velocity(pipe.transformer_2), expected)
+    again = tiny_wan("transformer")
+    for _ in range(2):                   # the second replaces the first
+        common.load_lora(again, tmp_path)
+        torch.testing.assert_close(velocity(again), expected)
+    trainable = [{name for name, p in m.named_parameters() if p.requires_grad} for m in (again, trained)]
+    assert trainable[0] == trainable[1]
+    (tmp_path / "b").mkdir()
+    common.save_lora(tmp_path / "b", again)
+    a, b = common.load_weights(path), common.load_weights(tmp_path / "b" / path.name)
+    assert_same(a, b)
+    other = {name: value * (1.5 if "lora_B" in name else 1) for name, value in a.items()}
+    common.save_weights(tmp_path / "b" / path.name, other)
+    common.load_lora(again, tmp_path / "b")
+    assert not torch.allclose(velocity(again), expected)
+    with pytest.raises(common.UserError, match="no pytorch_lora_weights.safetensors in"):
+        common.load_lora(again, tmp_path / "none")
+
+
+def test_state_of_what_is_trained_only():
+    """gather_state leaves out what is frozen, restore_state asks for no more; names that differ are told."""
+    def make():
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+        model[0].requires_grad_(False)
+        return model, torch.optim.AdamW(model[1].parameters(), .1)
+    model, optimizer = make()
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    weights, moments = common.gather_state(model, optimizer, trained_only=True)
+    assert set(weights) == {"1.weight", "1.bias"} and set(common.gather_state(model)[0]) > set(weights)
+    other, its_optimizer = make()
+    nn.init.zeros_(other[0].weight)
+    common.restore_state(other, weights, its_optimizer, moments, trained_only=True)
+    assert torch.equal(other[1].weight, model[1].weight) and not other[0].weight.any()
+    assert its_optimizer.state[other[1].bias]["step"] == 1
+    with pytest.raises(common.UserError, match="here does not fit this model: 1.bias is absent"):
+        common.restore_state(other, {"1.weight": weights["1.weight"]}, source="here", trained_only=True)
+    with pytest.raises(common.UserError, match="0.bias is absent"):
+        common.restore_state(other, weights)
 
 
 # ---- river_smoke.py -------------------------------------------------------------------------------------
@@ -1597,7 +1898,7 @@ def clip_tensors(B=2, T=5, side=32, seed=0):
     g = torch.Generator().manual_seed(seed)
     z, noise = torch.randn(2, B, 48, (T - 1) // 4 + 1, side // 8, side // 8, generator=g)
     motion = F.interpolate(torch.randn(B * T, 2, 4, 4, generator=g), (side, side), mode="bicubic")
-    motion = 2 * motion.unflatten(0, (B, T))
+    motion = .5 * motion.unflatten(0, (B, T))
     depth = (1 + torch.rand(B * T, 1, 4, 4, generator=g).log1p()) * 3
     depth = F.interpolate(depth, (side, side), mode="bicubic").unflatten(0, (B, T))[:, :, 0]
     known = torch.ones(B, T, side, side, dtype=torch.bool)
@@ -1617,3 +1918,548 @@ def overfit_physics():
         loss.backward()
         optimizer.step()
     return losses
+
+
+def test_backbone_opened_equals_the_library():
+    """To the last bit, with a timestep per token; taps are what lies between the blocks, early exits too."""
+    model, args = physics_model(noise=.05)
+    z, noise, text, _ = clip_tensors()
+    x, sigma = physics.add_noise(z, noise, torch.tensor([.3, .8]))
+    t, passed = 1000 * sigma.flatten(1), []
+    for block in model.dit.blocks:
+        block.register_forward_hook(lambda module, given, made: passed.append(made))
+    expected = model.dit(x, t, text).sample
+    between, depth = passed.copy(), len(model.dit.blocks)
+    v, tapped, temb = physics.run_backbone(model.dit, x, t, text, [0, 1, depth])
+    assert torch.equal(v, expected) and v.std() > 0
+    assert torch.equal(tapped[1], between[0]) and torch.equal(tapped[2], between[-1])
+    assert torch.equal(tapped[0], model.dit.patch_embedding(x).flatten(2).transpose(1, 2))
+    assert temb.shape == (2, t.shape[1], 192) and not torch.equal(temb[0], temb[1])
+    passed.clear()
+    v, early, same = physics.run_backbone(model.dit, x, t, text, [0, 1], velocity=False)
+    assert v is None and len(passed) == 1 and torch.equal(same, temb)
+    assert torch.equal(early[0], tapped[0]) and torch.equal(early[1], tapped[1])
+    v, _, _ = physics.run_backbone(model.dit, x, t, text, [0], checkpointing=True)
+    assert torch.equal(v, expected)
+
+
+def test_the_given_frame_stays_clean():
+    z, noise, text, _ = clip_tensors(T=9)
+    x, sigma = physics.add_noise(z, noise, torch.tensor([.3, .8]))
+    assert torch.equal(x[:, :, 0], z[:, :, 0]) and sigma.shape == (2, 3, 2, 2)
+    assert torch.allclose(x[1, :, 1:], .2 * z[1, :, 1:] + .8 * noise[1, :, 1:], atol=1e-5)
+    assert not sigma[:, 0].any() and (sigma[0, 1:] == .3).all() and (sigma[1, 1:] == .8).all()
+    model, args = physics_model("--stage full --heads none --frames 9", "backbone", noise=.05)
+    loss, parts = model(z, noise, torch.tensor([.3, .8]), text, {})
+    v = model.dit(x, 1000 * sigma.flatten(1), text).sample
+    assert set(parts) == {"flow_loss"}
+    assert torch.allclose(loss, F.mse_loss(v[:, :, 1:], (noise - z)[:, :, 1:]))
+    other = noise.clone()
+    other[:, :, 0] = 9                   # neither seen nor asked for
+    assert torch.equal(model(z, other, torch.tensor([.3, .8]), text, {})[0], loss)
+
+
+def test_document_heads():
+    """The document's counts; a token's 16 outputs are 2x2 cells of its channels, spread over 4 frames."""
+    assert common.count_params(physics.LinearHead(3072, 4)) == 55_312
+    assert common.count_params(physics.LinearHead(3072, 1)) == 18_436
+    head = physics.LinearHead(8, 4)
+    nn.init.zeros_(head.out.weight)
+    head.out.bias.data = torch.arange(16.)
+    y = head(torch.randn(1, 3, 2, 3, 8), torch.zeros(1, 3, 2, 3, 8))
+    assert y.shape == (1, 4, 3, 4, 6)
+    for channel, row, column in itertools.product(range(4), range(2), range(2)):
+        cells = y[0, channel, :, row::2, column::2]
+        assert (cells == (2 * row + column) * 4 + channel).all() and cells.shape == (3, 2, 3)
+    both = physics.LinearHeads(8, [1], Namespace())
+    for layer in (both.motion.out, both.depth.out):
+        nn.init.normal_(layer.weight)
+    tapped, temb = [torch.randn(1, 3, 2, 3, 8)], torch.randn(1, 3, 2, 3, 8)
+    y, slow = both(tapped, temb), both.depth(tapped[0], temb)[:, 0]
+    assert y.shape == (1, 4, 9, 4, 6) and (y[:, 3] > 5).all()
+    for frame in range(9):               # a causal VAE's latent frame after the first one holds four
+        assert torch.equal(y[:, 2, frame], slow[:, (frame + 3) // 4])
+
+
+def test_per_frame_heads_layout():
+    """Which number of the last layer goes to which frame, channel and pixel; a token rules its cells only."""
+    args = Namespace(head_width=8, head_blocks=1, cells=3)
+    head = physics.PerFrameHeads(16, [0, 2], args)
+    head.out.bias.data = torch.arange(4 * 4 * 9.)
+    tapped, temb = [torch.randn(1, 3, 2, 2, 16) for _ in range(2)], torch.randn(1, 3, 2, 2, 16)
+    y = head(tapped, temb)
+    assert y.shape == (1, 4, 9, 6, 6)
+    bias = head.out.bias.view(4, 4, 3, 3)        # slot of the token's four frames, channel, row, column
+    for frame, channel, row, column in itertools.product(range(9), range(4), range(6), range(6)):
+        slot = (frame + 3) % 4                   # the first latent frame has the last slot alone
+        assert y[0, channel, frame, row, column] == bias[slot, channel, row % 3, column % 3]
+    nn.init.normal_(head.out.weight)
+    head.norm, head.blocks = nn.Identity(), nn.ModuleList()        # through which all tokens are felt
+    for tap, (f, i, j) in itertools.product(range(2), ((0, 0, 1), (1, 1, 0), (2, 0, 0))):
+        tapped = [torch.zeros(1, 3, 2, 2, 16) for _ in range(2)]
+        before = head(tapped, temb)
+        tapped[tap][0, f, i, j] = torch.randn(16)
+        touched = (head(tapped, temb) - before).abs().amax((0, 1)) > 1e-6
+        expected = torch.zeros(9, 6, 6, dtype=torch.bool)
+        expected[max(0, 4 * f - 3):4 * f + 1, 3 * i:3 * i + 3, 3 * j:3 * j + 3] = True
+        assert torch.equal(touched, expected)
+
+
+def test_linear_codec():
+    """Exact where as many components as rows are kept; causal, as Wan's VAE is."""
+    x = torch.rand(4, 5, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    codec = physics.LinearCodec.fit(x.movedim(1, 2), 15)           # 16 patches of each kind
+    z = common.wan_encode(codec, x)
+    assert z.shape == (4, 15, 2, 2, 2) and (common.wan_decode(codec, z) - x).abs().max() < 1e-3
+    assert torch.allclose(z.movedim(1, -1).flatten(0, -2).std(0), torch.ones(15), atol=.05)
+    assert torch.equal(common.wan_encode(codec, x[:, :1]), z[:, :, :1])
+    later = torch.cat([x[:, :1], x[:, 1:].flip(1)], dim=1)
+    assert torch.equal(common.wan_encode(codec, later)[:, :, 0], z[:, :, 0])
+    coarse = physics.LinearCodec.fit(x.movedim(1, 2), 4)
+    assert .1 < (common.wan_decode(coarse, common.wan_encode(coarse, x)) - x).abs().mean() < .6
+
+
+def heads_that_say(target, scale, unit):
+    """The output of perfect heads."""
+    log = (target["depth"].log() - scale[0]) / scale[1]
+    sky = torch.where(target["depth_valid"], 20., -20.)
+    motion = target["motion"].movedim(1, 2) / unit
+    return torch.cat([motion, log[:, None], sky[:, None]], dim=1)
+
+
+def test_physics_loss():
+    _, _, _, target = clip_tensors()
+    scale = torch.tensor([1.2, .5])
+    truth = heads_that_say(target, scale, 2.)
+    moving = target["moving"]
+    assert .1 < moving.float().mean() < .9
+    losses = lambda y, **changed: physics.physics_loss(y, {**target, **changed}, scale, 2.)
+    perfect = losses(truth)
+    assert set(perfect) == {"motion_loss", "depth_loss", "sky_loss"}
+    assert all(value.abs() < 1e-5 for value in perfect.values())
+
+    off = truth.clone()                          # one unit off on moving pixels alone, or on still ones
+    off[:, 0] += moving
+    one = math.sqrt(1 + .02 ** 2) - .02
+    assert losses(off)["motion_loss"].item() == pytest.approx(.75 * one, rel=1e-4)
+    off[:, 0] = truth[:, 0] + (~moving).float()
+    assert losses(off)["motion_loss"].item() == pytest.approx(.25 * one, rel=1e-4)
+    off = truth.clone()
+    off[:, 2] += 1
+    assert losses(off)["depth_loss"].item() == pytest.approx(1, rel=1e-4)          # and no slope is wrong
+    off[:, 2] = truth[:, 2] + torch.arange(32.) / 10
+    ramp = torch.arange(32.).expand_as(moving) / 10
+    own = [(ramp * mask).flatten(1).sum(1) / mask.flatten(1).sum(1) for mask in (moving, moving | True)]
+    expected = sum(own).mean() / 2 + (.1 + .2) / 8                 # across, at two scales; nothing down
+    assert losses(off)["depth_loss"].item() == pytest.approx(expected.item(), rel=1e-4)
+
+    hole = torch.ones_like(moving)
+    hole[:, :, 8:20, 5:17] = False
+    masks = {"motion_valid": hole, "depth_valid": hole, "moving": moving & hole}
+    y = truth.clone()
+    y[:, :3] = torch.where(hole[:, None], y[:, :3], math.pi)
+    y[:, 3] = torch.where(hole, 20., -20.)
+    y.requires_grad_()
+    parts = losses(y, **masks)
+    assert all(value.abs() < 1e-5 for value in parts.values())
+    y = (y.detach() + .1).requires_grad_()
+    parts = losses(y, **masks)
+    (parts["motion_loss"] + parts["depth_loss"]).backward()
+    touched = (y.grad[:, :3] != 0).any(1)
+    assert not touched[~hole].any() and touched[hole].float().mean() > .9
+    wrong = y.detach().clone()
+    wrong[:, 3] *= -1
+    assert losses(wrong, **masks)["sky_loss"] > 5
+    assert losses(wrong, **masks, asked=torch.zeros(2, dtype=torch.bool))["sky_loss"] == 0
+    few = torch.zeros(1, 10, 20, 20, dtype=torch.bool)
+    few[0, 0, 0, :5] = True              # 5 pixels of 4000 weigh as a quarter of half a per cent
+    assert physics.masked_mean(torch.ones(1, 10, 20, 20), few) == .25
+
+
+def test_read_out_inverts():
+    _, _, _, target = clip_tensors()
+    target["depth_valid"][:, 2, :5] = False
+    scale = torch.tensor([1.2, .5])
+    motion, depth, sky = physics.read_out(heads_that_say(target, scale, 1.), (32, 32), scale)
+    assert torch.allclose(motion, target["motion"], atol=1e-5)
+    assert torch.allclose(depth, target["depth"], rtol=1e-4) and torch.equal(sky, ~target["depth_valid"])
+    flat = torch.ones(1, 4, 5, 8, 8) * torch.tensor([1., -2., 0., 5.]).view(1, 4, 1, 1, 1)
+    motion, depth, sky = physics.read_out(flat, (64, 64), scale)   # 1/32 of 64 rows are two pixels
+    assert motion.shape == (1, 5, 2, 64, 64)
+    assert (motion[:, :, 0] == 2).all() and (motion[:, :, 1] == -4).all()
+    assert torch.allclose(depth, scale[0].exp()) and not sky.any()
+
+
+def test_physics_scores():
+    """Against numbers worked out by hand; the truth scores 0."""
+    d, truth = torch.tensor([1., 2, 4, 7]).view(1, 1, 4), torch.tensor([1., 1, 8, 1]).view(1, 1, 4)
+    mask = torch.tensor([True, True, True, False]).view(1, 1, 4)
+    two = math.log(2)
+    assert {k: v.item() for k, v in physics.depth_scores(d, truth, mask).items()} == pytest.approx({
+        "abs_rel": .5, "sq_rel": 1, "rmse": math.sqrt(17 / 3), "rmse_log": math.sqrt(2 / 3) * two,
+        "delta1": 1 / 3, "delta2": 1 / 3, "delta3": 1 / 3, "silog": 100 * math.sqrt(2 / 3) * two})
+    twice = physics.depth_scores(2 * truth, truth, mask)
+    assert twice["silog"] < 1e-4 and twice["rmse_log"].item() == pytest.approx(two)
+    f, length = torch.zeros(1, 2, 1, 4), torch.zeros(1, 2, 1, 4)
+    length[0, 0, 0], f[0, 0, 0] = torch.tensor([1., 50, 200, 9]), torch.tensor([1., 50, 200, 0])
+    f[0, 1, 0, 1:3] = 4                  # outlier where the vector is 50 px long, not where it is 200
+    scores = physics.motion_scores(f, length, mask)
+    assert {k: v.item() for k, v in scores.items()} == pytest.approx(
+        {"epe": 8 / 3, "outliers_1px": 2 / 3, "fl": 1 / 3})
+    _, _, _, clip = clip_tensors(B=1)
+    clip = {name: value[0] for name, value in clip.items()}
+    clip["depth_valid"][:, :9] = False
+    ideal = physics.clip_scores(clip["motion"], clip["depth"], ~clip["depth_valid"], clip)
+    assert {"epe_moving", "abs_rel_moving", "abs_rel_scaled", "sky_accuracy"} < set(ideal)
+    perfect = re.compile("delta|sky")
+    assert all(abs(value - bool(perfect.match(name))) < 1e-6 for name, value in ideal.items())
+    far = physics.clip_scores(clip["motion"] + 3, 2 * clip["depth"], clip["depth_valid"], clip)
+    assert far["abs_rel"] == pytest.approx(1) and far["abs_rel_scaled"] < 1e-6 and far["sky_accuracy"] == 0
+    assert far["epe"] == pytest.approx(math.sqrt(18)) and far["epe_moving"] == pytest.approx(far["epe"])
+    assert physics.mean_scores([{"a": 1., "b": math.nan}, {"a": 3., "b": 5.}]) == {"a": 2, "b": 5}
+
+
+@pytest.mark.parametrize("stage", ["backbone", "heads", "lora", "last_k", "full"])
+def test_what_a_stage_trains(stage):
+    model, args = physics_model("--stage heads", stage)
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    ours = {"backbone": r"dit\.", "heads": r"heads\.", "lora": r"heads\.|dit\..*\.lora_[AB]\.",
+            "last_k": r"heads\.|dit\.blocks\.3\.", "full": ""}[stage]
+    assert set(named) == {name for name, _ in model.named_parameters() if re.match(ours, name)}
+    z, noise, text, target = clip_tensors()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for p in named.values():                     # off their zeros, so that all of them matter
+        nn.init.normal_(p, std=.05)
+    optimizer = torch.optim.AdamW(named.values(), .1)
+    model(z, noise, torch.tensor([.2, .6]), text, target, velocity=stage != "heads")[0].backward()
+    assert all(p.grad is not None and p.grad.any() for p in named.values())
+    assert all(p.grad is None for name, p in model.named_parameters() if name not in named)
+    optimizer.step()
+    after = model.state_dict()
+    assert {name for name in before if not torch.equal(before[name], after[name])} == set(named)
+
+
+def test_checkpoints_hold_what_is_trained(trained):
+    """And its average, which is not the last step's; what is exported is the average."""
+    base, patterns = trained("sim_physics_heads"), {"backbone": r"dit\.", "heads": r"heads\.",
+                                                    ".": r"heads\.|dit\..*lora_[AB]"}
+    for stage, pattern in patterns.items():
+        state, _ = common.load_checkpoint(base.run / stage / "ckpt/step_000004", "sim_physics_heads")
+        assert state["model"].keys() == state["ema"].keys()
+        assert all(re.match(pattern, name) for name in state["ema"])
+        moved = [not torch.equal(state["model"][name], value) for name, value in state["ema"].items()]
+        assert sum(moved) > len(moved) / 2
+        file = base.run / stage / "final" / ("backbone" if stage == "backbone" else "heads")
+        exported = common.load_weights(file.with_suffix(".safetensors"))
+        part = "dit." if stage == "backbone" else "heads."
+        assert_same(exported, {name.removeprefix(part): value for name, value in state["ema"].items()
+                               if name.startswith(part)})
+
+
+def test_trained_lora_loads_into_the_pipeline(trained):
+    run, model = trained("sim_physics_heads").run, physics_model(stage="lora")[0]
+    weights = common.load_weights(run / "backbone/final/backbone.safetensors")
+    pipe = pipeline(physics_model()[0].dit)
+    common.restore_state(pipe.transformer, weights)
+    state, _ = common.load_checkpoint(run / "ckpt/step_000004", "sim_physics_heads")
+    backbone = {f"dit.{name.replace('.weight', '.base_layer.weight').replace('.bias', '.base_layer.bias')}"
+                if f"dit.{name}" not in model.state_dict() else f"dit.{name}": value
+                for name, value in weights.items()}
+    common.restore_state(model, {**backbone, **state["ema"]})
+    plain = velocity(pipe.transformer)
+    pipe.load_lora_weights(run / "final")
+    assert not torch.equal(velocity(pipe.transformer), plain)
+    torch.testing.assert_close(velocity(pipe.transformer), velocity(model.dit))
+
+
+def test_a_stale_cache_is_noticed(trained, tmp_path, capsys):
+    data = shutil.copytree(trained("sim_physics_heads").data, tmp_path / "data")
+    index = data / "cache/index.json"
+
+    count = len(physics.Clips(physics_args(f"--data_dir {data}"), "train").rows)
+
+    def built(flags=""):
+        args, before = physics_args(f"--data_dir {data} {flags}"), index.stat().st_mtime_ns
+        physics.build_cache(args, physics.Run(args))
+        assert len(physics.Clips(args, "train").rows) == count * args.clips / 2
+        return index.stat().st_mtime_ns > before
+    assert not built() and not built("--seed 3 --lr 5 --batch_size 3")
+    assert built("--clips 1") and "was made of other data or flags" in capsys.readouterr().out
+    path = data / "test_ball_ramp/env_0/0/0/distance_to_camera/step_0003.npy"
+    np.save(path, np.load(path) + 1)
+    assert built("--clips 1") and not built("--clips 1")
+    edit(data / "metadata.csv", "A physics simulation of ball ramp", "a ramp")
+    assert built("--clips 1")
+    before = files(data / "cache")
+    with pytest.raises(common.UserError, match="no scene of split train has 49 frames"):
+        built("--frames 49")
+    assert files(data / "cache") == before       # it took hours: gone only when another can be made
+
+
+def test_seed_changes_no_data(trained, tmp_path, monkeypatch):
+    """--sample --seed 1 reads the cache, text encoder and backbone that the run was trained on."""
+    base = trained("sim_physics_heads")
+    monkeypatch.setattr(physics, "sample", lambda args, models, run: [models["model"].state_dict()][:0])
+    before = files(base.data / "cache")
+    run = shutil.copytree(base.run, tmp_path / "run")
+    flags = f"--sample --seed 1 --data_dir {base.data} --output_dir {run}"
+    assert physics.main(shlex.split(f"{SCRIPTS['sim_physics_heads']['tiny']} {flags}")) == 0
+    assert files(base.data / "cache") == before
+    parts = [physics.wan_part(physics_args(f"--seed {seed}"), Namespace(device="cpu"), "text_encoder")
+             for seed in (0, 1)]
+    assert same_weights(*parts)
+
+
+def test_split_and_clips():
+    """Scenes are held out whole; clips stay within them, held-out ones plain and the same for any seed."""
+    scenes = [Namespace(name=f"{i:02d}", steps=list(range(9 + 3 * i))) for i in range(21)]
+    parts = physics.split_scenes(scenes)
+    assert [s.name for s in parts["val"]] == ["03", "10", "17"]
+    assert [s.name for s in parts["test"]] == ["05", "12", "19"]
+    assert sorted(s.name for part in parts.values() for s in part) == [s.name for s in scenes]
+    assert {part: len(own) for part, own in physics.split_scenes(scenes[:3]).items()} == {
+        "train": 1, "val": 1, "test": 1}
+    with pytest.raises(common.UserError, match="2 scenes cannot be split"):
+        physics.split_scenes(scenes[:2])
+    args = physics_args("--frames 9 --strides 3,1 --clips 40 --eval_clips 5 --zoom 1.5 --permute_colours")
+    train = physics.choose_clips(scenes, "train", args)
+    assert len(train) == 40 * 21
+    for clip in train:
+        assert 0 <= clip["start"] and clip["start"] + 8 * clip["stride"] < len(clip["scene"].steps)
+        z, x, y = clip["zoom"]
+        assert 1 <= z <= 1.5 and 0 <= x <= 1 and 0 <= y <= 1
+        assert sorted(clip["colours"].tolist()) == [0, 1, 2]
+    last = [c["start"] + 8 * c["stride"] for c in train if c["scene"] is scenes[0]]
+    assert set(last) == {8}              # 9 steps: only one clip fits, at stride 1
+    assert {c["stride"] for c in train} == {1, 3} and {c["flip"] for c in train} == {True, False}
+    assert {c["zoom"][0] > 1 for c in train} == {True, False}
+    held = physics.choose_clips(scenes[3:], "val", args)
+    assert all(c["zoom"][0] == 1 and not c["flip"] and c["colours"].tolist() == [0, 1, 2] for c in held)
+    starts = [c["start"] for c in held[-5:]]
+    assert len(set(starts)) == 5 and starts == sorted(starts)
+    assert physics.choose_clips(scenes[:1], "train", physics_args("--frames 13 --strides 1")) == []
+
+
+@pytest.mark.parametrize("cfg", [1, 3])
+def test_generated_from_a_known_velocity(cfg, monkeypatch):
+    """The flow to a known latent is a straight line: Euler ends on it, whatever the schedule's steps."""
+    args = physics_args(f"--steps 4 --cfg {cfg} --frames 9 --shift 5")
+    target, z0 = torch.randn(1, 48, 3, 4, 4), torch.randn(1, 48, 1, 4, 4)
+    noise, seen = physics.fixed_noise(target, 7), []
+
+    def field(dit, x, t, text, taps):
+        seen.append((x, t, text))
+        return noise - target - (0 if text == "prompt" else 2 / 3 * noise), [], None
+    monkeypatch.setattr(physics, "run_backbone", field)
+    z = physics.generate(Namespace(dit=None), z0, "prompt", "negative", args, 7)
+    end = target[:, :, 1:] if cfg == 1 else target[:, :, 1:] - 4 / 3 * noise[:, :, 1:]
+    assert torch.equal(z[:, :, :1], z0) and torch.allclose(z[:, :, 1:], end, atol=1e-5)
+    assert len(seen) == (4 if cfg == 1 else 8)
+    for (x, t, _), u in zip(seen[::len(seen) // 4], (1, .75, .5, .25)):
+        assert torch.equal(x[:, :, :1], z0) and t.shape == (1, 3 * 4) and not t[:, :4].any()
+        assert torch.allclose(t[:, 4:], torch.tensor(1000 * 5 * u / (1 + 4 * u)))
+    assert torch.allclose(seen[0][0][:, :, 1:], noise[:, :, 1:])
+
+
+def test_full_stage_sharded_equals_one_process(trained, tmp_path):
+    base = trained("sim_physics_heads")
+    flags = f"--data_dir {base.data} --stage full --heads {base.run}/heads/final/heads.safetensors"
+    flags += " --backbone_steps 0"
+    alone, run = tmp_path / "alone", tmp_path / "run"
+    assert launch("sim_physics_heads", f"{flags} --output_dir {alone} --batch_size 8") == 0
+
+    def sharded(to, full=False):
+        ranks = start("sim_physics_heads", f"{flags} --output_dir {to} --fsdp", tmp_path / "log", 2, full)
+        assert finish(ranks) == [0, 0], (tmp_path / "log0").read_text() + (tmp_path / "log1").read_text()
+    sharded(run, full=True)
+    assert_same(saved(run), saved(alone), 1e-4)
+    there, back = halfway(run, tmp_path / "there"), halfway(alone, tmp_path / "back")
+    assert launch("sim_physics_heads", f"{flags} --output_dir {there} --batch_size 8") == 0
+    assert_same(saved(there), saved(alone), 1e-4)
+    sharded(back)
+    assert_same(saved(back), saved(alone), 1e-4)
+    assert np.isfinite(json.loads((run / "eval.json").read_text())["headline"]["value"])
+    assert {path.name for path in (run / "final").glob("*.safetensors")} == {
+        "heads.safetensors", "backbone.safetensors"}
+
+
+# Its reader of the document's files, on scenes that it simulates.
+
+@pytest.fixture(scope="session")
+def ramp(tmp_path_factory):
+    """A scene of 12 steps, with a motion file more."""
+    root = tmp_path_factory.mktemp("ramp") / "set"
+    physics.simulate_scenes(root, 64, most=12, recordings=1, scenes=["test_ball_ramp"])
+    return root
+
+
+@pytest.fixture
+def root(ramp, tmp_path):
+    return shutil.copytree(ramp, tmp_path / "set")
+
+
+@pytest.fixture(scope="session")
+def moving(tmp_path_factory):
+    """Two scenes with enough motion to tell what their vectors mean."""
+    root = tmp_path_factory.mktemp("moving") / "set"
+    physics.simulate_scenes(root, 112, most=30, recordings=1,
+                            scenes=["test_ball_collide", "test_ball_and_block_fall"])
+    return root
+
+
+def test_simulated_scenes(trained):
+    """Functions of the seed; balls stay above the ground; vectors lead from where a body is to where it was."""
+    for name in ("test_ball_collide", "test_duck_static"):
+        world, again = (physics.simulate(name, 8, 0) for _ in range(2))
+        assert all(np.array_equal(world[key], again[key]) for key in world)
+        assert not np.array_equal(world["colour"], physics.simulate(name, 8, 1)["colour"])
+        rgb, motion, depth, ids = physics.render(world, 5, 64)
+        assert (ids == physics.SKY).any() and np.array_equal(~np.isfinite(depth), ids == physics.SKY)
+        assert not motion[ids < 0, :2].any() and rgb.std() > 20
+        if name == "test_duck_static":
+            assert np.abs(motion[..., :2]).max() < 1e-5
+            continue
+        assert world["centre"][:, :, 1].min() > .25
+        for body in np.unique(ids[ids >= 0]):
+            now, before = physics.project(world["centre"][[5, 4], body], 64)
+            own = motion[ids == body, :2]
+            assert np.hypot(*(own.mean(0) - (before - now))) < 1 and np.hypot(*(before - now)) > .5
+            ahead = np.linalg.norm(world["centre"][5, body] - physics.EYE)
+            assert 0 < ahead - depth[ids == body].min() < .4       # a radius
+    names = sorted(path.name for path in trained("sim_physics_heads").data.glob("test_*"))
+    assert names == sorted(physics.SCENES) and len(names) == 21
+
+
+def test_files_are_paired_by_step(root):
+    folder = root / "test_ball_ramp/env_0/0/0"
+    (folder / "rgb/step_0001.png").rename(folder / "rgb/view_2_0001.png")          # any stem
+    (folder / "rgb").rename(folder / "rgb_capture")
+    scene, = physics.find_scenes(root)
+    assert scene.name == "test_ball_ramp" and scene.prompt == "A physics simulation of ball ramp"
+    assert scene.steps == list(range(12)) and scene.dropped == {"rgb": 0, "motion": 1, "depth": 0}
+    assert scene.paths["rgb"][1].name == "view_2_0001.png"
+    clip = physics.read_clip(scene, 0, 1, 12, 64, 64)
+    assert clip["video"].shape == (12, 3, 64, 64) and clip["motion"].shape == (12, 2, 64, 64)
+    assert not clip["motion_valid"][0].any() and clip["motion_valid"][1:].float().mean() > .95
+    sky = ~clip["depth_valid"]
+    assert sky.float().mean() > .2 and (clip["depth"][sky] == 100).all() and clip["depth"].isfinite().all()
+    # An empty or a missing file in the middle breaks only the chains through it.
+    np.save(folder / "motion_vectors/step_0005.npy", np.zeros((0, 4), np.float32))
+    (folder / "rgb_capture/step_0008.png").unlink()
+    scene, = physics.find_scenes(root)
+    assert scene.steps == [0, 1, 2, 3, 4, 5, 6, 7, 9, 10, 11] and scene.dropped["depth"] == 1
+    valid = physics.read_clip(scene, 0, 1, 11, 64, 64)["motion_valid"].flatten(1).any(1)
+    assert valid.tolist() == [i not in (0, 5, 8) for i in range(11)]
+    # Steps 1, 4, 7 and 11: the chains need 2-4, 5-7 (5 is empty) and 8-11 (8 is missing).
+    valid = physics.read_clip(scene, 1, 3, 4, 64, 64)["motion_valid"].flatten(1).any(1)
+    assert valid.tolist() == [False, True, False, False]
+
+
+def test_table_of_scenes(root, tmp_path):
+    shutil.copytree(root / "test_ball_ramp", root / "test_b")
+    assert [scene.name for scene in physics.find_scenes(root)] == ["test_b", "test_ball_ramp"]
+    text = (root / "metadata.csv").read_text()
+    assert text.startswith("video,prompt") and "test_b/env_0/0/0,A physics simulation of b" in text
+    folder = root / "test_ball_ramp/env_0/0/0"
+    (tmp_path / "list").mkdir()
+    (tmp_path / "list/metadata.csv").write_text(f"num_frames,prompt,video\n12,\"a, b\",{folder}\n")
+    scene, = physics.find_scenes(tmp_path / "list")
+    assert (scene.name, scene.prompt, scene.folder) == ("test_ball_ramp", "a, b", folder)
+    (tmp_path / "list/metadata.csv").write_text(f"video,prompt\n{root / 'test_b'},\n")
+    assert physics.find_scenes(tmp_path / "list")[0].prompt == "A physics simulation of b"
+
+
+def test_files_that_cannot_be_read(root):
+    folder = root / "test_ball_ramp/env_0/0/0"
+    scene, = physics.find_scenes(root)
+
+    def fails(message, start=0, stride=1):
+        with pytest.raises(common.UserError, match=message):
+            physics.read_clip(scene, start, stride, 4, 32, 32)
+    fails("scene test_ball_ramp: 4 frames from 0 by 4 do not fit into its 12 steps", stride=4)
+    (folder / "distance_to_camera/step_0002.npy").write_bytes(b"no array")
+    fails("distance_to_camera/step_0002.npy cannot be read")
+    np.save(folder / "distance_to_camera/step_0002.npy", np.zeros((64, 64, 3), np.float32))
+    fails("distance_to_camera/step_0002.npy is float32 .64, 64, 3.")
+    (folder / "rgb/step_0005.png").write_bytes(b"no picture")
+    fails("rgb/step_0005.png cannot be read", start=3)
+    shutil.copy(folder / "rgb/step_0000.png", folder / "rgb/other_0000.png")
+    with pytest.raises(common.UserError, match="are of the same step"):
+        physics.find_scenes(root)
+
+
+def test_crops_and_mirrors(root):
+    scene, = physics.find_scenes(root)
+    full = physics.read_clip(scene, 2, 2, 4, 64, 64)
+    half = physics.read_clip(scene, 2, 2, 4, 32, 32)
+    assert torch.equal(half["motion"] * 2, full["motion"][..., 1::2, 1::2])
+    assert torch.equal(half["depth"], full["depth"][..., 1::2, 1::2])
+    assert torch.equal(half["motion_valid"], full["motion_valid"][..., 1::2, 1::2])
+    mean = full["video"].float().reshape(4, 3, 32, 2, 32, 2).mean((3, 5))
+    assert (half["video"].float() - mean).abs().mean() < 4         # anti-aliased and not shifted
+    wide = physics.read_clip(scene, 2, 2, 4, 32, 64)               # the middle rows, not squeezed
+    assert all(torch.equal(wide[name], full[name][..., 16:48, :]) for name in full)
+    part = physics.read_clip(scene, 2, 2, 4, 64, 64, zoom=(2., 1., .5))            # right, half-way down
+    for name, factor in (("motion", 2), ("depth", 1), ("motion_valid", 1)):
+        assert torch.equal(part[name][..., ::2, ::2], full[name][..., 16:48, 32:] * factor)
+    flip = physics.read_clip(scene, 2, 2, 4, 64, 64, flip=True)
+    assert full["motion"].abs().max() > 1
+    assert torch.equal(flip["motion"][:, 0], -full["motion"][:, 0].flip(-1))
+    assert torch.equal(flip["motion"][:, 1], full["motion"][:, 1].flip(-1))
+    for name in ("video", "depth", "motion_valid", "depth_valid"):
+        assert torch.equal(flip[name], full[name].flip(-1)), name
+    # Other precisions and two channels; NaN, Inf and absurd vectors are masked.
+    arrays(root, "motion_vectors", lambda array: array[..., :2].astype(np.float64), "*")
+    assert torch.equal(physics.read_clip(scene, 2, 2, 4, 64, 64)["motion"], full["motion"])
+    path = scene.paths["motion"][6]
+    bad = np.load(path).astype(np.float16)
+    bad[40, 10], bad[41, 10, 1], bad[42, 10, 0] = np.nan, -np.inf, 6e4
+    np.save(path, bad)
+    clip = physics.read_clip(scene, 2, 2, 4, 64, 64)
+    assert not clip["motion_valid"][2, 40:43, 10].any() and clip["motion"].isfinite().all()
+    assert (clip["motion_valid"] != full["motion_valid"]).sum() < 20
+
+
+@pytest.mark.parametrize("stride", [2, 4])
+def test_composed_motion_is_exact(moving, stride):
+    """Against the scene's poses, `stride` frames apart."""
+    for scene in physics.find_scenes(moving):
+        world = physics.simulate(scene.name, 31 if physics.SCENES[scene.name][1] else 30, 0)
+        sparse = world | {name: world[name][::stride] for name in ("centre", "rotation", "light")}
+        clip = physics.read_clip(scene, 0, stride, 1 + 29 // stride, 112, 112)
+        errors, count = [], 0
+        for i in range(1, len(clip["video"])):
+            truth = physics.render(sparse, i, 112)[1][..., :2]
+            moves, known = np.hypot(truth[..., 0], truth[..., 1]) > .5, clip["motion_valid"][i].numpy()
+            error = clip["motion"][i].numpy().transpose(1, 2, 0) - truth
+            errors.append(np.hypot(error[..., 0], error[..., 1])[moves & known])
+            count += moves.sum()
+        errors = np.concatenate(errors)
+        assert count > 1000 and errors.mean() < .1 and 1 - len(errors) / count < .1
+
+
+@pytest.mark.parametrize("change,shift,message", [
+    (lambda a: a, 0, None), (lambda a: -a, 0, "multiply by -1"), (lambda a: a / 112, 0, "the unit .* is UV"),
+    (lambda a: a, 1, "shifted by [+]1 frame "), (lambda a: a, -1, "shifted by -1 frame "),
+    (lambda a: a[::-1, ::-1], 0, "do not explain the pictures"), (lambda a: 0 * a, 0, "too few"),
+], ids=["right", "sign", "UV", "late", "early", "noise", "still"])
+def test_meaning_of_vectors(moving, tmp_path, capsys, change, shift, message):
+    """--check says what is wrong with them, in one line, from both scenes and from each."""
+    root = shutil.copytree(moving, tmp_path / "set")
+    for folder in root.glob("*/env_0/0/0/motion_vectors"):
+        paths = sorted(folder.iterdir())
+        given = [np.load(path) for path in paths]
+        for i, path in enumerate(paths):
+            array = given[min(max(i - shift, 0), len(given) - 1)]
+            np.save(path, change(array) if array.size else array)
+    scenes = physics.find_scenes(root)
+    for part in (scenes, scenes[:1], scenes[1:]):
+        line = physics.verdict(physics.convention_test(part, pairs=10))
+        assert line is None if message is None else re.search(message, line)
+    harmless = message in (None, "too few")
+    assert physics.main(["--check", "--data_dir", str(root)]) == (0 if harmless else 2)
+    if harmless:
+        expected = "too few" if message else "motion vectors are previous"
+        assert f"verdict: {expected}" in capsys.readouterr().out
+    else:
+        assert re.search(message, the_error(capsys, "sim_physics_heads"))
