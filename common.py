@@ -632,9 +632,9 @@ def save_lora(folder, transformer, weights=None):
     weights: the full state, from gather_state(), where the transformer is sharded. One folder per expert:
     load_lora_weights(folder, load_into_transformer_2=True). -> path.
     """
-    from diffusers import WanImageToVideoPipeline
+    from diffusers.loaders import WanLoraLoaderMixin       # the pipeline's own, without its warnings
     from peft import get_peft_model_state_dict
-    WanImageToVideoPipeline.save_lora_weights(
+    WanLoraLoaderMixin.save_lora_weights(
         folder, get_peft_model_state_dict(transformer, weights), weight_name=f".tmp_{LORA_FILE}",
         transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict())     # rank, alpha
     return Path(folder, f".tmp_{LORA_FILE}").replace(Path(folder, LORA_FILE))
