@@ -2265,7 +2265,7 @@ def test_generated_from_a_known_velocity(cfg, monkeypatch):
 def test_full_stage_sharded_equals_one_process(trained, tmp_path):
     base = trained("sim_physics_heads")
     flags = f"--data_dir {base.data} --stage full --heads {base.run}/heads/final/heads.safetensors"
-    flags += " --backbone_steps 0"
+    flags += " --backbone_steps 0 --lr .01"      # else AdamW makes whole steps of what rounding leaves
     alone, run = tmp_path / "alone", tmp_path / "run"
     assert launch("sim_physics_heads", f"{flags} --output_dir {alone} --batch_size 8") == 0
 
