@@ -441,7 +441,7 @@ def test_resume_equals_no_stop(script, base, tmp_path):
         for later in stages[i:]:
             if later != stage:
                 shutil.rmtree(run / later / "ckpt")
-            for export in (*(run / later).glob("*.safetensors"), *(run / later).glob("*/*.safetensors")):
+            for export in (*(run / later).glob("*.safetensors"), *(run / later / "final").glob("*")):
                 export.unlink()
         assert launch(script, f"--data_dir {base.data} --output_dir {run}") == 0
         for later in stages[i:]:
