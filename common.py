@@ -6,7 +6,7 @@ Metrics      mse psnr ssim fair_crps frechet_distance
 Video        ffmpeg read_video write_video video_grid
 Checkpoints  save_checkpoint load_checkpoint latest_checkpoint find_checkpoint gather_state restore_state
              save_weights load_weights
-Wan          load_wan wan_encode wan_decode encode_text pad_text save_lora load_lora
+Wan          load_wan wan_encode wan_decode LinearCodec encode_text pad_text save_lora load_lora
 Run files    UserError one_line_errors write_json append_jsonl Log plot_curves provenance dry_run_report
 
 Shapes: B batch, T frames, C channels, H W pixels. A video is B T C H W (or T C H W) in [-1, 1] unless a name
@@ -22,6 +22,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -384,12 +385,13 @@ def gather_state(model, optimizer=None, everywhere=False, trained_only=False):
 
     Collective: call it on all ranks. On the CPU of rank 0 and empty elsewhere, or with `everywhere` on each
     rank's device. trained_only leaves out what is frozen: an adapter without its base. The result holds no
-    trace of how many processes trained.
+    trace of how many processes trained, and no alias of weights that train on.
     """
     from torch.distributed.checkpoint import state_dict as dcp
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=not everywhere,
                                    ignore_frozen_params=trained_only)
     weights = dcp.get_model_state_dict(model, options=options)
+    weights = {name: value.clone() for name, value in weights.items()}
     return weights, dcp.get_optimizer_state_dict(model, optimizer, options=options) if optimizer else {}
 
 
@@ -603,6 +605,86 @@ def wan_decode(vae, z):
     mean, std = latent_scale(vae, z.device)
     x = vae.decode((z.float() * std + mean).to(getattr(vae, "dtype", z.dtype))).sample
     return x.float().clamp(-1, 1).transpose(1, 2)
+
+
+def principal(rows, count):
+    """Rows n p around 0 -> the `count` largest principal components: their std, and unit vectors count p."""
+    values, vectors = torch.linalg.eigh((rows.T @ rows / len(rows)).double())
+    return values.flip(0)[:count].clamp(min=1e-12).sqrt().float(), vectors.T.flip(0)[:count].float()
+
+
+class LinearCodec:
+    """AutoencoderKLWan's interface at a size that has no pretrained weights: linear, causal, 8 times smaller
+    in space, 4 in time.
+
+    Principal components: of 8x8 patches in the first frame; in later ones of what 4x8x8 patches differ from
+    the first frame's patch, so that a scene that stays is zeros, and a small model need not learn to copy.
+    """
+    side, dtype = 8, torch.float32
+
+    def __init__(self, tensors):
+        """tensors: mean p, first z p and later z 4p, whose rows are orthonormal, first_scale, later_scale z,
+        of patches of p = 3 * 8 * 8 numbers."""
+        self.tensors, z_dim = tensors, len(tensors["first"])
+        self.config = SimpleNamespace(latents_mean=[0.] * z_dim, latents_std=[1.] * z_dim, z_dim=z_dim)
+
+    @classmethod
+    def fit(cls, videos, z_dim, flatness=.5):
+        """videos B T C H W in [-1, 1]. A latent has the size (its component's std) ** (1 - flatness): 1 makes
+        all equal, and a model of them spends itself on detail; 0 lets noise drown detail at once."""
+        rows = lambda part: part.movedim(1, -1).flatten(0, -2)
+        first, later = cls.patches(videos.transpose(1, 2))
+        codec = cls({"mean": rows(first).mean(0), "first": torch.zeros(z_dim, first.shape[1])})
+
+        def scaled(name, part):
+            std, basis = principal(part, z_dim)
+            scale = std ** flatness
+            codec.tensors |= {name: basis, f"{name}_scale": scale * (std / scale).square().mean().sqrt()}
+
+        scaled("first", rows(first) - codec.tensors["mean"])
+        scaled("later", rows(later - codec.still(codec.project("first", first), later)))
+        return codec
+
+    @classmethod
+    def patches(cls, x):
+        """B C T H W -> first frame's B p 1 h w and the others' B 4p F-1 h w."""
+        parts = []
+        for part, length in ((x[:, :, :1], 1), (x[:, :, 1:], 4)):
+            part = part.unflatten(2, (-1, length)).unflatten(4, (-1, cls.side)).unflatten(6, (-1, cls.side))
+            parts.append(part.permute(0, 3, 1, 5, 7, 2, 4, 6).flatten(1, 4))   # B (t C y x) F h w
+        return parts
+
+    def project(self, name, part):
+        """B p F h w -> B z F h w."""
+        rows = self.tensors[name] / self.tensors[f"{name}_scale"][:, None]
+        part = part - expand_to(self.tensors["mean"], part[0]) if name == "first" else part
+        return torch.einsum("dp,bpfhw->bdfhw", rows, part)
+
+    def restore(self, name, z):
+        """Inverse of project, as far as it has one."""
+        rows = self.tensors[name] * self.tensors[f"{name}_scale"][:, None]
+        part = torch.einsum("dp,bdfhw->bpfhw", rows, z)
+        return part + expand_to(self.tensors["mean"], part[0]) if name == "first" else part
+
+    def still(self, z, like):
+        """The first frame's latents B z 1 h w -> the patches of later frames that show the same."""
+        return self.restore("first", z).repeat(1, 4, 1, 1, 1).expand_as(like)
+
+    def encode(self, x):
+        first, later = self.patches(x)
+        z = self.project("first", first)
+        if later.shape[2]:
+            z = torch.cat([z, self.project("later", later - self.still(z, later))], dim=2)
+        return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: z))
+
+    def decode(self, z):
+        later, x = self.restore("later", z[:, :, 1:]), []
+        later = later + self.still(z[:, :, :1], later)
+        for part, length in ((self.restore("first", z[:, :, :1]), 1), (later, 4)):
+            part = part.unflatten(1, (length, 3, self.side, self.side))          # B t C y x F h w
+            part = part.permute(0, 2, 5, 1, 6, 3, 7, 4)
+            x.append(part.flatten(6, 7).flatten(4, 5).flatten(2, 3))
+        return SimpleNamespace(sample=torch.cat(x, dim=2))
 
 
 @torch.no_grad()

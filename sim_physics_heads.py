@@ -40,10 +40,10 @@ import shutil
 import signal
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from collections import Counter
-from dataclasses import dataclass
-from functools import cache, lru_cache
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +60,8 @@ from common import UserError, expand_to, from_uint8
 
 SCRIPT = "sim_physics_heads"
 OUTPUTS = 4                              # of a head per pixel: dx, dy, log depth, sky
+MOTION_ROWS = 32                         # heads say motion in units of the picture's height / 32
+FAR = 100.0                              # metres; from here on a pixel is sky
 MOVING = 0.5                             # px per frame of the clip, from which on a pixel counts as moving
 PROBE, SIGMAS = 0.05, (0.05, 0.3, 0.7)   # noise at which heads are read; at which they are measured
 NEGATIVE = ("vivid tones, overexposed, static, blurred details, subtitles, style, artwork, painting, still "
@@ -112,7 +114,7 @@ def build_parser():
     add("--permute_colours", action=argparse.BooleanOptionalAction, default=False,
         help="swap colour channels at random, clip by clip")
     add("--target_height", type=int, default=120, help="rows of the training targets")
-    add("--far", type=float, default=100.0, help="metres from which on depth counts as sky")
+    add("--far", type=float, default=FAR, help="metres from which on depth counts as sky")
     add("--fps", type=int, default=15, help="of the videos that are written")
     add("--sim_frames", type=int, default=0, help="frames of a simulated scene (0: 60 to 131, by scene)")
     add("--sim_recordings", type=int, default=3, help="of each simulated scene that moves")
@@ -337,7 +339,7 @@ class PhysicsModel(nn.Module):
             return v, y
         args, parts = self.args, {}
         if y is not None:
-            parts |= physics_loss(y, target, self.heads.depth_scale, args.height / 32)
+            parts |= physics_loss(y, target, self.heads.depth_scale, args.height / MOTION_ROWS)
         if v is not None:                        # frame 0 is given: it has no loss
             parts["flow_loss"] = F.mse_loss(v[:, :, 1:].float(), (noise - z)[:, :, 1:])
         weights = {"motion_loss": args.motion_weight, "depth_loss": args.depth_weight,
@@ -358,7 +360,7 @@ def wan_part(args, run, part, dtype=torch.float32):
 
 def load_codec(args, run):
     if args.model == "tiny":
-        return LinearCodec(common.load_weights(Path(args.data_dir) / "cache/codec.safetensors"))
+        return common.LinearCodec(common.load_weights(Path(args.data_dir) / "cache/codec.safetensors"))
     vae = wan_part(args, run, "vae", torch.bfloat16).requires_grad_(False)
     vae.enable_tiling()                  # 49 frames of 480x480 at once would take 20 GB
     return vae
@@ -453,9 +455,7 @@ def physics_loss(y, target, depth_scale, motion_unit):
     mean over the whole frame is won by a map of the background. What is not valid (sky, first frames,
     occlusions) teaches nothing.
     """
-    size = target["depth"].shape[-2:]
-    if y.shape[-2:] != size:
-        y = F.interpolate(y, (y.shape[2], *size), mode="trilinear", align_corners=False)
+    y = to_size(y, target["depth"].shape[-2:])
     moving = target["moving"]
     error = y[:, :2] - target["motion"].movedim(1, 2) / motion_unit
     error = (error.square().sum(1) + .02 ** 2).sqrt() - .02                    # end-point error, smooth at 0
@@ -475,12 +475,18 @@ def physics_loss(y, target, depth_scale, motion_unit):
     return {"motion_loss": motion, "depth_loss": depth, "sky_loss": sky}
 
 
+def to_size(y, size):
+    """Heads' output B c T h w at another size of picture."""
+    if y.shape[-2:] == tuple(size):
+        return y
+    return F.interpolate(y, (y.shape[2], *size), mode="trilinear", align_corners=False)
+
+
 def read_out(y, size, depth_scale):
     """Heads' output B OUTPUTS T h w -> motion B T 2 H W in px, depth B T H W in metres, sky B T H W bool."""
-    if y.shape[-2:] != tuple(size):
-        y = F.interpolate(y, (y.shape[2], *size), mode="trilinear", align_corners=False)
+    y = to_size(y, size)
     depth = (y[:, 2].clamp(-8, 8) * depth_scale[1] + depth_scale[0]).exp()
-    return y[:, :2].movedim(1, 2) * (size[0] / 32), depth, y[:, 3] < 0
+    return y[:, :2].movedim(1, 2) * (size[0] / MOTION_ROWS), depth, y[:, 3] < 0
 
 
 def shift_sigma(u, shift):
@@ -982,7 +988,6 @@ def simulate_scenes(root, side, seed=0, most=0, recordings=3, scenes=SCENES):
 
 FOLDERS = {"rgb": ("rgb", "rgb_capture"), "motion": ("motion_vectors",), "depth": ("distance_to_camera",)}
 ENDINGS = {"rgb": (".png", ".jpg", ".jpeg"), "motion": (".npy",), "depth": (".npy",)}
-FAR = 100.0                                # metres; from here on a pixel is sky
 DEPTH_SHARE, DEPTH_METRES = .05, .02       # how much a tracked point's distance may change in one step
 UNITS = {"px": lambda W, H: (1, 1), "NDC": lambda W, H: (W / 2, H / 2), "UV": lambda W, H: (W, H)}
 OFFSETS = (-2, -1, 0, 1, 2)
@@ -1001,6 +1006,12 @@ class Scene:
     spacing: int
     paths: dict
     dropped: dict
+    memo: dict = field(default_factory=dict)               # what was read: a scene's clips share its frames
+
+    def once(self, key, work):
+        if key not in self.memo:
+            self.memo[key] = work()
+        return self.memo[key]
 
 
 # ---- finding --------------------------------------------------------------------------------------------
@@ -1085,12 +1096,10 @@ def scene_name(folder):
 def load_array(scene, modality, step):
     """-> H W 2 (motion) or H W (depth) floats of any precision, mapped: pages are read when used. None for an
     empty file, which a renderer writes as long as there is no frame before. UserError names the file."""
-    path = scene.paths[modality][step]
-    return map_array(path, modality, path.stat().st_mtime_ns)
+    return scene.once((modality, step), lambda: map_array(scene.paths[modality][step], modality))
 
 
-@lru_cache(maxsize=4096)                   # a scene's clips share its frames
-def map_array(path, modality, changed):
+def map_array(path, modality):
     try:
         array = np.asarray(np.load(path, mmap_mode="r"))       # the plain class: indexing a memmap is slow
     except (ValueError, EOFError, OSError) as error:
@@ -1108,13 +1117,8 @@ def map_array(path, modality, changed):
 def open_rgb(scene, step):
     """-> PIL image in RGB."""
     path = scene.paths["rgb"][step]
-    return read_picture(path, path.stat().st_mtime_ns)
-
-
-@lru_cache(maxsize=256)
-def read_picture(path, changed):
     try:
-        return Image.open(path).convert("RGB")
+        return scene.once(("rgb", step), lambda: Image.open(path).convert("RGB"))
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error}") from None
 
@@ -1158,48 +1162,36 @@ def interpolate(point, distance, motion, depth, far):
     return mean, (weight * np.where(weight > 0, near, 0)).sum(-1), total > .1
 
 
-def compose(motions, depths, rows, columns, far=FAR):
+def compose(motions, depths, far=FAR):
     """Chains single-step vectors over a stride: k motions (frames t, t-1, .. t-k+1) and k + 1 depths (frames
-    t .. t-k), each H W .., at the pixels rows x columns -> motion h w 2 in native pixels, valid h w.
+    t .. t-k), each H W .. -> motion H W 2 in native pixels, valid H W.
 
     Starting at pixel p, p moves by motion[t](p), then by motion[t-1] at its new place, and so on. A point is
     valid while it stays inside the image and every step finds its surface (see interpolate), so points that
     were hidden k frames ago are dropped.
     """
-    shape = len(rows), len(columns)
-    if any(array is None for array in (*motions, *depths)):
-        return np.zeros((*shape, 2), np.float32), np.zeros(shape, bool)
     H, W = depths[0].shape
-    grid = np.ix_(rows, columns)
-    start = np.stack(np.meshgrid(columns, rows), -1).astype(np.float32).reshape(-1, 2)
-    point, distance = start.copy(), clean_depth(depths[0][grid], far).reshape(-1)
+    start = np.stack(np.meshgrid(np.arange(W), np.arange(H)), -1).astype(np.float32).reshape(-1, 2)
+    point, distance = start.copy(), clean_depth(depths[0], far).reshape(-1)
     valid, still = np.isfinite(distance), np.ones(len(start), bool)
     for motion, depth in zip([*motions, None], depths):
         # most pixels never move: those need no interpolation
-        near = clean_depth(depth[grid], far).reshape(-1)
+        near = clean_depth(depth, far).reshape(-1)
         valid &= ~still | (np.abs(near - distance) < DEPTH_SHARE * distance + DEPTH_METRES)
         distance = np.where(still, near, distance)
-        vector = np.zeros_like(point) if motion is None else motion[grid].astype(np.float32).reshape(-1, 2)
+        vector = np.zeros_like(point) if motion is None else motion.astype(np.float32).reshape(-1, 2)
         moved = np.flatnonzero(~still & valid)
         vector[moved], distance[moved], valid[moved] = interpolate(
             point[moved], distance[moved], motion, depth, far)
         dx, dy = vector.T                  # a reduction over an axis of two is slow
         valid &= np.isfinite(dx) & np.isfinite(dy)
-        step = np.flatnonzero(valid & ((dx != 0) | (dy != 0))) if motion is not None else []
+        step = np.flatnonzero(valid & ((dx != 0) | (dy != 0)))
         point[step] += vector[step]
         still[step] = False
         inside = (point[step] >= 0) & (point[step] <= np.float32([W - 1, H - 1]))
         valid[step] = inside.all(-1)       # absurd vectors end here too
     motion = np.where(valid[:, None], point - start, 0)
-    return motion.reshape(*shape, 2), valid.reshape(shape)
-
-
-@lru_cache(maxsize=400)                    # a scene's clips share its frames
-def compose_frame(motions, depths, far, changed):
-    """compose() of a whole frame from files."""
-    motions = [map_array(path, "motion", changed) for path in motions]
-    depths = [map_array(path, "depth", changed) for path in depths]
-    return compose(motions, depths, np.arange(depths[0].shape[0]), np.arange(depths[0].shape[1]), far)
+    return motion.reshape(H, W, 2), valid.reshape(H, W)
 
 
 def read_clip(scene, start, stride, frames, height, width, flip=False, zoom=(1., 0., 0.), far=FAR):
@@ -1247,11 +1239,11 @@ def read_clip(scene, start, stride, frames, height, width, flip=False, zoom=(1.,
         chain = range(index, index - stride, -1)
         # a vector leads to the step before it: where that one is missing, the chain is broken
         if i and all(scene.steps[j] - scene.steps[j - 1] == scene.spacing for j in chain):
-            steps = {"motion": [*chain], "depth": [*chain, index - stride]}
-            files = [tuple(scene.paths[name][scene.steps[j]] for j in own) for name, own in steps.items()]
-            if all(load(name, j) is not None for name, own in steps.items() for j in own):
-                changed = max(path.stat().st_mtime_ns for own in files for path in own)
-                vectors, valid = compose_frame(*files, far, changed)
+            motions = [load("motion", j) for j in chain]
+            depths = [load("depth", j) for j in (*chain, index - stride)]
+            if all(array is not None for array in (*motions, *depths)):
+                vectors, valid = scene.once(("composed", index, stride, far),
+                                            lambda: compose(motions, depths, far))
                 motion[i], motion_valid[i] = vectors[np.ix_(rows, columns)], valid[np.ix_(rows, columns)]
     depth_valid = np.isfinite(depth) & (depth > 0) & (depth < far)
     depth = np.where(depth_valid, depth, np.float32(far))
@@ -1412,59 +1404,6 @@ def check(data_dir, far=FAR):
 
 # ---- cache ----------------------------------------------------------------------------------------------
 
-class LinearCodec:
-    """AutoencoderKLWan's interface without its weights, which no small size has: principal components of the
-    first frame's 8x8 patches and of 4x8x8 patches after it. Causal, 8 times smaller in space, 4 in time.
-
-    """
-    side, dtype = 8, torch.float32
-
-    def __init__(self, tensors):
-        self.tensors = tensors
-        z_dim = tensors["first"].shape[0]
-        self.config = argparse.Namespace(latents_mean=[0.] * z_dim, latents_std=[1.] * z_dim, z_dim=z_dim)
-
-    @classmethod
-    def fit(cls, videos, z_dim):
-        """videos B C T H W in [-1, 1]."""
-        tensors = {}
-        for name, part in zip(("first", "later"), cls.patches(videos)):
-            rows = part.movedim(1, -1).flatten(0, -2)
-            mean = rows.mean(0)
-            _, s, v = torch.pca_lowrank(rows - mean, z_dim, niter=4)
-            tensors |= {name: v.T.contiguous(), f"{name}_mean": mean, f"{name}_std": s / len(rows) ** .5}
-        return cls(tensors)
-
-    @classmethod
-    def patches(cls, x):
-        """B C T H W -> first frame's B p 1 h w and the others' B p F-1 h w."""
-        parts = []
-        for part, length in ((x[:, :, :1], 1), (x[:, :, 1:], 4)):
-            part = part.unflatten(2, (-1, length)).unflatten(4, (-1, cls.side)).unflatten(6, (-1, cls.side))
-            parts.append(part.permute(0, 1, 3, 5, 7, 2, 4, 6).flatten(1, 4))   # B (C t y x) F h w
-        return parts
-
-    def encode(self, x):
-        z = []
-        for name, part in zip(("first", "later"), self.patches(x)):
-            part = part - expand_to(self.tensors[f"{name}_mean"], part[0])
-            z.append(torch.einsum("dp,bpfhw->bdfhw", self.tensors[name], part)
-                     / expand_to(self.tensors[f"{name}_std"], part[0]))
-        z = torch.cat(z, dim=2)
-        return argparse.Namespace(latent_dist=argparse.Namespace(mode=lambda: z))
-
-    def decode(self, z, return_dict=True):
-        x = []
-        for name, part, length in (("first", z[:, :, :1], 1), ("later", z[:, :, 1:], 4)):
-            part = part * expand_to(self.tensors[f"{name}_std"], part[0])
-            part = torch.einsum("dp,bdfhw->bpfhw", self.tensors[name], part)
-            part = part + expand_to(self.tensors[f"{name}_mean"], part[0])
-            part = part.unflatten(1, (3, length, self.side, self.side))          # B C t y x F h w
-            part = part.permute(0, 1, 5, 2, 6, 3, 7, 4)
-            x.append(part.flatten(6, 7).flatten(4, 5).flatten(2, 3))
-        return argparse.Namespace(sample=torch.cat(x, dim=2))
-
-
 def split_scenes(scenes):
     """Whole scenes only, with all their recordings: of seven in the order of names the 4th is for validation,
     the 6th for the test. Of the document's 21 a ramp, dominoes and an occluder are tested on."""
@@ -1519,6 +1458,34 @@ def read_augmented(clip, args):
     return record
 
 
+def read_clips(clips, part, args):
+    """Clips of a scene, in a process of its own -> {name: numpy array, n ...}: the video, and the targets at
+    their size, of held-out scenes at full size."""
+    records = [read_augmented(clip, args) for clip in clips]
+    stacked = {name: torch.stack([record[name] for record in records]).numpy() for name in records[0]}
+    if part == "train":
+        step = args.height // args.target_height
+        for name in ("motion", "motion_valid", "depth", "depth_valid"):
+            stacked[name] = np.ascontiguousarray(stacked[name][..., step // 2::step, step // 2::step])
+        stacked["motion"] = stacked["motion"].astype(np.float16)
+    return stacked
+
+
+def read_ahead(jobs):
+    """Yields read_clips(*job) as tensors, job by job, read by other processes and little more than one each
+    ahead: a scene's clips take 1 GB at paper scale. Arrays travel, not tensors: those need /dev/shm."""
+    workers, waiting = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))), []
+    take = lambda: {name: torch.from_numpy(array) for name, array in waiting.pop(0).result().items()}
+    with ProcessPoolExecutor(min(workers, 8), multiprocessing.get_context("fork"),
+                             torch.set_num_threads, (1,)) as pool:         # forked, OpenMP would hang
+        for job in jobs:
+            waiting.append(pool.submit(read_clips, *job))
+            if len(waiting) > min(workers, 8):
+                yield take()
+        while waiting:
+            yield take()
+
+
 def build_cache(args, run):
     """Latents, text embeddings, targets of all clips, written once; then VAE and text encoder leave memory.
 
@@ -1556,31 +1523,22 @@ def build_cache(args, run):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
     run.barrier()
-    read = lambda clip: read_augmented(clip, args)
     if args.model == "tiny" and run.rank == 0:
         some = clips["train"][::max(1, len(clips["train"]) // 40)]
-        videos = torch.stack([from_uint8(read(clip)["video"]) for clip in some]).movedim(1, 2)
-        common.save_weights(folder / "codec.safetensors", LinearCodec.fit(
-            videos, TINY["transformer"]["in_channels"]).tensors)
+        videos = torch.stack([from_uint8(read_augmented(clip, args)["video"]) for clip in some])
+        codec = common.LinearCodec.fit(videos, TINY["transformer"]["in_channels"])
+        common.save_weights(folder / "codec.safetensors", codec.tensors)
     run.barrier()
     vae, encode_prompt = load_codec(args, run), text_encoder(args, run)
-    jobs = [(part, scene) for part, own in parts.items() for scene in own]
-    for number, (part, scene) in enumerate(tqdm(jobs, "cache", unit="scene", disable=run.rank > 0)):
-        own = [clip for clip in clips[part] if clip["scene"] is scene]
-        if number % run.world != run.rank or not own:
-            continue
-        with ThreadPoolExecutor() as pool:
-            records = list(pool.map(read, own))
-        step = 1 if part != "train" else args.height // args.target_height
-        tensors = {"text": encode_prompt(scene.prompt)}
-        tensors["asked"] = torch.stack([r["asked"] for r in records])
-        for name in ("motion", "motion_valid", "depth", "depth_valid"):
-            value = torch.stack([r[name] for r in records])[..., step // 2::step, step // 2::step]
-            tensors[name] = value.half() if name == "motion" and part == "train" else value
-        latents = [common.wan_encode(vae, from_uint8(r["video"])[None].to(run.device)).cpu() for r in records]
+    shards = [(part, scene, [clip for clip in clips[part] if clip["scene"] is scene])
+              for part, own in parts.items() for scene in own]
+    shards = [(number, *shard) for number, shard in enumerate(shards) if shard[-1]][run.rank::run.world]
+    records = read_ahead([(own, part, args) for _, part, _, own in shards])
+    for (number, part, scene, _), tensors in zip(tqdm(shards, "cache", disable=run.rank > 0), records):
+        video = tensors.pop("video") if part == "train" else tensors["video"]
+        latents = [common.wan_encode(vae, from_uint8(v)[None].to(run.device)).cpu() for v in video]
         tensors["latents"] = torch.cat(latents).to(torch.float32 if args.model == "tiny" else torch.bfloat16)
-        if part != "train":
-            tensors["video"] = torch.stack([r["video"] for r in records])
+        tensors["text"] = encode_prompt(scene.prompt)
         common.save_weights(folder / f"{part}_{number:03d}_{scene.name}.safetensors", tensors)
     run.barrier()
     if run.rank == 0:
@@ -1683,11 +1641,10 @@ def describe_data(args):
             f"{args.width}, {args.frames} frames")
 
 
-def evaluate(args, models, run):
+def evaluate(args, models, data, run):
     """Metrics on scenes that no training saw, at full resolution -> eval.json, curves.png. models: {name:
     model}, of which "model" is what the run is about; the others are controls. Processes share the clips."""
-    began, clips = time.time(), Clips(args, "test")
-    train = Clips(args, "train")
+    began, clips, train = time.time(), data["test"], data["train"]
     total = torch.zeros(2, args.height, args.width)
     for i in range(0, len(train.rows), 16):      # the mean depth of each pixel, over the training clips
         b = train.get(range(i, min(i + 16, len(train.rows))), ("depth", "depth_valid"), "cpu")
@@ -1735,7 +1692,7 @@ def evaluate(args, models, run):
               "baselines": {name: row for name, row in results.items() if not name.startswith("model")}}
     if run.rank == 0:
         common.write_json(Path(args.output_dir) / "eval.json", report)
-        show_report(report, results, args)
+        show_report(report, results, clips.index["scenes"]["test"], args)
 
 
 def flow_losses(model, batch, seed, run):
@@ -1757,12 +1714,11 @@ def flow_losses(model, batch, seed, run):
     return out
 
 
-def show_report(report, results, args):
+def show_report(report, results, scenes, args):
     """Prints the table and draws curves.png."""
     shown = ("abs_rel", "abs_rel_moving", "delta1", "delta1_moving", "rmse", "silog", "epe", "epe_moving",
              "fl_moving")
-    print("held-out scenes " + ", ".join(Clips(args, "test").index["scenes"]["test"]) + f", at {args.height}x"
-          f"{args.width}")
+    print(f"held-out scenes {', '.join(scenes)}, at {args.height}x{args.width}")
     print(f"{'':>24}" + "".join(f"{name:>16}" for name in shown))
     for name, row in results.items():
         print(f"{name:>24}" + "".join(f"{row[metric]:16.3f}" for metric in shown))
@@ -1826,12 +1782,12 @@ def generate(model, z0, text, negative, args, seed):
     return torch.cat([z0, x[:, :, 1:]], dim=2)
 
 
-def sample(args, models, run):
+def sample(args, models, data, run):
     """Generates a video per chosen held-out scene from its first frame, and lets the heads read it: one clean
     pass, the final latents at sigma 0.05 with the positive prompt. Also reads the real clip. -> files."""
     if run.rank:
         return []
-    model, clips = models["model"], Clips(args, "test")
+    model, clips = models["model"], data["test"]
     vae, encode_prompt = load_codec(args, run), text_encoder(args, run)
     folder, files = Path(args.output_dir) / "samples", []
     folder.mkdir(exist_ok=True)
@@ -2018,7 +1974,6 @@ def wrap(model, args, run):
         return fully_shard(model, mesh=mesh)
     if run.world > 1:
         ids = [run.device] if run.device.type == "cuda" else None
-        # A head's last layers and, where a batch has no draw for the heads, all of them may see no gradient.
         return nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
     return model
 
@@ -2098,7 +2053,6 @@ def fit(args, run, folder, model, losses, validate, found, steps, lr):
             weights, moments = common.gather_state(model, optimizer, trained_only=True)
             with swapped(trained, averages):
                 averaged, _ = common.gather_state(model, trained_only=True)
-                averaged = {name: value.clone() for name, value in averaged.items()}       # else aliases
             if run.rank == 0:
                 state = {"model": weights, "ema": averaged, "optimizer": moments}
                 common.save_checkpoint(folder / "ckpt", done, state,
@@ -2144,14 +2098,13 @@ def fixed_noise(z, seed):
     return torch.randn(z.shape, generator=torch.Generator().manual_seed(seed)).to(z.device)
 
 
-
-def run_stage(args, run, stage, folder, dit, found=None, only=False, heads_from=None):
+def run_stage(args, run, data, stage, folder, dit, found=None, only=False, heads_from=None):
     """One stage of training, none where `found` has all steps or `only` it counts. -> PhysicsModel with the
     averaged weights. stage: backbone (tiny only: nobody has pretrained weights of that size), heads (the
     backbone is frozen), lora, last_k, full. dit: the backbone, changed in place. heads_from: where to
     start.
     """
-    clips, held = Clips(args, "train"), Clips(args, "val")
+    clips, held = data["train"], data["val"]
     torch.manual_seed(args.seed)                 # equal initial weights on all ranks and after any restart
     model = make_model(args, dit, stage)
     if stage != "backbone":
@@ -2191,7 +2144,7 @@ def run_stage(args, run, stage, folder, dit, found=None, only=False, heads_from=
     return model.eval()
 
 
-def run_stages(args, run, found, only=False):
+def run_stages(args, run, data, found, only=False):
     """What --stage asks for, each stage going on from its own checkpoint -> {"model": PhysicsModel, and with
     --stage all also stage 1's "heads", and the control "random_backbone"}."""
     folder = Path(args.output_dir)
@@ -2200,38 +2153,40 @@ def run_stages(args, run, found, only=False):
 
     def stage(name, place, dit, **options):
         before = common.find_checkpoint(folder / place / "ckpt", SCRIPT, "auto")
-        return run_stage(args, run, name, folder / place, dit, before, only and bool(before), **options)
+        return run_stage(args, run, data, name, folder / place, dit, before, only and bool(before), **options)
 
     dit = wan_part(args, run, "transformer", trunk_dtype(args))
     untrained = copy.deepcopy(dit) if args.controls and args.stage == "all" else None
     if args.model == "tiny" and not args.random_backbone and args.backbone_steps:
         dit = stage("backbone", "backbone", dit).dit
     if args.stage != "all":
-        return {"model": run_stage(args, run, args.stage, folder, dit, found, only, args.heads)}
+        return {"model": run_stage(args, run, data, args.stage, folder, dit, found, only, args.heads)}
     models = {"heads": stage("heads", "heads", dit)}
     if args.controls:
         models["random_backbone"] = stage("heads", "heads_random", untrained)
     first = folder / "heads/final/heads.safetensors"
-    return {"model": run_stage(args, run, "lora", folder, copy.deepcopy(dit), found, only, first), **models}
+    tuned = run_stage(args, run, data, "lora", folder, copy.deepcopy(dit), found, only, first)
+    return {"model": tuned, **models}
 
 
 def prepare(args, run):
-    """Scenes (simulated for the tiny preset's own folder) and their cache."""
+    """Scenes (simulated for the tiny preset's own folder) and their cache -> {part: Clips}."""
     if run.rank == 0 and args.preset == "tiny" and "data_dir" not in args.given:
         simulate_scenes(args.data_dir, args.height, 0, args.sim_frames, args.sim_recordings)
     run.barrier()
     build_cache(args, run)
+    data = {part: Clips(args, part) for part in ("train", "val", "test")}
     if run.rank == 0:
-        scenes = Clips(args, "train").index["scenes"]
-        print(", ".join(f"{part}: {len(Clips(args, part).rows)} clips of {len(names)} scenes"
-                        for part, names in scenes.items()))
+        print(", ".join(f"{part}: {len(clips.rows)} clips of {len(clips.index['scenes'][part])} scenes"
+                        for part, clips in data.items()))
+    return data
 
 
 def dry_run(args):
     """Prints what each stage costs, from the meta device: nothing is allocated, nothing is read."""
     world, B = int(os.environ.get("WORLD_SIZE", 1)), args.batch_size
     run = argparse.Namespace(device=torch.device("meta"))
-    side = LinearCodec.side if args.model == "tiny" else 16
+    side = common.LinearCodec.side if args.model == "tiny" else 16
     for stage in ("heads", "lora") if args.stage == "all" else (args.stage,):
         own = argparse.Namespace(**{**vars(args), "random_init": True, "stage": stage})
         with torch.device("meta"):
@@ -2283,14 +2238,14 @@ def work(args):
         if run.rank == 0:
             print(f"no checkpoint in {folder}/ckpt: training preset {args.preset} first"
                   + (", about 14 minutes on 2 cores" if args.preset == "tiny" else ""))
-    prepare(args, run)
-    models = run_stages(args, run, found, only and bool(found))
+    data = prepare(args, run)
+    models = run_stages(args, run, data, found, only and bool(found))
     written = []
     if args.eval or not only:
-        evaluate(args, models, run)
+        evaluate(args, models, data, run)
         written = [f"{folder}/eval.json", f"{folder}/curves.png"]
     if args.sample or not only:
-        written += sample(args, models, run)
+        written += sample(args, models, data, run)
     if run.rank == 0:
         print("wrote " + ", ".join(written))
     run.barrier()
