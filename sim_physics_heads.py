@@ -74,8 +74,8 @@ PRESETS = {
     "tiny": dict(
         model="tiny", stage="all", data_dir="data/sim_physics_heads", height=64, width=64, frames=17,
         strides="1,2", zoom=2.0, permute_colours=True, clips=32, target_height=32, text_length=64, cells=8,
-        head_width=64, head_blocks=2, batch_size=8, max_steps=1400, lora_steps=150, backbone_steps=300,
-        lr=2e-3, lora_lr=5e-4, backbone_lr=1e-3, warmup_steps=50, lora_rank=8, ema_decay=0.99, beta2=.98,
+        head_width=64, head_blocks=2, batch_size=8, max_steps=1200, lora_steps=150, backbone_steps=600,
+        lr=6e-3, lora_lr=5e-4, backbone_lr=3e-3, warmup_steps=50, lora_rank=8, ema_decay=0.99, beta2=.98,
         steps=20, cfg=1.0, controls=True, eval_every=200, save_every=200),
     # The document's stage 1: 10 epochs of 2,100 clips, accumulated over 8.
     "ti2v_5b": dict(stage="heads", data_dir="data/Sim_Physics", lr=1e-4, grad_accum=8, batch_size=1,
@@ -1417,7 +1417,7 @@ def split_scenes(scenes):
 
 
 def choose_clips(scenes, part, args):
-    """-> dicts of scene, start, stride, flip, zoom, turn, colours: random ones of the training scenes, plain
+    """-> dicts of scene, start, stride, flip, zoom, angle, colours: random ones of the training scenes, plain
     and evenly spaced ones of the others. Scenes too short for --frames at any stride have none."""
     rng, clips = np.random.default_rng(0), []
     strides = sorted(int(k) for k in args.strides.split(","))
@@ -1435,24 +1435,32 @@ def choose_clips(scenes, part, args):
             clips.append({"scene": scene, "start": start, "stride": stride,
                           "flip": bool(train and rng.random() < .5),
                           "zoom": (rng.uniform(1, args.zoom), *rng.random(2)) if near else (1., 0., 0.),
-                          "turn": rng.random(2) < .5 if near else (False, False),
+                          "angle": rng.uniform(0, 2 * math.pi) if near else 0.,
                           "colours": rng.permutation(3) if train and args.permute_colours else np.arange(3)})
     return clips
 
 
+def turned(clip, angle):
+    """read_clip's dict turned about the middle; what comes from outside is not valid."""
+    T, _, H, W = clip["video"].shape
+    c, s = math.cos(angle), math.sin(angle)
+    grid = F.affine_grid(torch.tensor([[[c, -s * H / W, 0], [s * W / H, c, 0]]]), (1, 3, H, W), False)
+    grid = grid.expand(T, -1, -1, -1)
+    pick = lambda x: F.grid_sample(x.float(), grid, mode="nearest", align_corners=False)
+    video = F.grid_sample(clip["video"].float(), grid, padding_mode="border", align_corners=False)
+    dx, dy = pick(clip["motion"]).unbind(1)
+    masks = {name: pick(clip[name][:, None])[:, 0] > 0 for name in ("motion_valid", "depth_valid")}
+    return {"video": video.round().to(torch.uint8), "depth": pick(clip["depth"][:, None])[:, 0],
+            "motion": torch.stack([c * dx + s * dy, c * dy - s * dx], dim=1), **masks}
+
+
 def read_augmented(clip, args):
     """A clip of choose_clips -> read_clip's dict. Two in three are for motion alone, which remains what is
-    seen when a part is enlarged, stood on its head or laid on its side; their depth would be another one."""
+    seen when a part is enlarged and turned; their depth would be another one."""
     record = read_clip(clip["scene"], clip["start"], clip["stride"], args.frames, args.height, args.width,
                        clip["flip"], clip["zoom"], args.far)
     record["video"] = record["video"][:, clip["colours"].tolist()]
-    head, side = clip["turn"]
-    if head:
-        record = {name: value.flip(-2) for name, value in record.items()}
-        record["motion"][:, 1] *= -1
-    if side and args.height == args.width:
-        record = {name: value.transpose(-1, -2) for name, value in record.items()}
-        record["motion"] = record["motion"].flip(1)
+    record = turned(record, clip["angle"]) if clip["angle"] else record
     record["asked"] = torch.tensor(clip["zoom"][0] == 1)
     record["depth_valid"] = record["depth_valid"] & record["asked"]
     return record
@@ -2127,7 +2135,8 @@ def run_stage(args, run, data, stage, folder, dit, found=None, only=False, heads
             batch = held.targets(range(i, min(i + args.batch_size, len(held.rows))), run.device)
             z = batch["latents"]
             sigma = torch.full((len(z),), .5 if stage == "backbone" else PROBE, device=z.device)
-            loss, parts = model(z, fixed_noise(z, i), sigma, batch["text"], batch, velocity=share > 0)
+            noise = torch.cat([fixed_noise(one[None], i + k) for k, one in enumerate(z)])
+            loss, parts = model(z, noise, sigma, batch["text"], batch, velocity=share > 0)
             for name, value in {"loss": loss, **parts}.items():
                 totals[f"val_{name}"] = totals.get(f"val_{name}", 0) + value.item() / len(rows)
         return totals
@@ -2152,7 +2161,8 @@ def run_stages(args, run, data, found, only=False):
         common.write_json(folder / "args.json", {**public_flags(args), **common.provenance()})
 
     def stage(name, place, dit, **options):
-        before = common.find_checkpoint(folder / place / "ckpt", SCRIPT, "auto")
+        before = common.find_checkpoint(folder / place / "ckpt", SCRIPT,
+                                        "none" if args.resume == "none" else "auto")
         return run_stage(args, run, data, name, folder / place, dit, before, only and bool(before), **options)
 
     dit = wan_part(args, run, "transformer", trunk_dtype(args))
@@ -2222,6 +2232,8 @@ def work(args):
     check_args(args)
     if args.dry_run:
         return dry_run(args)
+    if args.heads and not found:
+        common.load_weights(args.heads)          # one that cannot be read is noticed here, not hours later
     run, only = Run(args), args.sample or args.eval
     args.weights = f"{args.weights_from}" + (" shape, RANDOM weights" if args.random_init else "")
     if args.model == "tiny":
