@@ -59,7 +59,7 @@ import common
 from common import UserError, expand_to, from_uint8
 
 SCRIPT = "sim_physics_heads"
-OUTPUTS = 4                              # of a head per pixel: dx, dy, log depth, sky
+OUTPUTS = 4                              # of heads per pixel: dx, dy, log depth, sky
 MOTION_ROWS = 32                         # heads say motion in units of the picture's height / 32
 FAR = 100.0                              # metres; from here on a pixel is sky
 MOVING = 0.5                             # px per frame of the clip, from which on a pixel counts as moving
@@ -279,7 +279,7 @@ class PerFrameHeads(nn.Module):
         self.time = nn.Linear(D, 8 * width)
         self.blocks = nn.ModuleList(ResBlock(width) for _ in range(args.head_blocks))
         self.norm = nn.GroupNorm(1, width)
-        self.out = nn.Linear(width, 4 * OUTPUTS * self.cells ** 2)
+        self.out = nn.Linear(width, 4 * (OUTPUTS + 1) * self.cells ** 2)
         for layer in (self.time, self.out):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
@@ -294,8 +294,9 @@ class PerFrameHeads(nn.Module):
             x = block(x)
         y = self.out(F.silu(self.norm(x)).movedim(1, -1))
         r = self.cells
-        y = y.unflatten(-1, (4, OUTPUTS, r, r)).permute(0, 5, 1, 4, 2, 6, 3, 7)    # B c F 4 2h r 2w r
-        return y.flatten(6, 7).flatten(4, 5).flatten(2, 3)[:, :, 3:]
+        y = y.unflatten(-1, (4, OUTPUTS + 1, r, r)).permute(0, 5, 1, 4, 2, 6, 3, 7)    # B c F 4 2h r 2w r
+        y = y.flatten(6, 7).flatten(4, 5).flatten(2, 3)[:, :, 3:]
+        return torch.cat([y[:, :2] * y[:, 4:].sigmoid(), y[:, 2:4]], dim=1)    # shut where nothing moves
 
 
 class ResBlock(nn.Module):
