@@ -60,7 +60,7 @@ from common import UserError, expand_to, from_uint8
 
 SCRIPT = "sim_physics_heads"
 OUTPUTS = 4                              # of heads per pixel: dx, dy, log depth, sky
-MOTION_ROWS = 32                         # heads say motion in units of the picture's height / 32
+MOTION_ROWS = 96                         # heads say motion in units of the picture's height / 96
 FAR = 100.0                              # metres; from here on a pixel is sky
 MOVING = 0.5                             # px per frame of the clip, from which on a pixel counts as moving
 PROBE, SIGMAS = 0.05, (0.05, 0.3, 0.7)   # noise at which heads are read; at which they are measured
@@ -74,9 +74,9 @@ PRESETS = {
     "tiny": dict(
         model="tiny", stage="all", data_dir="data/sim_physics_heads", height=64, width=64, frames=17,
         strides="1,2", zoom=2.0, permute_colours=True, clips=32, target_height=32, text_length=64, cells=8,
-        head_width=64, head_blocks=2, batch_size=8, max_steps=1200, lora_steps=150, backbone_steps=600,
-        lr=6e-3, lora_lr=5e-4, backbone_lr=3e-3, warmup_steps=50, lora_rank=8, ema_decay=0.99, beta2=.98,
-        steps=20, cfg=1.0, controls=True, eval_every=200, save_every=200),
+        taps="0,2", head_width=64, head_blocks=2, batch_size=8, max_steps=1700, lora_steps=120,
+        backbone_steps=400, lr=6e-3, lora_lr=5e-4, backbone_lr=3e-3, warmup_steps=50, lora_rank=8,
+        ema_decay=0.99, beta2=.98, steps=20, cfg=1.0, controls=True, eval_every=200, save_every=200),
     # The document's stage 1: 10 epochs of 2,100 clips, accumulated over 8.
     "ti2v_5b": dict(stage="heads", data_dir="data/Sim_Physics", lr=1e-4, grad_accum=8, batch_size=1,
                     max_steps=2625, save_every=500, eval_every=500),
@@ -229,7 +229,7 @@ def add_noise(z, noise, sigma):
 
 
 # ---- model: heads ---------------------------------------------------------------------------------------
-# What a head says of each pixel: motion dx and dy in units of 1/32 of the picture's height, the standardised
+# What a head says of each pixel: motion dx and dy in units of 1/96 of the picture's height, the standardised
 # logarithm of depth, and the logit of there being a depth at all.
 
 class LinearHead(nn.Module):
