@@ -2088,13 +2088,13 @@ def test_read_out_inverts():
     _, _, _, target = clip_tensors()
     target["depth_valid"][:, 2, :5] = False
     scale = torch.tensor([1.2, .5])
-    motion, depth, sky = physics.read_out(heads_that_say(target, scale, 1.), (32, 32), scale)
+    motion, depth, sky = physics.read_out(heads_that_say(target, scale, 1 / 3), (32, 32), scale)
     assert torch.allclose(motion, target["motion"], atol=1e-5)
     assert torch.allclose(depth, target["depth"], rtol=1e-4) and torch.equal(sky, ~target["depth_valid"])
     flat = torch.ones(1, 4, 5, 8, 8) * torch.tensor([1., -2., 0., 5.]).view(1, 4, 1, 1, 1)
-    motion, depth, sky = physics.read_out(flat, (64, 64), scale)   # 1/32 of 64 rows are two pixels
-    assert motion.shape == (1, 5, 2, 64, 64)
-    assert (motion[:, :, 0] == 2).all() and (motion[:, :, 1] == -4).all()
+    motion, depth, sky = physics.read_out(flat, (96, 96), scale)   # 1/96 of 96 rows is a pixel
+    assert motion.shape == (1, 5, 2, 96, 96)
+    assert (motion[:, :, 0] == 1).all() and (motion[:, :, 1] == -2).all()
     assert torch.allclose(depth, scale[0].exp()) and not sky.any()
 
 
