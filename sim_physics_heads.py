@@ -74,7 +74,7 @@ PRESETS = {
     "tiny": dict(
         model="tiny", stage="all", data_dir="data/sim_physics_heads", height=64, width=64, frames=17,
         strides="1,2", zoom=2.0, permute_colours=True, clips=32, target_height=32, text_length=64, cells=8,
-        taps="0,2", head_width=64, head_blocks=2, batch_size=8, max_steps=1300, lora_steps=150,
+        taps="0,2", head_width=64, head_blocks=2, batch_size=8, max_steps=1100, lora_steps=150,
         backbone_steps=500, lr=6e-3, lora_lr=5e-4, backbone_lr=3e-3, warmup_steps=50, lora_rank=8,
         ema_decay=0.99, beta2=.98, steps=20, cfg=1.0, controls=True, eval_every=200, save_every=200),
     # The document's stage 1: 10 epochs of 2,100 clips, accumulated over 8.
