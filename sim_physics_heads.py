@@ -14,7 +14,7 @@ Differs     from Windsao/Sim4VideoGen, and why:
             - scenes are held out, and the trivial answers and a random backbone stand beside every result
             - heads read a clean pass with the positive prompt, not the last pass of the guidance
             - latents and texts are cached; what is trained is fp32; checkpoints resume
-Run         python sim_physics_heads.py                          # scenes, cache, both stages: 14 min, 3 GB
+Run         python sim_physics_heads.py                          # scenes, cache, both stages: 9 min, 1.2 GB
             python sim_physics_heads.py --sample --num_samples 3
             python sim_physics_heads.py --eval                   # 1 min
             python sim_physics_heads.py --check --data_dir data/sim_physics_heads
@@ -2257,7 +2257,7 @@ def work(args):
             raise UserError(f"no checkpoint in {folder}/ckpt: first python {SCRIPT}.py --output_dir {folder}")
         if run.rank == 0:
             print(f"no checkpoint in {folder}/ckpt: training preset {args.preset} first"
-                  + (", about 14 minutes on 2 cores" if args.preset == "tiny" else ""))
+                  + (", about 9 minutes on 2 cores" if args.preset == "tiny" else ""))
     data = prepare(args, run)
     models = run_stages(args, run, data, found, only and bool(found))
     written = []
