@@ -1,12 +1,13 @@
 """test_smoke.py: the smoke test. Here the word means a first test, in river_smoke.py's name a plume.
 
-    pytest test_smoke.py          # on the CPU, offline, 7 minutes on 2 cores
+    pytest test_smoke.py          # on the CPU, offline, 8 minutes on 2 cores
 
 What every script owes is written once and runs for each row of SCRIPTS. Then come the files as a whole,
 common.py, and what one script alone has to show, against slow loops and closed forms.
 """
 import ast
 import contextlib
+import copy
 import functools
 import importlib
 import itertools
@@ -44,6 +45,11 @@ import common
 import cosmos_lite as cosmos
 import river_smoke as river
 import sim_physics_heads as physics
+import h5py
+import http.server
+import threading
+import yaml
+import well_i2v as well
 
 VAE21 = {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2,
          "latents_mean": [.1, -.2, .3, .4], "latents_std": [.5, 2., 1., 3.]}
@@ -75,6 +81,17 @@ def arrays(data, kind, change, scene="test_ball_collide"):
 def later_steps(folder):
     for path in list(folder.iterdir()):
         path.rename(path.with_name(f"step_{int(path.stem[5:]) + 100}.npy"))
+
+
+def hdf5(data, change, split="train"):
+    """Changes the first file of a split, as h5py opens it."""
+
+    with h5py.File(sorted(data.rglob(f"{split}/*.hdf5"))[0], "r+") as file:
+        change(file)
+
+
+def put_nan(file):
+    file["t0_fields/pressure"][...] = np.nan
 
 
 # tiny: flags of a run of a second, every stage of which takes 4 steps and saves after 2; a long warm-up keeps
@@ -206,7 +223,56 @@ SCRIPTS = {
             ("--output_dir {run} --eval --head_width 16", "--head_width 16 does not fit .* trained with 8",
              None),
         ]),
+    "well_i2v": dict(
+        tiny="--preset tiny --dtype float32 --sim_side 16 --sim_frames 16 --sim_spacing .08 --sim_train 1 "
+             "--sim_t_cools .1,1 --adapter learned --adapter_steps 4 --adapter_width 8 --base_steps 4 "
+             "--max_steps 4 --lora_rank 2 --batch_size 4 --lr 1 --base_lr .1 --adapter_lr 1 "
+             "--warmup_steps 1000 --log_every 1 --eval_every 2 --save_every 2 --keep_last 0 --steps 2 "
+             "--members 2 --eval_clips 4 --rollout_steps 12 --num_samples 1 --sample_frames 6 "
+             "--window_count 8 --augment 2 --shift 30",         # the turns: low, high, high, high
+        stages=("adapter", "base", "."), reuse="", double="--batch_size 8", typed=False,
+        headline=("results/one_step", "results/all_steps", "results/rollout_6:12", "results/single_one_step",
+                  "results/spread_one_step", "baselines/persistence/one_step",
+                  "baselines/base_alone/one_step", "baselines/round_trip/one_step"),
+        overfit=lambda: overfit_well(),
+        bad=[
+            ("", "no turbulent_radiative_layer_2D in .*--download", lambda data, run: shutil.rmtree(
+                data / "datasets")),
+            ("", "no .hdf5 files in .*valid", lambda data, run: [
+                path.unlink() for path in data.rglob("valid/*.hdf5")]),
+            ("", "hdf5 is not as The Well publishes it .*pressure", lambda data, run: hdf5(
+                data, lambda file: file["t0_fields"].__delitem__("pressure"))),
+            ("", "hdf5 is not as The Well publishes it .*scalars", lambda data, run: hdf5(
+                data, lambda file: file.__delitem__("scalars"))),
+            ("", "has the grid|field .* is .*the file's dimensions make it", lambda data, run: hdf5(
+                data, lambda file: file["dimensions"].__delitem__("x") or file["dimensions"].create_dataset(
+                    "x", data=np.zeros(32)))),
+            ("", "trajectory 0 has NaN or Inf at step 0", lambda data, run: hdf5(data, put_nan)),
+            ("--n_out 16", "steps", None),
+            ("--n_out 7", "are 8 of video: Wan's VAE takes 4k [+] 1", None),
+            ("--mode convlstm --n_in 4", "n_in = 4 frames .* are 4 of video", None),
+            ("--n_in 5", "--n_in 5: --mode native starts from one frame", None),
+            ("--sim_side 40", "--sim_side must be a multiple of 16, not 40", None),
+            ("--video_size 20,48", "multiples of 16, not 20x48", None),
+            ("--video_size big", "--video_size takes H,W", None),
+            ("--lora_targets ff.net.2", "--lora_targets ff.net.2: no module .* it has to_q", None),
+            ("--field_maps cubic", "takes linear, asinh or log", None),
+            ("--field_maps velocity_x=log", "velocity_x falls to", None),
+            ("--adapter tile --joint", "--joint trains the adapter: --adapter learned, not tile", None),
+            ("--mode adapter --adapter tile", "--mode adapter trains the adapter", None),
+            ("--adapter_from {data}", "cannot read the adapter .*adapter.json", None),
+            ("--adapter_from {run}/final --adapter_width 16", "adapter.json has width 8, this run 16", None),
+            ("--adapter_from {run}/final", "adapter.safetensors does not fit this model", lambda data, run:
+                common.save_weights(run / "final/adapter.safetensors", {"mix": torch.zeros(3, 5)})),
+            ("--adapter pca", "invalid choice: 'pca'", None),
+            ("--mode convlstm --n_in 5 --fsdp", "--fsdp", None),
+            ("--lr nan", "--lr must not be negative", None),
+            ("--seed -1", "seed", None),
+            ("--output_dir {run} --eval --lora_rank 4", "--lora_rank 4 does not fit .* trained with 2", None),
+            ("--model i2v_a14b --weights_from {data}", "cannot load Wan's .* from .*hf download", None),
+        ]),
 }
+well.TINY["transformer"].update(num_attention_heads=2, attention_head_dim=24, ffn_dim=96, num_layers=2)
 physics.TINY["transformer"].update(num_attention_heads=2, attention_head_dim=16, ffn_dim=64, num_layers=2)
 BAD_ANYWHERE = [
     ("--warm_strat 0.2", "unrecognized arguments: --warm_strat", None),
@@ -443,8 +509,9 @@ def test_resume_equals_no_stop(script, base, tmp_path):
         for later in stages[i:]:
             if later != stage:
                 shutil.rmtree(run / later / "ckpt")
-            for export in (*(run / later).glob("*.safetensors"), *(run / later / "final").glob("*")):
-                export.unlink()
+            for export in (*(run / later).glob("*.safetensors"), *(run / later / "final").rglob("*")):
+                if export.is_file():
+                    export.unlink()
         assert launch(script, f"--data_dir {base.data} --output_dir {run}") == 0
         for later in stages[i:]:
             assert_same(saved(run, later), saved(base.run, later))
@@ -657,7 +724,8 @@ def test_imports():
         names |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
         names = {name.split(".")[0] for name in names} - sys.stdlib_module_names
         ours = {name for name in names if (HERE / f"{name}.py").exists()}
-        assert {"pillow" if name == "PIL" else name for name in names - ours} <= known, path
+        called = {"PIL": "pillow", "yaml": "pyyaml"}
+        assert {called.get(name, name) for name in names - ours} <= known, path
         assert path.stem == "test_smoke" or ours <= {"common", "vidar" if path.stem == "vidarc" else ""}, path
 
 
@@ -2487,3 +2555,583 @@ def test_meaning_of_vectors(moving, tmp_path, capsys, change, shift, message):
         assert f"verdict: {expected}" in capsys.readouterr().out
     else:
         assert re.search(message, the_error(capsys, "sim_physics_heads"))
+
+
+# ---- well_i2v.py: what it alone has to show --------------------------------------------------------------
+
+NAMES = ["density", "pressure", "velocity_x", "velocity_y"]
+WELL_WAN = {**well.TINY, "vae": {"base_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1, "z_dim": 16,
+                                 "latents_mean": [.1 * i for i in range(16)],
+                                 "latents_std": [1.3 + .1 * i for i in range(16)]}}
+
+
+def well_args(**change):
+    args = well.parse_args(["--preset", "tiny"])
+    vars(args).update({"lora_rank": 4, "steps": 4, "shift": 5., **change})
+    return args
+
+
+def well_fields(B=2, T=9, C=4, seed=0):
+    """Smooth fields B T C 16 32 with a contrast of 100 in the first, like the radiative layer's."""
+    coarse = torch.randn(B * T, C, 4, 6, generator=torch.Generator().manual_seed(seed))
+    x = F.interpolate(coarse, (16, 32), mode="bicubic").unflatten(0, (B, T))
+    x[:, :, 0] = 1 + 99 * torch.sigmoid(3 * x[:, :, 0])
+    x[:, :, 1:2] = 1 + .05 * x[:, :, 1:2]
+    return x
+
+
+def well_adapter(kind="tile", C=4, maps="linear", **options):
+    names = (NAMES + ["e", "f", "g"])[:C]
+    adapter = well.Adapter(kind, names, (16, 32), well.parse_maps(maps, names), **options)
+    return adapter.fit(well_fields(C=C))
+
+
+def well_load(name):
+    torch.manual_seed(name == "transformer_2")
+    return common.load_wan("", part="transformer", config=WELL_WAN, random_init=True)
+
+
+def well_vae():
+    torch.manual_seed(0)
+    return common.load_wan("", part="vae", config=WELL_WAN, random_init=True).requires_grad_(False)
+
+
+def well_native(args, vae=None, adapter=None, scalars=0, train="lora"):
+    adapter = adapter or well_adapter()
+    experts = well.make_experts(args, well_load, train, scalars)
+    model = well.NativeI2V(adapter, vae or well_vae(), experts, args, torch.zeros(1, 8, 32))
+    torch.manual_seed(3)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            p.data.normal_(std=.05)
+    return model
+
+
+def overfit_well():
+    model = well_native(well_args(experts="low"), vae=object(), train="full")
+    z, noise = torch.randn(2, 4, 16, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    batch = {"latents": z, "condition": F.pad(z, (0, 0, 0, 0, 0, 0, 0, 4)), "text": torch.randn(4, 8, 32)}
+    optimizer, losses = torch.optim.Adam(model.experts.parameters(), lr=5e-3), []
+    for _ in range(120):
+        loss, _ = model(batch, torch.tensor([.2, .4, .6, .8]), noise, "low")
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return losses
+
+
+@pytest.mark.parametrize("C", [1, 2, 3, 4, 5, 7])
+def test_well_tile_gives_every_field_back(C):
+    for maps in ("linear", "asinh", "linear,density=log"):
+        x, adapter = well_fields(C=C), well_adapter("tile", C, maps)
+        video = adapter.to_video(x)
+        assert video.shape == (2, 9, 3, -(-C // 3) * 16, 32) and video.abs().max() < 1.5
+        error = (adapter.to_fields(video) - x).flatten(3).abs().amax((0, 1, 3))
+        assert (error / x.flatten(3).std(dim=(0, 1, 3))).max() < 2e-5
+
+
+def test_well_learned_begins_as_the_least_squares_map_and_all_of_it_learns():
+    linear, x = well_adapter("linear", video_size=(32, 64)), well_fields()
+    learned = well_adapter("learned", video_size=(32, 64), width=16)
+    assert torch.allclose(learned.to_video(x), linear.to_video(x), atol=1e-6)
+    back = linear.to_fields(linear.to_video(x))
+    assert torch.allclose(learned.to_fields(learned.to_video(x)), back, atol=1e-4)
+    assert torch.allclose(linear.to_video(back), linear.to_video(x), atol=1e-4)    # a projection
+    vae, few = well_vae(), x[:1, :1]
+    learned.error(well.decode(vae, common.wan_encode(vae, learned.to_video(few))), few).backward()
+    for name, p in learned.named_parameters():
+        if "." not in name or ".4." in name:     # below a layer of zeros nothing arrives at first
+            assert p.grad is not None and p.grad.abs().max() > 0, name
+
+
+def test_well_frames_and_pictures_come_back():
+    adapter, x = well_adapter(repeat=4), well_fields()
+    video = adapter.to_video(x)
+    assert video.shape[1] == adapter.frames(9) == 33 and torch.equal(video[:, 1], video[:, 4])
+    video[:, 1:5] += torch.tensor([.1, -.1, .2, -.2])[:, None, None, None]         # their mean is 0
+    assert torch.allclose(adapter.to_fields(video), x, rtol=1e-4, atol=1e-4)
+    for new in ((32, 64), (48, 80)):
+        resize, picture = well.Resize((16, 32), new), torch.randn(2, 3, 16, 32)
+        assert torch.allclose(resize.inverse(resize(picture)), picture, atol=1e-5)
+
+
+def test_well_vrmse_is_the_wells():
+    """In space alone, with the unbiased variance: The Well's formula in numpy, and its closed forms."""
+    x, y = well_fields(), well_fields(seed=1)
+    a, b = x.numpy().astype(np.float64), y.numpy().astype(np.float64)
+    expected = np.sqrt(((a - b) ** 2).mean((-2, -1)) / (b.std((-2, -1), ddof=1) ** 2 + 1e-7))
+    assert np.allclose(well.vrmse(x, y), expected, rtol=1e-5)
+    assert (well.vrmse(y, y) == 0).all()
+    mean = y.mean((-2, -1), keepdim=True).expand_as(y)
+    assert well.vrmse(mean, y)[:, :, 0] == pytest.approx(np.sqrt(511 / 512), abs=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("frames", [1, 5, 9])
+def test_well_condition_is_the_pipelines_to_the_last_bit(frames):
+    pipe, first = well_pipeline(well_native(well_args())), torch.rand(1, 3, 16, 32) * 2 - 1
+    _, theirs = pipe.prepare_latents(first, 1, 16, 16, 32, frames, torch.float32, "cpu")
+    assert torch.equal(well.condition(pipe.vae, first, frames), theirs)
+
+
+def well_pipeline(model):
+    from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline
+    pipe = WanImageToVideoPipeline(
+        tokenizer=None, text_encoder=None, vae=model.vae, transformer=model.experts.high.transformer,
+        transformer_2=model.experts.low.transformer, boundary_ratio=well.BOUNDARY, expand_timesteps=False,
+        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True,
+                                          flow_shift=model.args.shift))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("steps,cfg", [(1, 1.), (6, 3.)])
+def test_well_sampling_and_exports_are_the_pipelines(steps, cfg, tmp_path):
+    """The same latents from diffusers' pipeline, also with the exported LoRA files of both experts in it."""
+    model = well_native(well_args(steps=steps, cfg=cfg, shift=3.), adapter=well_adapter("linear"))
+    text, first = torch.randn(1, 8, 32), torch.rand(1, 3, 16, 32) * 2 - 1
+    model.negative = torch.randn(1, 8, 32)
+    cond, noise = well.condition(model.vae, first, 9), torch.randn(1, 16, 3, 2, 4)
+    for name in ("high", "low"):
+        common.save_lora(tmp_path / name, getattr(model.experts, name).transformer)
+    pipe = well_pipeline(well_native(model.args, vae=model.vae, train=""))
+    ask = lambda: pipe(image=first, prompt_embeds=text, negative_prompt_embeds=model.negative, height=16,
+                       width=32, num_frames=9, num_inference_steps=steps, guidance_scale=cfg, latents=noise,
+                       output_type="latent").frames
+    ours = model.sample_latents(cond, noise, text)
+    with well.lora_off(model):
+        base = model.sample_latents(cond, noise, text)
+    assert torch.allclose(ask(), base, atol=1e-5) and not torch.allclose(base, ours, atol=1e-3)
+    pipe.load_lora_weights(tmp_path / "high")
+    pipe.load_lora_weights(tmp_path / "low", load_into_transformer_2=True)
+    assert torch.allclose(ask(), ours, atol=1e-5)
+    assert torch.equal(model.sample_latents(cond, noise, text), ours)              # LoRA is on again
+
+
+@pytest.mark.parametrize("solver", ["euler", "unipc"])
+def test_well_oracle_velocity_recovers_x0(solver):
+    x0, eps = torch.randn(2, 2, 16, 3, 4, 6)
+    for steps, start in itertools.product((1, 4, 30), (1., well.BOUNDARY)):
+        x = well.add_noise(x0, eps, torch.full((2,), start))
+        out = well.integrate(lambda x, sigma, t: (x - x0) / sigma, x, steps, 5., solver, start)
+        assert (out - x0).abs().max() < 1e-5
+
+
+def test_well_noise_levels_and_turns():
+    u = torch.rand(1000)
+    for shift, share in ((1., .1), (3., .25), (5., 5 / 14)):
+        assert torch.allclose(well.unshift_sigma(well.shift_sigma(u, shift), shift), u, atol=1e-5)
+        assert well.draw_sigma(u, "high", shift).min() >= .9 - 1e-6
+        assert well.draw_sigma(u, "low", shift).max() <= .9 + 1e-6
+        turns = [well.whose_turn(n, "both", shift) for n in range(1400)]
+        assert turns.count("high") / 1400 == pytest.approx(share, abs=1e-3)
+    bins = well.sigma_bins(torch.tensor([.1, .2, .95]), torch.tensor([1., 2, 3]))
+    assert bins.tolist() == [[3, 2], [0, 0], [0, 0], [3, 1]]
+
+
+def test_well_batches_go_to_the_experts_by_noise_and_loras_where_asked():
+    model = well_native(well_args(experts="both"), scalars=1)
+    x, text, scalars = torch.randn(4, 36, 3, 2, 4), torch.randn(4, 8, 32), torch.rand(4, 1)
+    t = torch.tensor([950., 100, 900, 899])
+    whole = model.experts(x, t, text, scalars)
+    for i, name in enumerate(("high", "low", "high", "low")):
+        own = getattr(model.experts, name)(x[i:i + 1], t[i:i + 1], text[i:i + 1], scalars[i:i + 1])
+        assert torch.allclose(whole[i:i + 1], own, atol=1e-5)
+    for experts in ("both", "high", "low"):
+        model = well_native(well_args(experts=experts), vae=object(), scalars=1)
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        sides = {"high", "low"} if experts == "both" else {experts}
+        assert {name.split(".")[1] for name in trained} == sides
+        assert all("lora_" in name or ".token." in name for name in trained)
+    with pytest.raises(common.UserError, match="ff.net.2"):
+        well.add_lora(well_load("transformer"), 4, ["to_q", "ff.net.2"])
+
+
+def test_well_scalar_token_starts_silent():
+    token = well.ScalarToken(1, 32).fit(torch.tensor([[.03], [.3], [3.]]))
+    text, values = F.pad(torch.randn(2, 5, 32), (0, 0, 0, 3)), torch.tensor([[.03], [3.]])
+    assert torch.equal(token(text, values), text)
+    nn.init.normal_(token.net[2].weight)
+    out = token(text, values)
+    assert torch.equal(out[:, :-1], text[:, :-1]) and not torch.allclose(out[0, -1], out[1, -1])
+
+
+def test_well_real_shape_has_the_documents_counts():
+    load = lambda name: common.load_wan("", part="transformer", config="i2v_a14b", dtype=torch.bfloat16,
+                                        device="meta", random_init=True)
+    args = well.parse_args(["--preset", "i2v_a14b", "--experts", "low"])
+    with torch.device("meta"):
+        experts = well.make_experts(args, load)
+        total, trained = common.count_params(experts), common.count_params(experts, True)
+        assert trained == 104_857_600 and total - trained == 14_288_901_184
+        assert common.count_params(well.ConvLSTM()) == 645_777
+
+
+@pytest.mark.parametrize("mode", ["native", "low", "oneshot", "convlstm", "adapter"])
+def test_well_modes_train_predict_and_roll_out(mode):
+    args = well_args(steps=2, n_in=5 if mode == "convlstm" else 1,
+                     experts="low" if mode in ("low", "oneshot") else "both")
+    adapter, known = well_adapter("linear", ahead=8), {"text": torch.randn(2, 8, 32)}
+    codec, x = common.LinearCodec.fit(adapter.to_video(well_fields(4)), 16), well_fields(T=args.n_in + 8)
+    if mode in ("convlstm", "adapter"):
+        make, known = {"convlstm": well.ConvLSTMForecast, "adapter": well.AdapterOnly}[mode], {}
+        model = make(adapter, codec, args)
+        loss, _ = model({"fields": x})
+    elif mode == "oneshot":
+        model = well.OneShot(adapter, codec, well.make_experts(args, well_load), args)
+        loss, _ = model({"fields": x, **known})
+    else:
+        model = well_native(args, codec, adapter)
+        z = model.latents(x)
+        loss, _ = model({"fields": x, **known}, torch.tensor([.4, .5]), torch.randn_like(z), "low")
+    model.fit_detail(x)
+    assert loss.isfinite() and (adapter.detail[0] > 0).any()
+    far = well.rollout(model, x[:, :args.n_in], 11, [5, 6], samples=2, **known)
+    assert far.shape == (2, 2, 11, 4, 16, 32) and far.isfinite().all()
+    assert torch.equal(far, well.rollout(model, x[:, :args.n_in], 11, [5, 6], samples=2, **known))
+    assert torch.equal(far[:, 0], far[:, 1]) == (mode not in ("native", "low"))
+
+
+def test_well_joint_training_adds_the_documents_losses_and_spares_the_target():
+    model = well_native(well_args(), adapter=well_adapter("learned"))
+    x, text = well_fields(), torch.randn(2, 8, 32)
+    z = model.latents(x)
+    sigma, noise = torch.tensor([.2, .5]), torch.randn_like(z)
+    loss, parts = model({"fields": x, "text": text}, sigma, noise, "low")
+    weights = {"diffusion_loss": 1, "recon_loss": .5, "cycle_loss": .1, "range_loss": 1}
+    expected = sum(weight * parts[name].item() for name, weight in weights.items())
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    cached = {"latents": z, "condition": model.condition(x[:, 0], 9), "text": text}
+    alone, only = model(cached, sigma, noise, "low")
+    assert only["diffusion_loss"] == parts["diffusion_loss"]
+    alone.backward()
+    assert all(p.grad is None for p in model.adapter.parameters())
+
+
+def test_well_rollout_feeds_back_the_last_frames():
+    class Counter:
+        seen = []
+
+        def predict(self, history, seeds, step):
+            self.seen.append((history[:, :, 0, 0, 0].tolist(), seeds))
+            return history[:, -1:] + step.reshape(-1, 1, 1, 1, 1) * torch.arange(1, 5).reshape(4, 1, 1, 1)
+
+    start = torch.tensor([[0., 1], [10, 11]]).reshape(2, 2, 1, 1, 1)
+    out = well.rollout(Counter(), start, 6, [1, 2], samples=2, step=torch.tensor([1., 2]))
+    assert out[0, 0].flatten().tolist() == [2, 3, 4, 5, 6, 7]
+    assert out[1, 1].flatten().tolist() == [13, 15, 17, 19, 21, 23]
+    assert Counter.seen[1][0] == [[4, 5], [4, 5], [17, 19], [17, 19]]
+    assert len({seed for _, seeds in Counter.seen for seed in seeds}) == 8
+
+
+def test_well_optimizer_resumes_before_an_experts_first_turn():
+    def made():
+        model = well_native(well_args(experts="both"), vae=object())
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2, fused=True)
+        well.fill_moments(optimizer)
+        return model, optimizer
+
+    def step(model, optimizer, expert):
+        z = torch.randn(2, 16, 3, 2, 4, generator=torch.Generator().manual_seed(0))
+        batch = {"latents": z, "condition": F.pad(z, (0, 0, 0, 0, 0, 0, 0, 4)), "text": torch.ones(2, 8, 32)}
+        model(batch, well.draw_sigma(torch.tensor([.3, .6]), expert, 5.), z.flip(1), expert)[0].backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    (a, of_a), (b, of_b) = made(), made()
+    step(a, of_a, "low")
+    weights, moments = copy.deepcopy(common.gather_state(a, of_a, trained_only=True))
+    common.restore_state(b, weights, of_b, moments, "test", trained_only=True)
+    for expert in ("high", "low"):
+        before = {name: p.detach().clone() for name, p in a.named_parameters()}
+        step(a, of_a, expert)
+        step(b, of_b, expert)
+        moved = {name.split(".")[1] for name, p in a.named_parameters() if not torch.equal(p, before[name])}
+        assert moved == {expert}                                   # AdamW leaves the other alone
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+
+
+def test_well_cache_is_made_anew_for_another_adapter(trained, tmp_path, capsys):
+    data = shutil.copytree(trained("well_i2v").data, tmp_path / "data")
+    index = data / "cache/index.json"
+    before = index.read_text()
+    assert launch("well_i2v", f"--data_dir {data} --output_dir {tmp_path}/run --adapter tile") == 0
+    assert "made of other data or another adapter" in capsys.readouterr().out and index.read_text() != before
+
+
+@pytest.mark.parametrize("flags", [
+    "--mode convlstm --n_in 5", "--mode adapter", "--mode oneshot --base_steps 0", "--joint",
+    "--experts low --adapter tile --carry_detail --base_steps 2"])
+def test_well_other_modes_run(flags, trained, tmp_path):
+    run = tmp_path / "run"
+    flags = f"--max_steps 2 --adapter_steps 2 {flags}"
+    flags = f"--data_dir {trained('well_i2v').data} --output_dir {run} {flags}"
+    assert launch("well_i2v", flags, full=True) == 0
+    assert np.isfinite(json.loads((run / "eval.json").read_text())["headline"]["value"])
+
+
+# ---- well_i2v.py: data ----
+
+WELL_SET = dict(nx=16, t_cools=(.1, 1.), trajectories=(2, 1, 1), t_end=2 * well.SPACING, snapshots=13,
+                processes=1)
+
+
+@pytest.fixture(scope="session")
+def simulated_set(tmp_path_factory):
+    root = tmp_path_factory.mktemp("well")
+    well.simulate(root, **WELL_SET)
+    return root
+
+
+@pytest.fixture
+def set_copy(simulated_set, tmp_path):
+    shutil.copytree(simulated_set, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def train_file(root):
+    return well.open_set(root, well.DATASET, "train")[0].path
+
+
+def sod(x, t, gamma=5 / 3):
+    """Exact density of Sod's tube (1, 0, 1 | .125, 0, .1), diaphragm at 0."""
+    rl, pl, rr, pr = 1., 1., .125, .1
+    cl = math.sqrt(gamma * pl / rl)
+    g1, g2 = (gamma - 1) / (2 * gamma), 2 / (gamma + 1)
+
+    def behind_shock(p):
+        return (p - pr) * math.sqrt(g2 / rr / (p + (gamma - 1) / (gamma + 1) * pr))
+
+    def behind_fan(p):
+        return 2 * cl / (gamma - 1) * (1 - (p / pl) ** g1)
+
+    low, high = pr, pl
+    for _ in range(60):
+        p = (low + high) / 2
+        low, high = (p, high) if behind_shock(p) < behind_fan(p) else (low, p)
+    u, rfan = behind_shock(p), rl * (p / pl) ** (1 / gamma)
+    k = (gamma - 1) / (gamma + 1)
+    rshock = rr * (p / pr + k) / (k * p / pr + 1)
+    shock = rshock * u / (rshock - rr)
+    tail = u - cl * (p / pl) ** g1
+    fan = rl * (2 / (gamma + 1) - k * x / t / cl).clip(0, 2) ** (2 / (gamma - 1))
+    return np.select([x < -cl * t, x < tail * t, x < u * t, x < shock * t], [rl, fan, rfan, rshock], rr)
+
+
+@pytest.mark.parametrize("axis", (2, 3))
+def test_well_sod(axis):
+    errors = []
+    for n in (100, 200):
+        x = (torch.arange(n, dtype=torch.float64) + .5) / n - .5
+        one = torch.ones_like(x)
+        W = torch.stack([torch.where(x < 0, 1., .125), 0 * one, 0 * one, torch.where(x < 0, 1., .1)])
+        W = W[:, None, :, None].expand(-1, 1, -1, 4) if axis == 2 else W[:, None, None].expand(-1, 1, 4, -1)
+        got = well.solve(well.to_conserved(W), 1 / n, .2, 2, boundaries=("open", "open"))[0, -1]
+        rho = got[0, :, 2] if axis == 2 else got[0, 2]
+        errors.append(np.abs(rho.numpy() - sod(x.numpy(), .2)).mean())
+        assert got[3 - axis + 1].abs().max() < 1e-12               # nothing moves across
+    assert errors[0] < .006 and errors[1] < .65 * errors[0], errors
+
+
+def waves(n=32):
+    generator = torch.Generator().manual_seed(0)
+    k = torch.randn(4, 4, 4, generator=generator, dtype=torch.float64)
+    x = 2 * math.pi * (torch.arange(n, dtype=torch.float64) + .5) / n
+    basis = torch.stack([torch.sin(x), torch.cos(x), torch.sin(2 * x), torch.cos(2 * x)])
+    W = torch.einsum("cij,ix,jy->cxy", k, basis, basis) * .02
+    W[0] += 1
+    W[3] += 1
+    return W[:, None]
+
+
+def test_well_conservation_in_a_periodic_box():
+    U = well.to_conserved(waves())
+    frames = well.solve(U, 1 / 32, .5, 2, boundaries=("periodic", "periodic"))
+    after = well.to_conserved(frames[0, -1][:, None])
+    assert (frames[0, -1] - frames[0, 0]).abs().max() > .05                       # it moved
+    torch.testing.assert_close(after.sum((1, 2, 3)), U.sum((1, 2, 3)), rtol=0, atol=1e-10)
+
+
+def test_well_cooling_is_the_exact_exponential():
+    T = torch.tensor([.1, .1 * math.exp(.3), .005, .0101, .985, .0103], dtype=torch.float64)
+    W = torch.stack([torch.full_like(T, 2.), .1 + 0 * T, 0 * T, 2 * T]).view(4, 1, 6, 1)
+    U = well.to_conserved(W)
+    well.cool(U, .05, torch.tensor(.1, dtype=torch.float64).view(1, 1, 1))
+    got = well.to_primitive(U)
+    after = (got[3] / got[0]).flatten()
+    assert after[0].item() == pytest.approx(.1 * math.exp(-.5), rel=1e-12)
+    assert after[1].item() == pytest.approx(T[1].item() * math.exp(-.5 * math.exp(-.5)), rel=1e-12)
+    torch.testing.assert_close(after[2:5], T[2:5])                                # both phases keep theirs
+    assert well.T_COLD <= after[5].item() < .0103
+    torch.testing.assert_close(got[:3], W[:3])
+
+
+def test_well_other_2d_sets(tmp_path):
+    """Another set's layout: tensors, a constant field, one constant in y, one shared by trajectories."""
+    path = tmp_path / "data/train/a.hdf5"
+    path.parent.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    with h5py.File(path, "w") as f:
+        f.attrs.update({"n_trajectories": 3, "n_spatial_dims": 2})
+        f.create_group("scalars").attrs["field_names"] = np.array([], h5py.string_dtype())
+        f.create_group("boundary_conditions")
+        for name, n in (("time", 5), ("x", 16), ("y", 32)):
+            f[f"dimensions/{name}"] = np.arange(float(n))
+        f["dimensions"].attrs["spatial_dims"] = ["x", "y"]
+        stored = {"t0_fields": {"a": ((3, 5, 16, 32), 1, 1, (1, 1)), "k": ((16,), 0, 0, (1, 0))},
+                  "t1_fields": {"b": ((5, 16, 2), 0, 1, (1, 0))},
+                  "t2_fields": {"D": ((3, 5, 16, 32, 2, 2), 1, 1, (1, 1))}}
+        for group, fields in stored.items():
+            f.create_group(group).attrs["field_names"] = list(fields)
+            for name, (shape, sample, time, dims) in fields.items():
+                d = f[group].create_dataset(name, data=rng.random(shape))
+                d.attrs.update({"sample_varying": bool(sample), "time_varying": bool(time),
+                                "dim_varying": np.array(dims, bool)})
+        keys = ("t0_fields/a", "t1_fields/b", "t2_fields/D", "t0_fields/k")
+        a, b, D, k = (f[key][()].astype("f4") for key in keys)
+    file, = well.open_set(tmp_path, "some_set", "train")
+    assert file.names == ["a", "b_x", "b_y", "D_xx", "D_xy", "D_yx", "D_yy"]
+    assert file.boundaries == [("OPEN",), ("OPEN",)]
+    window = well.read_window(file, 2, 1, 3, constants=True).numpy()
+    assert window.shape == (3, 8, 16, 32)
+    assert np.array_equal(window[:, 0], a[2, 1:4]) and np.array_equal(window[:, 4], D[2, 1:4, ..., 0, 1])
+    assert np.array_equal(window[1, 2, :, 7], b[2, :, 1]) and np.array_equal(window[2, 7, :, 9], k)
+
+
+def test_well_windows_are_even(simulated_set):
+    files = well.open_set(simulated_set, well.DATASET, "train")
+    every = well.list_windows(files, 9)
+    assert len(every) == 2 * 2 * 5 == len(set(every)) and max(start for *_, start in every) == 4
+    some = well.list_windows(files, 9, 6)
+    assert [i for i, *_ in some] == [0] * 3 + [1] * 3 and {k for _, k, _ in some} == {0, 1}
+    assert len(set(well.list_windows(files, 9, 999))) == 20
+
+
+def test_well_stats(set_copy, capsys):
+    path = set_copy / "datasets" / well.DATASET / "stats.yaml"
+    train = well.open_set(set_copy, well.DATASET, "train")
+    frames = torch.stack([well.read_window(f, k, 0, 13) for f in train
+                          for k in range(2)]).double()
+    table = yaml.safe_load(path.read_text())
+    assert set(table) == {a + b for a in ("mean", "std", "rms") for b in ("", "_delta")}
+    assert table["mean"]["velocity"][1] == pytest.approx(frames[:, :, 3].mean().item(), rel=1e-6)
+    change = frames[:, :, 1].diff(dim=1)
+    assert table["std_delta"]["pressure"] == pytest.approx(change.std(correction=0).item())
+    read = well.load_stats(set_copy, well.DATASET)
+    path.unlink()
+    capsys.readouterr()
+    computed = well.load_stats(set_copy, well.DATASET)
+    assert "is missing" in capsys.readouterr().out
+    torch.testing.assert_close(read, computed)
+    assert read["percentiles"].shape == (7, 4) and (read["low"] <= read["percentiles"][0]).all()
+    path.write_text("mean: {density: 1}\n")
+    with pytest.raises(common.UserError, match="lacks mean"):
+        well.load_stats(set_copy, well.DATASET)
+
+
+def test_well_simulate_resumes_and_repeats(simulated_set, set_copy, tmp_path, monkeypatch):
+    folder = set_copy / "datasets" / well.DATASET
+    lost = sorted((folder / "data/train").iterdir())[1]
+    before, kept = lost.read_bytes(), sorted((folder / "data/train").iterdir())[0]
+    lost.unlink()
+    (folder / "stats.yaml").unlink()
+    stamp = kept.stat().st_mtime_ns
+    well.simulate(set_copy, **WELL_SET)
+    with h5py.File(lost) as again, h5py.File(train_file(simulated_set).with_name(lost.name)) as first:
+        assert np.array_equal(again["t0_fields/density"][()], first["t0_fields/density"][()])
+    assert kept.stat().st_mtime_ns == stamp and len(before) == lost.stat().st_size
+    monkeypatch.setattr(well, "simulate_files", None)              # complete: nothing is done again
+    well.simulate(set_copy, **WELL_SET)
+    with pytest.raises(common.UserError, match="remove it"):
+        well.simulate(set_copy, **{**WELL_SET, "seed": 1})
+
+
+class FileServer(http.server.BaseHTTPRequestHandler):
+    body, ranges, asked = bytes(range(256)) * 500, True, []
+
+    def do_GET(self):
+        wanted = self.headers.get("Range")
+        self.asked.append(wanted)
+        start = int(wanted[6:-1]) if wanted and self.ranges else 0
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(self.body) - start))
+        self.end_headers()
+        self.wfile.write(self.body[start:])
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.mark.parametrize("ranges", (True, False))
+def test_well_fetch_goes_on(tmp_path, monkeypatch, ranges):
+    monkeypatch.setattr(FileServer, "ranges", ranges)
+    server = http.server.HTTPServer(("127.0.0.1", 0), FileServer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        path = tmp_path / "a" / "stats.yaml"
+        path.parent.mkdir()
+        (tmp_path / "a" / "stats.yaml.part").write_bytes(FileServer.body[:1000])
+        url = f"http://127.0.0.1:{server.server_port}/x"
+        well.fetch(url, path)
+        assert path.read_bytes() == FileServer.body and FileServer.asked[-1] == "bytes=1000-"
+        assert [p.name for p in path.parent.iterdir()] == ["stats.yaml"]
+    finally:
+        server.shutdown()
+        server.server_close()
+    with pytest.raises(common.UserError, match="curl -C -"):
+        well.fetch(url, tmp_path / "b")
+
+
+def test_well_rollout_table():
+    steps = torch.arange(1., 31.)                                  # step k scores k
+    table = well.rollout_table(torch.stack([steps, steps + 2], -1)[None])
+    assert table == {"one_step": 2, "8_steps": 5.5, "6:12": 10, "[6:12]": 10.5, "13:30": 22.5, "[13:30]": 23,
+                     "rollout": 16.5}
+    assert set(well.rollout_table(torch.ones(8, 4))) == {"one_step", "8_steps", "rollout"}
+
+
+def test_well_baselines(simulated_set):
+    x = well.read_window(well.open_set(simulated_set, well.DATASET, "test")[0], 0, 0, 9)
+    line = x[:1] + torch.arange(9.).view(-1, 1, 1, 1) * (x[1] - x[0])
+    made_up = well.baselines(line[:3], line[3:], torch.arange(4.))
+    torch.testing.assert_close(made_up["linear"], line[3:], rtol=1e-5, atol=1e-5)
+    assert torch.equal(made_up["persistence"][5], line[2])
+    assert well.vrmse(made_up["spatial_mean"], line[3:]).max() <= 1
+    assert made_up["train_mean"][2, 3].unique().item() == 3
+
+
+def test_well_physics_checks(simulated_set):
+    file = well.open_set(simulated_set, well.DATASET, "test")[0]
+    x = well.read_window(file, 0, 5, 3)
+    same = well.physics_checks(x, x, file.names)
+    rolled = well.physics_checks(x.roll(3, -2), x, file.names)
+    assert set(same) == {"spectrum", "mass_by_temperature", "kinetic_energy"}
+    for name in same:
+        assert same[name].shape == (3,) and same[name].abs().max() == 0 and rolled[name].abs().max() < 2e-2
+    faster = x.clone()
+    faster[:, 2:] *= 2
+    energy = well.physics_checks(faster, x, file.names)["kinetic_energy"]
+    torch.testing.assert_close(energy, torch.full((3,), 3.))
+    hotter = x.clone()
+    hotter[:, 1] *= 1000                                           # all of the mass changes its phase
+    assert well.physics_checks(hotter, x, file.names)["mass_by_temperature"].min() > 1.9
+    blurred = x.mean(-2, keepdim=True).expand_as(x)
+    assert well.physics_checks(blurred, x, file.names)["spectrum"].min() > .99
+    assert set(well.physics_checks(x, x, ["a", "b", "c", "d"], axis=-1)) == {"spectrum"}
+
+
+def test_well_field_video(simulated_set):
+    file = well.open_set(simulated_set, well.DATASET, "test")[0]
+    x = well.read_window(file, 0, 0, 3)
+    video = well.field_video(x, x, file.names)
+    assert video.dtype == torch.uint8 and video.shape[:2] == (3, 3)
+    left, w, h = 90, 384, 128
+    truth, pred = video[:, :, 24:24 + h, left:left + w], video[:, :, 24:24 + h, left + w + 8:left + 2 * w + 8]
+    assert torch.equal(truth, pred)
+    error = video[:, :, 24:24 + h, left + 2 * (w + 8) + 74:][..., :w]
+    assert error.flatten(2).unique(dim=2).shape[2] == 1                           # one colour: no error
+    other = well.field_video(x, x + .1 * x.std(), file.names)
+    assert torch.equal(other[:, :, 24:24 + h, left:left + w], truth)              # the truth's range decides
+    assert not torch.equal(other[:, :, 24:24 + h, left + w + 8:left + 2 * w + 8], truth)
