@@ -331,7 +331,7 @@ def start(script, flags, log, world=1, full=False):
     return ranks
 
 
-def finish(ranks, seconds=60):
+def finish(ranks, seconds=120):
     """-> exit codes; None for a process that had to be ended."""
     for rank in ranks:
         rank.join(seconds)
