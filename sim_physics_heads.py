@@ -1483,13 +1483,14 @@ def read_clips(clips, part, args):
 def read_ahead(jobs):
     """Yields read_clips(*job) as tensors, job by job, read by other processes and little more than one each
     ahead: a scene's clips take 1 GB at paper scale. Arrays travel, not tensors: those need /dev/shm."""
-    workers, waiting = max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))), []
+    own_share = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    workers, waiting = min(max(1, own_share), 8), []
     take = lambda: {name: torch.from_numpy(array) for name, array in waiting.pop(0).result().items()}
-    with ProcessPoolExecutor(min(workers, 8), multiprocessing.get_context("fork"),
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork"),
                              torch.set_num_threads, (1,)) as pool:         # forked, OpenMP would hang
         for job in jobs:
             waiting.append(pool.submit(read_clips, *job))
-            if len(waiting) > min(workers, 8):
+            if len(waiting) > workers:
                 yield take()
         while waiting:
             yield take()

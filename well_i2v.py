@@ -451,6 +451,13 @@ def load_adapter(folder, **expected):
 
 # ---- model: condition and experts -----------------------------------------------------------------------
 
+def masked(z):
+    """Latents of the condition B 16 F h w -> B 20 F h w, with a mask that is 1 in the first latent frame."""
+    mask = torch.zeros_like(z[:, :4])
+    mask[:, :, 0] = 1
+    return torch.cat([mask, z], dim=1)
+
+
 def condition(vae, first, frames):
     """First video frame B 3 H W -> B 20 F h w: mask 4, latents 16, as WanImageToVideoPipeline's
     prepare_latents makes them, to the last bit. The mask is 1 for the first latent frame; the latents are the
@@ -459,9 +466,7 @@ def condition(vae, first, frames):
     mode = vae.encode(video.to(vae.dtype)).latent_dist.mode().float()
     mean, std = common.latent_scale(vae, mode.device)
     z = (mode - mean) * (1 / std)                # so multiplied: a division differs in the last bit
-    mask = torch.zeros_like(z[:, :4])
-    mask[:, :, 0] = 1
-    return torch.cat([mask, z], dim=1)
+    return masked(z)
 
 
 def decode(vae, z):
@@ -590,9 +595,9 @@ def unshift_sigma(sigma, shift):
 
 
 def whose_turn(n, experts, shift):
-    """The expert that micro-batch n trains, the same on every process: "high" or "low". With both, high has
-    the share of uniform u that lies above the boundary (shift 3: 25 %, 5: 36 %), spread evenly. A whole
-    micro-batch belongs to one, so that one network runs and not two on halves of it."""
+    """The expert that step n trains, the same on every process: "high" or "low". With both, high has the
+    share of uniform u that lies above the boundary (shift 3: 25 %, 5: 36 %), spread evenly. A whole step
+    belongs to one, so that one network runs and not two on halves of a batch."""
     if experts != "both":
         return experts
     share = 1 - unshift_sigma(BOUNDARY, shift)
@@ -1592,6 +1597,7 @@ class Windows:
         self.rows, self.versions = list_windows(self.files, self.length, count), versions
         self.names, self.shape, self.text_length = self.files[0].names, self.files[0].shape, args.text_length
         self.scalars = torch.tensor([list(plain_scalars(file).values()) for file in self.files])
+        self.counts = [sum(i == k for i, _, _ in self.rows) for k in range(len(self.files))]     # by file
         self.texts = self.shards = None
 
     def __len__(self):
@@ -1626,10 +1632,7 @@ class Windows:
         for name in ("latents", "condition"):
             rows = [self.shards[i][name][self.place(number)] for i, number in zip(files, numbers)]
             batch[name] = torch.stack(rows).float().to(device)
-        mask = torch.zeros_like(batch["latents"][:, :4])
-        mask[:, :, 0] = 1
-        batch["condition"] = torch.cat([mask, batch["condition"]], dim=1)
-        return batch
+        return batch | {"condition": masked(batch["condition"])}
 
     def numbers_of(self, i):
         """A file's windows in the order of its shard."""
@@ -1639,9 +1642,7 @@ class Windows:
         """Row of a window in its file's shard: files' windows are consecutive in `rows`."""
         version, row = divmod(number, len(self.rows))
         i = self.rows[row][0]
-        counts = self.counts = getattr(self, "counts", None) or [
-            sum(own == k for own, _, _ in self.rows) for k in range(len(self.files))]
-        return version * counts[i] + row - sum(counts[:i])
+        return version * self.counts[i] + row - sum(self.counts[:i])
 
 
 def build_cache(args, run, chain, data):
@@ -1800,10 +1801,9 @@ def evaluate(args, model, data, run):
     single = {f"single_{key}": rows["single"][key] for key in ("one_step", "all_steps")}
     own = {key.split("/")[1]: value for key, value in physics.items() if key.startswith("model/")}
     others = {name: row | {key.split("/")[1]: value for key, value in physics.items()
-                                             if key.startswith(f"{name}/")}
+                           if key.startswith(f"{name}/")}
               for name, row in rows.items() if name not in ("model", "single")}
-    data_said = describe_data(args)
-    report = {"script": SCRIPT, "preset": args.preset, "data": data_said, "weights": args.weights,
+    report = {"script": SCRIPT, "preset": args.preset, "data": describe_data(args), "weights": args.weights,
               "seconds": time.time() - began,
               "headline": {"metric": "one_step", "value": rows["model"]["one_step"],
                            "baseline": rows["persistence"]["one_step"], "lower_is_better": True},
