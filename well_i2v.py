@@ -75,12 +75,15 @@ FIRST = 4                        # The Well's forecasts are given 4 frames: the 
 # ---- args -----------------------------------------------------------------------------------------------
 
 PRESETS = {
+    # The base has seen three of the four cooling times; LoRA meets the fourth.
     "tiny": dict(
-        model="tiny", data_dir="data/well_i2v", sim_side=32, sim_t_cools=".03,.32,3.16", sim_train=1,
-        adapter="tile", carry_detail=True, augment=4,
-        text_length=64, adapter_steps=60, adapter_lr=2e-3, adapter_width=32, base_steps=2000, base_lr=2e-3,
-        max_steps=300, lr=1e-3, lora_rank=8, shift=3.0, batch_size=8, warmup_steps=50, ema_decay=.99,
-        beta2=.98, steps=6, members=4, eval_clips=32, rollout_steps=30, eval_every=250, save_every=250),
+        model="tiny", data_dir="data/well_i2v", sim_side=32, sim_t_cools=".03,.10,.32,3.16", sim_train=3,
+        adapter="tile", field_maps="window", frame_repeat=4, carry_detail=True, augment=2,
+        text_length=64, adapter_steps=60, adapter_lr=2e-3, adapter_width=32,
+        base_steps=1500, base_lr=2e-3, base_files=3, max_steps=800, lr=2e-3, lora_rank=32,
+        lora_targets="to_q,to_k,to_v,to_out.0,ffn.net.0.proj,ffn.net.2", shift=3.0, batch_size=4,
+        warmup_steps=50, ema_decay=.99, beta2=.98, steps=3, members=8, eval_clips=32, rollout_steps=30,
+        eval_every=250, save_every=250),
     # The document's native configuration: 20 epochs of 6,696 windows, batch 1 on each of 4 GPUs.
     "i2v_a14b": dict(data_dir="data/the_well", lr=1e-5, lora_rank=32, batch_size=1, max_steps=33480,
                      scalar_token=False, grad_checkpoint=True, save_every=500, eval_every=1000),
@@ -139,7 +142,8 @@ def build_parser():
         help="fields to 3 channels: the document's, its least-squares start, or 3 fields a panel")
     add("--adapter_from", metavar="FOLDER", help="of adapter.json and .safetensors, instead of stage 0")
     add("--adapter_width", type=int, default=64, help="channels of the learned one")
-    add("--field_maps", default="linear", help="linear, asinh or log, and exceptions, as linear,density=log")
+    add("--field_maps", default="linear",
+        help="linear, asinh, log or window (in deviations of a window's first frame); density=log for one")
     add("--video_size", default="", metavar="H,W", help="of a panel (default: the grid's), multiples of 16")
     add("--frame_repeat", type=int, default=1, help="times that a frame is shown; the VAE packs 4 into one")
     add("--carry_detail", action=argparse.BooleanOptionalAction, default=False,
@@ -149,6 +153,8 @@ def build_parser():
     add("--adapter_lr", type=float, default=2e-4, help="likewise")
     add("--base_steps", type=int, default=0, help="of the tiny experts' own training")
     add("--base_lr", type=float, default=1e-3, help="likewise")
+    add("--base_files", type=int, default=0, metavar="N",
+        help="of which it sees the first so many only, so that LoRA meets new ones (0: all)")
     add("--joint", action="store_true", help="the learned adapter goes on learning with the predictor")
     add = parser.add_argument_group("loss").add_argument
     add("--recon_weight", type=float, default=.5, help="of fields through the VAE and back")
@@ -210,8 +216,12 @@ def check_args(args):
 # ---- model: fields <-> video ----------------------------------------------------------------------------
 
 class FieldMaps(nn.Module):
-    """Each field, in physical units, to about [-1, 1] and back: affine after x, asinh(x / s) or log x.
+    """Each field, in physical units, to about [-1, 1] and back: affine after x, asinh(x / s), log x or, kind
+    window, asinh((x - m) / 1.5 s) with mean m and deviation s of the frame that the window starts from.
 
+    VRMSE divides by a frame's own deviation, and the radiative layer's pressure deviates by .01 at first and
+    by .08 later, around a mean that drifts: on one scale for all frames, a frame has few steps of its own.
+    What is divided by the window's first frame has many, and that frame is known where a forecast begins.
     The bounds are the training set's 0.1 and 99.9 percentiles with 15 % of room, because the VAE cuts at +-1.
     Nothing is cut here: what lies beyond the bounds maps beyond +-1, and comes back.
     """
@@ -222,33 +232,51 @@ class FieldMaps(nn.Module):
             self.register_buffer(name, torch.ones(len(self.names)))
 
     def fit(self, x):
-        """x B T C H W of the training set. UserError for a logarithm of what is not positive."""
+        """x B T C H W, windows of the training set. UserError for a logarithm of what is not positive."""
+        first = x[:, :1]
         for c, (name, kind) in enumerate(zip(self.names, self.kinds)):
-            value = x[:, :, c].flatten().double()
+            value = x[:, :, c].double()
             if kind == "log" and value.min() <= 0:
                 raise UserError(f"--field_maps {name}=log: {name} falls to {value.min():.3g}; use asinh")
-            self.scale[c] = value.abs().median().clamp(min=1e-12)              # log: keeps numbers near 1
-            y = self.curve(value, c)
+            size = value.std((-2, -1)).flatten() if kind == "window" else value.abs().flatten()
+            self.scale[c] = size.median().clamp(min=1e-12)
+            y = self.curve(value, c, first[:, :, c].double()).flatten()
             low, high = np.quantile(y.numpy(), (.001, .999))
             self.centre[c], self.reach[c] = (low + high) / 2, max((high - low) / 2 * 1.15, 1e-6)
             self.spread[c] = ((y - self.centre[c]) / self.reach[c]).std().clamp(min=1e-3)
         return self
 
-    def curve(self, x, c):
+    def window(self, first, c):
+        """Mean and 1.5 deviations of first frames B 1 H W of a field; flat ones count as 0.3 of the usual."""
+        mean = first.mean((-2, -1), keepdim=True)
+        return mean, 1.5 * (first.var((-2, -1), keepdim=True) + (.3 * self.scale[c]) ** 2).sqrt()
+
+    def curve(self, x, c, first):
+        """A field B T H W and its first frame B 1 H W -> what the affine map is applied to."""
+        if self.kinds[c] == "window":
+            mean, deviation = self.window(first, c)
+            return torch.asinh((x - mean) / deviation)
         if self.kinds[c] == "log":           # a prediction fed back can be 0, which has none
             return torch.log((x / self.scale[c]).clamp(min=1e-6))
         return torch.asinh(x / self.scale[c]) if self.kinds[c] == "asinh" else x
 
-    def forward(self, x):
-        """Physical units B T C H W -> about [-1, 1]."""
-        y = torch.stack([self.curve(x[:, :, c], c) for c in range(len(self.names))], dim=2)
+    def uncurve(self, y, c, first):
+        """Inverse of curve."""
+        if self.kinds[c] == "window":
+            mean, deviation = self.window(first, c)
+            return mean + deviation * y.sinh()
+        if self.kinds[c] == "log":
+            return self.scale[c] * y.exp()
+        return self.scale[c] * y.sinh() if self.kinds[c] == "asinh" else y
+
+    def forward(self, x, first):
+        """Physical units B T C H W, and the first frame B 1 C H W of the window -> about [-1, 1]."""
+        y = torch.stack([self.curve(x[:, :, c], c, first[:, :, c]) for c in range(len(self.names))], dim=2)
         return (y - self.centre[:, None, None]) / self.reach[:, None, None]
 
-    def inverse(self, y):
+    def inverse(self, y, first):
         y = y * self.reach[:, None, None] + self.centre[:, None, None]
-        undo = {"linear": lambda v, s: v, "asinh": lambda v, s: s * v.sinh(), "log": lambda v, s: s * v.exp()}
-        fields = zip(self.kinds, y.unbind(2), self.scale)
-        return torch.stack([undo[kind](v, s) for kind, v, s in fields], dim=2)
+        return torch.stack([self.uncurve(y[:, :, c], c, first[:, :, c]) for c in range(len(self.names))], 2)
 
     def slope(self, x, name):
         """dx/dy of a field at x: what an error of 1 in the video means there in physical units."""
@@ -262,9 +290,9 @@ def parse_maps(text, names):
     kinds = dict.fromkeys(names, "linear")
     for item in text.split(","):
         name, _, kind = item.rpartition("=")
-        if kind not in ("linear", "asinh", "log") or name and name not in names:
-            raise UserError(f"--field_maps {text}: takes linear, asinh or log, or FIELD=KIND of the fields "
-                            f"{', '.join(names)}")
+        if kind not in ("linear", "asinh", "log", "window") or name and name not in names:
+            raise UserError(f"--field_maps {text}: takes linear, asinh, log or window, or FIELD=KIND of the "
+                            f"fields {', '.join(names)}")
         kinds.update({name: kind} if name else dict.fromkeys(names, kind))
     return list(kinds.values())
 
@@ -307,9 +335,9 @@ class Adapter(nn.Module):
 
     linear   the 3 principal directions of the standardised fields; back by least squares: C > 3 loses some
     learned  the same maps, and convolutions at the fields' and at the video's size, zero at first
-    tile     ceil(C / 3) panels of 3 fields, stacked on the short axis. Where there are density and pressure,
-             a channel that would stay empty carries the logarithm of the temperature P / rho: a linear map of
-             rho up to 100 has no digits left for hot gas of 1. Other empty channels are 0.
+    tile     ceil(C / 3) panels of 3 fields, stacked on the short axis. Where density and pressure have maps
+             for all frames, a channel that would stay empty carries the logarithm of the temperature P / rho:
+             a linear map of rho up to 100 has no digits left for hot gas of 1. Other empty channels are 0.
     maps: a kind per field. video_size: of a panel (default: the fields' own). repeat: how often each frame
     after the first is shown, since the VAE packs 4 frames into one latent. ahead: frames that --carry_detail
     adds to.
@@ -323,7 +351,8 @@ class Adapter(nn.Module):
         height, across = panel = tuple(video_size or size)
         if height % 16 or across % 16:
             raise UserError(f"video frames must be multiples of 16, not {height}x{across}: --video_size H W")
-        self.hot = kind == "tile" and self.C % 3 > 0 and {"density", "pressure"} <= set(names)
+        self.hot = (kind == "tile" and self.C % 3 > 0 and {"density", "pressure"} <= set(names)
+                    and "window" not in maps)
         self.maps = FieldMaps(self.names + ["temperature"] * self.hot, list(maps) + ["log"] * self.hot)
         self.resize, self.panels, self.order = Resize(size, panel), 1, None
         if kind == "tile":
@@ -357,11 +386,11 @@ class Adapter(nn.Module):
 
     @torch.no_grad()
     def fit(self, fields):
-        """Statistics from training fields B T C H W, physical units (a few dozen frames will do)."""
+        """Statistics from training windows B T C H W, physical units (a few dozen will do)."""
         self.maps.fit(self.with_temperature(fields))
         if self.kind == "tile":
             return self
-        y = self.maps(fields).movedim(2, -1).flatten(0, -2).double()
+        y = self.maps(fields, fields[:, :1]).movedim(2, -1).flatten(0, -2).double()
         mean, std = y.mean(0), y.std(0).clamp(min=1e-6)
         _, vectors = torch.linalg.eigh(torch.cov(((y - mean) / std).T).reshape(self.C, self.C))
         V = F.pad(vectors.flip(1)[:, :3].T, (0, 0, 0, max(0, 3 - self.C)))     # orthonormal rows
@@ -381,9 +410,13 @@ class Adapter(nn.Module):
         rho, P = (fields[:, :, self.names.index(n)].clamp(min=1e-6) for n in ("density", "pressure"))
         return torch.cat([fields, (P / rho)[:, :, None]], dim=2)
 
+    def mapped(self, fields):
+        fields = self.with_temperature(fields)
+        return self.maps(fields, fields[:, :1])
+
     def to_video(self, fields):
-        """Fields B T C H W in physical units -> B T' 3 H' W', in [-1, 1] but for outliers."""
-        y = self.maps(self.with_temperature(fields))
+        """Fields B T C H W in physical units, a window -> B T' 3 H' W', in [-1, 1] but for outliers."""
+        y = self.mapped(fields)
         if self.kind == "tile":
             y = F.pad(y[:, :, self.order], (0, 0, 0, 0, 0, 3 * self.panels - len(self.order)))
             x = torch.cat(self.resize(y).split(3, dim=2), dim=self.axis)
@@ -409,9 +442,9 @@ class Adapter(nn.Module):
         y = torch.einsum("cd,btdhw->btchw", self.unmix, x) + self.unshift[:, None, None]
         return y + framewise(self.decode_fields, x) if self.kind == "learned" else y
 
-    def to_fields(self, video):
-        """Video B T' 3 H' W' -> fields B T C H W in physical units."""
-        x = self.maps.inverse(self.to_mapped(video))
+    def to_fields(self, video, first):
+        """Video B T' 3 H' W', first frame B C H W of the window -> fields B T C H W, physical units."""
+        x = self.maps.inverse(self.to_mapped(video), self.with_temperature(first[:, None]))
         if self.hot:        # rho is there twice, also as P / T: the mean, weighted by how little each would
             d, p = (self.names.index(name) for name in ("density", "pressure"))    # be off for equal errors
             rho, P, T = x[:, :, d], x[:, :, p].clamp(min=1e-6), x[:, :, -1]
@@ -423,7 +456,7 @@ class Adapter(nn.Module):
 
     def error(self, video, fields):
         """Mean squared error of the fields in a video, in units of each field's variance, both as mapped."""
-        y = self.to_mapped(video)[:, :, :self.C] - self.maps(self.with_temperature(fields))[:, :, :self.C]
+        y = (self.to_mapped(video) - self.mapped(fields))[:, :, :self.C]
         return (y / self.maps.spread[:self.C, None, None]).square().mean()
 
 
@@ -561,12 +594,13 @@ def make_experts(args, load, train="lora", scalars=0, autocast=contextlib.nullco
     """Experts with what is trained requiring grad, in fp32: most steps of 1e-5 round a bf16 weight to itself.
 
     load("transformer" | "transformer_2") -> WanTransformer3DModel. --experts low holds that one alone; high
-    trains that one, and samples go on with the other as it is. train: "lora", "full" (the tiny base's own
-    training) or "" (nothing).
+    trains that one, and samples go on with the other as it is; "one" is the tiny base, a network for all
+    noise levels. train: "lora", "full" (the base's own training) or "" (nothing).
     """
     experts = {}
-    for name in ("low",) if args.experts == "low" else ("high", "low"):
-        dit, own = load(DIT[name]).requires_grad_(False), train if args.experts in ("both", name) else ""
+    for name in ("low",) if args.experts in ("low", "one") else ("high", "low"):
+        own = train if args.experts in ("both", "one", name) else ""
+        dit = load(DIT[name]).requires_grad_(False)
         if own == "lora":
             add_lora(dit, args.lora_rank, args.lora_targets.split(","))
         elif own:
@@ -607,7 +641,7 @@ def whose_turn(n, experts, shift):
 def draw_sigma(u, expert, shift):
     """Uniform u B in [0, 1) -> sigma B in the expert's part of the schedule."""
     edge = unshift_sigma(BOUNDARY, shift)
-    low, high = (edge, 1.) if expert == "high" else (0., edge)
+    low, high = {"high": (edge, 1.), "low": (0., edge), "one": (0., 1.)}[expert]
     return shift_sigma(low + (high - low) * u, shift)
 
 
@@ -706,7 +740,8 @@ class Chain(nn.Module):
     def through_vae(self, fields):
         """Fields B T C H W, T such that the video has 4k + 1 frames -> what adapter and VAE make of them."""
         video = self.adapter.to_video(fields)
-        return self.adapter.to_fields(common.wan_decode(self.vae, common.wan_encode(self.vae, video)))
+        video = common.wan_decode(self.vae, common.wan_encode(self.vae, video))
+        return self.adapter.to_fields(video, fields[:, 0])
 
     @torch.no_grad()
     def with_detail(self, out, given):
@@ -727,10 +762,10 @@ class Chain(nn.Module):
         self.adapter.detail.copy_((lost * first).sum((0, 3, 4)) / size)
 
     @torch.no_grad()
-    def to_fields(self, z, given):
-        """Latents -> the n_out frames after the given one B C H W, physical units."""
-        out = self.adapter.to_fields(common.wan_decode(self.vae, z))[:, -self.args.n_out:]
-        return self.with_detail(out, given)
+    def to_fields(self, z, history):
+        """Latents -> the n_out frames after the given ones B n_in C H W, physical units."""
+        out = self.adapter.to_fields(common.wan_decode(self.vae, z), history[:, 0])[:, -self.args.n_out:]
+        return self.with_detail(out, history[:, -1])
 
     @torch.no_grad()
     def round_trip(self, fields):
@@ -819,7 +854,7 @@ class ConvLSTMForecast(Chain):
 
     @torch.no_grad()
     def predict(self, history, seeds=None, **known):
-        return self.to_fields(self.continued(self.latents(history)), history[:, -1])
+        return self.to_fields(self.continued(self.latents(history)), history)
 
 
 class OneShot(Chain):
@@ -849,7 +884,7 @@ class OneShot(Chain):
         cond = self.condition(history[:, 0], video.shape[1])
         z = self.guess(self.latents(video), cond, text, scalars)
         z[:, :, 0] = cond[:, 4:, 0]
-        return self.to_fields(z, history[:, -1])
+        return self.to_fields(z, history)
 
 
 class NativeI2V(Chain):
@@ -905,7 +940,7 @@ class NativeI2V(Chain):
         noise = seeded_noise(cond[:, 4:], seeds)
         z = self.sample_latents(cond, noise, text, scalars, still)
         z[:, :, 0] = cond[:, 4:, 0]              # the given frame's own latents, which need no guess
-        return self.to_fields(z, history[:, -1])
+        return self.to_fields(z, history)
 
 
 # ---- data: The Well's files ------------------------------------------------------------------------------
@@ -2146,15 +2181,18 @@ def fit(args, run, folder, model, losses, validate, found, steps, lr):
             p.copy_(average)
 
 
-def diffusion_losses(args, run, windows, shape, experts):
+def diffusion_losses(args, run, windows, shape, experts, files=0):
     """-> losses(model, step, micro) of NativeI2V. A whole step belongs to one expert: n micro-steps, or n
     processes, give the gradient of one batch n times as large. What is drawn is a function of (seed, step)
-    and of a sample's place in the whole batch."""
+    and of a sample's place in the whole batch. files: only windows of the first so many (0: of all)."""
+    choice = sum((windows.numbers_of(i) for i in range(files or len(windows.files))), [])
+
     def losses(model, step, micro):
         expert, seed = whose_turn(step, experts, args.shift), common.seed_all(args.seed, 1, step)
-        kinds = {"window": ("randint", len(windows)), "u": ("rand",), "noise": ("randint", 2 ** 62)}
+        kinds = {"window": ("randint", len(choice)), "u": ("rand",), "noise": ("randint", 2 ** 62)}
         numbers = common.draw(kinds, seed, args.batch_size, run.rank, run.world, micro, args.grad_accum)
-        batch = windows.batch(numbers["window"].tolist(), run.device, cached=windows.shards is not None)
+        chosen = [choice[n] for n in numbers["window"].tolist()]
+        batch = windows.batch(chosen, run.device, cached=windows.shards is not None)
         sigma = draw_sigma(numbers["u"], expert, args.shift).to(run.device)
         like = torch.empty(args.batch_size, *shape, device=run.device)
         noise = seeded_noise(like, numbers["noise"].tolist())
@@ -2336,19 +2374,16 @@ def run_experts(args, run, data, stage, own_adapter, vae, only):
 
     if args.model == "tiny" and args.base_steps or args.mode == "native" and not args.joint:
         build_cache(args, run, Chain(own_adapter(False), vae, args), data)
-    if args.model == "tiny" and args.base_steps:
-        both = "low" if args.experts == "low" else "both"
-        own = argparse.Namespace(**{**vars(args), "experts": both, "joint": False})
+    if args.model == "tiny" and args.base_steps:     # one network, from which both experts start
+        own = argparse.Namespace(**{**vars(args), "experts": "one", "joint": False})
         make = lambda: NativeI2V(own_adapter(False), vae, experts(own, "full"), own)
-        base = stage("base", make, diffusion_losses(own, run, train, shape, both),
+        base = stage("base", make, diffusion_losses(own, run, train, shape, "one", args.base_files),
                      diffusion_validation(own, run, valid, shape), args.base_steps, args.base_lr)
-        final = Path(args.output_dir) / "base/final"
-        for side, net in base.experts.named_children() if run.rank == 0 else ():
-            if base.fresh or not (final / DIT[side]).exists():
-                net.transformer.save_pretrained(final / DIT[side])
-        tokens = {side: net.token.state_dict() for side, net in base.experts.named_children() if net.token}
-        trained = {DIT[side]: net.transformer for side, net in base.experts.named_children()}
-        load = lambda name: copy.deepcopy(trained[name])
+        net, final = base.experts.low, Path(args.output_dir) / "base/final"
+        if run.rank == 0 and (base.fresh or not final.exists()):
+            net.transformer.save_pretrained(final)
+        tokens = dict.fromkeys(DIT, net.token.state_dict()) if net.token else {}
+        load = lambda name: copy.deepcopy(net.transformer)
     elif args.model == "tiny" and run.rank == 0:
         print("--base_steps 0: LoRA on experts of RANDOM weights")
     if args.mode == "oneshot":
