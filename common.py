@@ -1,7 +1,7 @@
 """common.py: tensor utilities and run files shared by the scripts. Verified once, by test_smoke.py.
 
 Tensors      seed_all draw expand_to to_uint8 from_uint8 resize_video timestep_embedding ema_update
-             count_params all_mean
+             swapped count_params all_mean
 Metrics      mse psnr ssim fair_crps frechet_distance
 Video        ffmpeg read_video write_video video_grid
 Checkpoints  save_checkpoint load_checkpoint latest_checkpoint find_checkpoint gather_state restore_state
@@ -13,6 +13,7 @@ Shapes: B batch, T frames, C channels, H W pixels. A video is B T C H W (or T C 
 says otherwise.
 Nothing here parses arguments, trains, samples or knows a model: that is what the scripts are for.
 """
+import contextlib
 import json
 import math
 import os
@@ -112,6 +113,18 @@ def ema_update(ema, model, decay):
     torch._foreach_lerp_(local(ema.parameters()), local(model.parameters()), 1 - decay)
     for a, b in zip(ema.buffers(), model.buffers()):
         a.copy_(b)
+
+
+@contextlib.contextmanager
+def swapped(trained, averages):
+    """Within it the parameters `trained` have the values `averages`, afterwards their own again."""
+    own = [p.detach().clone() for p in trained]
+    with torch.no_grad():
+        for p, average in zip(trained, averages):
+            p.copy_(average)
+        yield
+        for p, value in zip(trained, own):
+            p.copy_(value)
 
 
 def count_params(model, trainable_only=False):

@@ -1997,18 +1997,6 @@ def wrap(model, args, run):
 
 # ---- train ----------------------------------------------------------------------------------------------
 
-@contextlib.contextmanager
-def swapped(trained, averages):
-    """Within it the model has the averaged weights."""
-    own = [p.detach().clone() for p in trained]
-    with torch.no_grad():
-        for p, average in zip(trained, averages):
-            p.copy_(average)
-        yield
-        for p, value in zip(trained, own):
-            p.copy_(value)
-
-
 def fit(args, run, folder, model, losses, validate, found, steps, lr):
     """Trains what requires grad of `model` to `steps`, on from checkpoint `found`; then it has the averages.
 
@@ -2068,7 +2056,7 @@ def fit(args, run, folder, model, losses, validate, found, steps, lr):
         log.bar.update()
         if saving:                               # before validation: what fails there loses nothing
             weights, moments = common.gather_state(model, optimizer, trained_only=True)
-            with swapped(trained, averages):
+            with common.swapped(trained, averages):
                 averaged, _ = common.gather_state(model, trained_only=True)
             if run.rank == 0:
                 state = {"model": weights, "ema": averaged, "optimizer": moments}
@@ -2078,7 +2066,7 @@ def fit(args, run, folder, model, losses, validate, found, steps, lr):
         if stop:
             raise UserError(f"stopped by SIGTERM after step {done}, which is saved: the same command goes on")
         if args.eval_every and (done % args.eval_every == 0 or done == steps):
-            with swapped(trained, averages), torch.no_grad(), run.autocast():
+            with common.swapped(trained, averages), torch.no_grad(), run.autocast():
                 model.eval()
                 log.row(done, **validate(model))
             clock = time.time()

@@ -18,7 +18,7 @@ Differs     from LIX-shape-analysis/video_for_science, and why:
             - adapters learn through the VAE with gradient, then stand still: a target that can move collapses
             - field values survive the adapter: no GroupNorm over a frame, no clamp at raw bounds
             - VRMSE is The Well's, on its test split, all files evenly; texts are encoded once; t_cool is told
-Run         python well_i2v.py                                    # simulation to evaluation: 7 minutes
+Run         python well_i2v.py                                    # simulation to evaluation: 7.6 minutes
             torchrun --nproc_per_node=4 well_i2v.py --lora_rank 32
             python well_i2v.py --sample --num_samples 2
             python well_i2v.py --eval --members 8
@@ -83,7 +83,7 @@ PRESETS = {
         base_steps=1500, base_lr=2e-3, base_files=3, max_steps=800, lr=2e-3, lora_rank=32,
         lora_targets="to_q,to_k,to_v,to_out.0,ffn.net.0.proj,ffn.net.2", shift=3.0, batch_size=4,
         warmup_steps=50, ema_decay=.99, beta2=.98, steps=3, members=8, eval_clips=32, rollout_steps=30,
-        eval_every=250, save_every=250),
+        sample_frames=16, eval_every=250, save_every=250),
     # The document's native configuration: 20 epochs of 6,696 windows, batch 1 on each of 4 GPUs.
     "i2v_a14b": dict(data_dir="data/the_well", lr=1e-5, lora_rank=32, batch_size=1, max_steps=33480,
                      scalar_token=False, grad_checkpoint=True, save_every=500, eval_every=1000),
@@ -350,7 +350,8 @@ class Adapter(nn.Module):
         self.register_buffer("detail", torch.zeros(ahead, self.C))             # see Chain.with_detail
         height, across = panel = tuple(video_size or size)
         if height % 16 or across % 16:
-            raise UserError(f"video frames must be multiples of 16, not {height}x{across}: --video_size H W")
+            raise UserError(f"video frames must be multiples of 16, not {height}x{across}: name some with "
+                            f"--video_size H,W")
         self.hot = (kind == "tile" and self.C % 3 > 0 and {"density", "pressure"} <= set(names)
                     and "window" not in maps)
         self.maps = FieldMaps(self.names + ["temperature"] * self.hot, list(maps) + ["log"] * self.hot)
@@ -948,11 +949,10 @@ class NativeI2V(Chain):
 @dataclass
 class WellFile:
     """What a file of The Well says of itself. fields: (group, name, components) of those that change with
-    time, in loading order; constants: of the others; names: the channels' (t0, t1's components, t2's); shape:
-    H, W; dims: names of these axes; boundaries: of each axis, as ("PERIODIC",); times: T."""
+    time, in loading order; names: the channels' (t0, t1's components, t2's); shape: H, W; dims: names of
+    these axes; boundaries: of each axis, as ("PERIODIC",); times: T."""
     path: Path
     fields: list
-    constants: list
     names: list
     shape: tuple
     dims: list
@@ -973,11 +973,8 @@ def set_folder(root, dataset):
                     f"python {SCRIPT}.py --download --dataset {dataset} --data_dir {root}")
 
 
-def open_set(root, dataset, split, size=None):
-    """-> list of WellFile, by name. size: the (H, W) to which windows will be resized, checked here too.
-
-    UserError for an empty split, files that differ in fields or grid, and sizes not multiples of 16.
-    """
+def open_set(root, dataset, split):
+    """-> list of WellFile, by name. UserError for an empty split, and files that differ in fields or grid."""
     folder = set_folder(root, dataset) / "data" / split
     paths = sorted(p for p in folder.glob("*.h*5") if p.suffix in (".hdf5", ".h5"))
     if not paths:
@@ -991,9 +988,6 @@ def open_set(root, dataset, split, size=None):
         if file.names != first.names:
             raise UserError(f"{file.path} has the fields {', '.join(file.names)}, but {first.path.name} "
                             f"{', '.join(first.names)}: download that file again")
-    H, W = size or first.shape
-    if H % 16 or W % 16:
-        raise UserError(f"{first.path}: {H} x {W} are no multiples of 16: resize with --height --width")
     return files
 
 
@@ -1013,7 +1007,7 @@ def read_metadata(path, file):
         raise UserError(f"{path} has {len(dims)} spatial axes: only The Well's 2-D sets can be used")
     shape = tuple(file["dimensions"][dim].shape[-1] for dim in dims)
     trajectories, steps = int(file.attrs["n_trajectories"]), file["dimensions/time"].shape[-1]
-    fields, constants, names = [], [], []
+    fields, names = [], []
     for order in range(3):
         group = f"t{order}_fields"
         components = ([""], dims, [a + b for a in dims for b in dims])[order]
@@ -1025,8 +1019,8 @@ def read_metadata(path, file):
             if stored.shape != tuple(sizes):
                 raise UserError(f"{path}: field {name} is {stored.shape}, but the file's dimensions make it "
                                 f"{tuple(sizes)}: download the file again")
-            (fields if varying[1] else constants).append((group, str(name), len(components)))
             if varying[1]:
+                fields.append((group, str(name), len(components)))
                 names += [f"{name}_{part}" if part else str(name) for part in components]
     boundaries = [tuple(sorted({str(b.attrs["bc_type"]).upper() for b in file["boundary_conditions"].values()
                                 if dim in b.attrs["associated_dims"]})) or ("OPEN",) for dim in dims]
@@ -1035,37 +1029,30 @@ def read_metadata(path, file):
         value = np.ravel(file["scalars"][name][()])[0]
         scalars[str(name)] = float(f"{value:.6g}")                # .03 is .029999999 in float32
     times = np.array(file["dimensions/time"]).reshape(-1, steps)[0]
-    return WellFile(path, fields, constants, names, shape, dims, boundaries, trajectories, steps, scalars,
-                    times)
+    return WellFile(path, fields, names, shape, dims, boundaries, trajectories, steps, scalars, times)
 
 
-def read_window(file, trajectory, start, length, size=None, constants=False):
+def read_window(file, trajectory, start, length):
     """Frames start .. start + length - 1 of a trajectory -> T C H W float32 in physical units.
 
-    constants: the fields that do not change follow as further channels. size: (H, W), antialiased bilinear.
     UserError where the trajectory is too short, and for NaN or Inf, naming file, trajectory and step.
     """
     if start + length > file.steps:
         raise UserError(f"{file.path} has {file.steps} steps: a window of {length} from {start} does not fit")
     channels = []
     with h5py.File(file.path) as opened:
-        for group, name, components in file.fields + (file.constants if constants else []):
+        for group, name, components in file.fields:
             stored = opened[group][name]
             index = (trajectory,) if stored.attrs["sample_varying"] else ()
-            if stored.attrs["time_varying"]:
-                index += (slice(start, start + length),)
-            values = np.asarray(stored[index], np.float32)
-            sizes = [length if stored.attrs["time_varying"] else 1]
-            sizes += [n if used else 1 for n, used in zip(file.shape, stored.attrs["dim_varying"])]
-            values = np.broadcast_to(values.reshape(*sizes, components), (length, *file.shape, components))
-            channels.append(values)
+            values = np.asarray(stored[*index, start:start + length], np.float32)
+            sizes = [n if used else 1 for n, used in zip(file.shape, stored.attrs["dim_varying"])]
+            values = values.reshape(length, *sizes, components)
+            channels.append(np.broadcast_to(values, (length, *file.shape, components)))
     window = torch.from_numpy(np.concatenate(channels, -1)).permute(0, 3, 1, 2).contiguous()
     good = window.isfinite().flatten(1).all(1)
     if not good.all():
         raise UserError(f"{file.path}: trajectory {trajectory} has NaN or Inf at step "
                         f"{start + int(good.int().argmin())}: download the file again")
-    if size and tuple(size) != file.shape:
-        window = F.interpolate(window, tuple(size), mode="bilinear", antialias=True, align_corners=False)
     return window
 
 
@@ -1108,33 +1095,20 @@ def compute_stats(files):
     return stats
 
 
-def load_stats(root, dataset, frames=200):
-    """-> {"mean", "std", "std_delta", "low", "high", "percentiles"}: tensors of C, the last 7 C.
-
-    The first three are stats.yaml's, or computed from the train split where it is missing, which is said. The
-    range (low, high) and the percentiles .1 1 5 50 95 99 99.9 are of `frames` train frames, evenly spaced.
-    """
-    files = open_set(root, dataset, "train", (16, 16))
-    path = set_folder(root, dataset) / "stats.yaml"
+def train_mean(root, dataset):
+    """-> C, each field's mean over the train split, of stats.yaml. Where it is missing, computed and said."""
+    files, path = open_set(root, dataset, "train"), set_folder(root, dataset) / "stats.yaml"
     if path.is_file():
-        table = yaml.safe_load(path.read_text())
+        stats = yaml.safe_load(path.read_text())
     else:
         print(f"{path} is missing: computing it from the {len(files)} files of the train split")
-        table = compute_stats(files)
-    stats = {}
-    for key in ("mean", "std", "std_delta"):
-        try:
-            values = [np.ravel(table[key][name]) for _, name, _ in files[0].fields]
-        except (KeyError, TypeError):
-            raise UserError(f"{path} lacks {key} of a field of {files[0].path.name}: remove it, and it is "
-                            "computed") from None
-        stats[key] = torch.tensor(np.concatenate(values), dtype=torch.float32)
-    sample = torch.cat([read_window(files[i], k, start, 1) for i, k, start in list_windows(files, 1, frames)])
-    values = sample.movedim(1, 0).flatten(1)
-    stats["low"], stats["high"] = values.amin(1), values.amax(1)
-    levels = np.percentile(values.numpy(), [.1, 1, 5, 50, 95, 99, 99.9], axis=1)
-    stats["percentiles"] = torch.from_numpy(levels).float()
-    return stats
+        stats = compute_stats(files)
+    try:
+        means = [np.ravel(stats["mean"][name]) for _, name, _ in files[0].fields]
+    except (KeyError, TypeError):
+        raise UserError(f"{path} lacks the mean of a field of {files[0].path.name}: remove it, and it is "
+                        f"computed") from None
+    return torch.tensor(np.concatenate(means), dtype=torch.float32)
 
 
 # ---- data: download --------------------------------------------------------------------------------------
@@ -1784,7 +1758,7 @@ def measure(args, model, data, places, steps, run):
         for b, n in enumerate(own):
             window, target = frames[b].cpu(), truth[b].cpu()
             guess = {name: value[b] for name, value in guesses.items()}
-            guess |= baselines(window[:past], target, data["stats"]["mean"])
+            guess |= baselines(window[:past], target, data["train_mean"])
             rows = {name: vrmse(value, target) for name, value in guess.items()}
             deviation = target.std((-2, -1)) + 1e-7
             rows["crps"] = common.fair_crps(samples[b], target).mean((-2, -1)) / deviation
@@ -1891,14 +1865,16 @@ def draw_curves(args, short, long):
 
 @torch.no_grad()
 def sample(args, model, data, run):
-    """Forecasts of held-out trajectories, one sample of each, field by field beside the truth -> files."""
+    """Forecasts of held-out trajectories from their middle, where the flow has developed, one sample of each,
+    field by field beside the truth -> files."""
     if run.rank:
         return []
-    test, first, folder, files = data["test"], max(FIRST, args.n_in), Path(args.output_dir) / "samples", []
+    test, folder, files = data["test"], Path(args.output_dir) / "samples", []
     folder.mkdir(exist_ok=True)
     places = [(i, k) for i, file in enumerate(test.files) for k in range(file.trajectories)]
     count = min(args.num_samples, len(places))
     for i, k in [places[(2 * j + 1) * len(places) // (2 * count)] for j in range(count)]:
+        first = max(args.n_in, test.files[i].steps // 2)
         steps = min(args.sample_frames, test.files[i].steps - first)
         frames = read_window(test.files[i], k, first - args.n_in, args.n_in + steps).to(run.device)
         known = test.known([i], run.device) if test.texts else {}
@@ -2084,18 +2060,6 @@ def fill_moments(optimizer):
                                       "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
 
 
-@contextlib.contextmanager
-def swapped(trained, averages):
-    """Within it the model has the averaged weights."""
-    own = [p.detach().clone() for p in trained]
-    with torch.no_grad():
-        for p, average in zip(trained, averages):
-            p.copy_(average)
-        yield
-        for p, value in zip(trained, own):
-            p.copy_(value)
-
-
 def fit(args, run, folder, model, losses, validate, found, steps, lr):
     """Trains what requires grad of `model` to `steps`, on from checkpoint `found`; then it has the averages.
 
@@ -2160,7 +2124,7 @@ def fit(args, run, folder, model, losses, validate, found, steps, lr):
         log.bar.update()
         if saving:                               # before validation: what fails there loses nothing
             weights, moments = common.gather_state(model, optimizer, trained_only=True)
-            with swapped(trained, averages):
+            with common.swapped(trained, averages):
                 averaged, _ = common.gather_state(model, trained_only=True)
             if run.rank == 0:
                 state = {"model": weights, "ema": averaged, "optimizer": moments}
@@ -2170,7 +2134,7 @@ def fit(args, run, folder, model, losses, validate, found, steps, lr):
         if stop:
             raise UserError(f"stopped by SIGTERM after step {done}, which is saved: the same command goes on")
         if args.eval_every and (done % args.eval_every == 0 or done == steps):
-            with swapped(trained, averages), torch.no_grad():
+            with common.swapped(trained, averages), torch.no_grad():
                 model.eval()
                 log.row(done, **validate(model))
             clock = time.time()
@@ -2435,7 +2399,7 @@ def prepare(args, run):
     for split in ("valid", "test"):
         if data[split].names != data["train"].names or data[split].shape != data["train"].shape:
             raise UserError(f"{data[split].files[0].path} has other fields or another grid than split train")
-    data["stats"] = load_stats(args.data_dir, args.dataset)
+    data["train_mean"] = train_mean(args.data_dir, args.dataset)
     if run.rank == 0:
         H, W = data["train"].shape
         counts = [f"{split}: {len(data[split])} windows of {sum(f.trajectories for f in data[split].files)} "
@@ -2515,7 +2479,7 @@ def work(args):
             raise UserError(f"no checkpoint in {folder}/ckpt: first python {SCRIPT}.py --output_dir {folder}")
         if run.rank == 0:
             print(f"no checkpoint in {folder}/ckpt: training preset {args.preset} first"
-                  + (", about 7 minutes on 2 cores" if args.preset == "tiny" else ""))
+                  + (", about 8 minutes on 2 cores" if args.preset == "tiny" else ""))
     data = prepare(args, run)
     model = run_stages(args, run, data, found, only and bool(found))
     written = [f"{folder}/final/"]
