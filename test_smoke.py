@@ -229,7 +229,7 @@ SCRIPTS = {
              "--max_steps 4 --lora_rank 2 --batch_size 4 --lr 1 --base_lr .1 --adapter_lr 1 "
              "--warmup_steps 1000 --log_every 1 --eval_every 2 --save_every 2 --keep_last 0 --steps 2 "
              "--members 2 --eval_clips 4 --rollout_steps 12 --num_samples 1 --sample_frames 6 "
-             "--window_count 8 --augment 2 --frame_repeat 1 --shift 30",         # the turns: low, high, high, high
+             "--window_count 8 --augment 2 --frame_repeat 1 --shift 30",    # turns: low, high, high, high
         stages=("adapter", "base", "."), reuse="", double="--batch_size 8", typed=False,
         headline=("results/one_step", "results/all_steps", "results/rollout_6:12", "results/single_one_step",
                   "results/spread_one_step", "baselines/persistence/one_step",
