@@ -6,6 +6,7 @@ What every script owes is written once and runs for each row of SCRIPTS. Then co
 common.py, and what one script alone has to show, against slow loops and closed forms.
 """
 import ast
+import colorsys
 import contextlib
 import copy
 import functools
@@ -45,6 +46,7 @@ import common
 import cosmos_lite as cosmos
 import river_smoke as river
 import sim_physics_heads as physics
+import vidar
 import h5py
 import http.server
 import threading
@@ -94,10 +96,32 @@ def put_nan(file):
     file["t0_fields/pressure"][...] = np.nan
 
 
+def robot(name, change):
+    """Changes a file of an episode, and removes the caches that it was read into."""
+    def damage(data, run):
+        for cache in data.glob("*cache"):
+            shutil.rmtree(cache)
+        change(data / "episodes/ep_0003" / name)
+    return damage
+
+
+def robot_hdf5(root, fps=30., cameras=("cam_high", "cam_left_wrist", "cam_right_wrist"), mosaic=False):
+    """Ten frames; camera i's frame t is grey 80 i + t, the mosaic's 240 + t, and action t is t."""
+    (root / "hdf5").mkdir(exist_ok=True, parents=True)
+    with h5py.File(root / "hdf5/episode_000000.hdf5", "w") as file:
+        for i, name in enumerate([f"images/{name}" for name in cameras] + ["unified_image"] * mosaic):
+            grey = np.uint8((80 * i if "/" in name else 240) + np.arange(10))
+            file[f"observations/{name}"] = grey.repeat(48 * 64 * 3).reshape(10, 48, 64, 3)
+        file["action"] = np.arange(10)[:, None] + np.zeros(14)
+        file.attrs.update({"instruction": "Pick up the cup.", **({"fps": fps} if fps else {})})
+    return root
+
+
 # tiny: flags of a run of a second, every stage of which takes 4 steps and saves after 2; a long warm-up keeps
 # the learning rate independent of --max_steps. stages: folders with a ckpt/, in order. reuse: takes the first
 # stages of another run; where no flag does, they are copied. steps: the flag that counts the last stage's.
-# double: tiny's batch twice. headline: keys of eval.json. overfit: () -> losses on one batch.
+# double: tiny's batch twice. batch_norm: in the first stages, of a process's own batch.
+# headline: keys of eval.json. overfit: () -> losses on one batch.
 # bad: (flags, what the one line must say, damage to the data and the run or None).
 SCRIPTS = {
     "river_smoke": dict(
@@ -271,7 +295,52 @@ SCRIPTS = {
             ("--output_dir {run} --eval --lora_rank 4", "--lora_rank 4 does not fit .* trained with 2", None),
             ("--model i2v_a14b --weights_from {data}", "cannot load Wan's .* from .*hf download", None),
         ]),
+    "vidar": dict(
+        tiny="--preset tiny --dtype float32 --size 48,32 --frames 9 --sim_episodes 10 --sim_poses 8 "
+             "--text_length 16 --idm_frames 4 --idm_batch_size 4 --max_steps 4 --idm_steps 4 "
+             "--mask_steps 1,3 --lr 1 --warmup_steps 1000 --log_every 1 --eval_every 2 --save_every 2 "
+             "--keep_last 0 --steps 2 --worlds 1 --num_samples 1",
+        stages=("idm", "."), reuse="--idm {run}/idm/final/idm.pt", double="--batch_size 8", typed=False,
+        batch_norm=True,
+        headline=("results/psnr_arm_beyond_1s", "results/action_accuracy_generated",
+                  "results/open_loop_success", "baselines/persistence/psnr_arm_beyond_1s",
+                  "baselines/do_nothing/action_l1", "baselines/expert/open_loop_success"),
+        overfit=lambda: overfit_vidar(),
+        bad=[
+            ("", "episode ep_0003 of .* has no file .*video.mp4", robot(
+                "video.mp4", lambda path: path.unlink())),
+            ("", "actions are .9, 13., not .T, 14.", robot(
+                "actions.npy", lambda path: np.save(path, np.load(path)[:, :13]))),
+            ("", "action of frame 3 is NaN", robot("actions.npy", lambda path: np.save(
+                path, np.where(np.arange(9)[:, None] == 3, np.nan, np.load(path))))),
+            ("--stage video", "ep_0003/video.mp4 has 9 frames, its actions are 8", robot(
+                "actions.npy", lambda path: np.save(path, np.load(path)[1:]))),
+            ("--stage video", "cannot read video .*ep_0003/video.mp4", robot("video.mp4", cut)),
+            ("", 'manifest.json must hold "episodes"', lambda data, run: (
+                data / "manifest.json").write_text('{"fps": 10}')),
+            ("", "no episodes in .*data", lambda data, run: shutil.rmtree(data)),
+            ("", "000000.hdf5 cannot be read: .*fps", lambda data, run: robot_hdf5(
+                shutil.rmtree(data) or data, fps=None)),
+            ("--size 40,32", "--size takes H,W in multiples of 16, such as 736,640, not 40,32", None),
+            ("--preset 64xh100 --size 720,640", "multiples of 32", None),
+            ("--frames 10", "--frames must be 4k [+] 1, not 10", None),
+            ("--stage video --vidar {data}/w.pt", "w.pt is not for this model: .*norm9.bias is foreign",
+             lambda data, run: torch.save({**torch.load(run / "final/vidar.pt"), "blocks.0.norm9.bias":
+                                           torch.ones(1)}, data / "w.pt")),
+            ("--idm {data}/w.pt", "tells 7 actions, not 14", lambda data, run: torch.save(
+                {"train_mean": torch.ones(7)}, data / "w.pt")),
+            ("--idm {data}/none.pt", "--idm: there is no file", None),
+            ("--no-any_batch", "128 samples a step, 4 x 1 x 1 .* make 4: --grad_accum 32 reaches it", None),
+            ("--mask_steps 5", "--mask_steps takes A,B", None),
+            ("--lr nan", "--lr must not be negative", None),
+            ("--seed -1", "seed", None),
+            ("--candidates 0", "--candidates must be at least 1", None),
+            ("--fsdp --lora_rank 2", "--lora_rank trains on one GPU", None),
+            ("--output_dir {run} --eval --lora_rank 2", "--lora_rank 2 does not fit .* trained with 0", None),
+        ]),
 }
+vidar.POSES = 8
+vidar.TINY["transformer"].update(num_attention_heads=2, attention_head_dim=24, ffn_dim=144, num_layers=3)
 well.TINY["transformer"].update(num_attention_heads=2, attention_head_dim=24, ffn_dim=96, num_layers=2)
 physics.TINY["transformer"].update(num_attention_heads=2, attention_head_dim=16, ffn_dim=64, num_layers=2)
 BAD_ANYWHERE = [
@@ -660,7 +729,7 @@ def test_equals_one_process_at_twice_the_batch(script, how, trained, doubled, tm
         assert (run / "eval.json").exists()
     else:
         go(run)
-    for stage in row["stages"][:-1]:
+    for stage in row["stages"][:-1] if "batch_norm" not in row else ():
         assert_same(saved(run, stage), saved(alone, stage), 1e-4)
     # A quantiser makes a leap of a difference of 1e-7: last stages are compared after the same first ones.
     run, reuse = begun(script, alone, tmp_path / "last"), row["reuse"].format(run=alone)
@@ -3150,3 +3219,410 @@ def test_well_field_video(simulated_set):
     other = well.field_video(x, x + .1 * x.std(), file.names)
     assert torch.equal(other[:, :, 24:24 + h, left:left + w], truth)              # the truth's range decides
     assert not torch.equal(other[:, :, 24:24 + h, left + w + 8:left + 2 * w + 8], truth)
+
+
+# ---- vidar.py -------------------------------------------------------------------------------------------
+
+CPU = Namespace(rank=0, world=1, device=torch.device("cpu"), barrier=lambda: None)
+
+
+def vidar_args(flags=""):
+    args = vidar.parse_args(shlex.split(f"{SCRIPTS['vidar']['tiny']} {flags}"))
+    vidar.check_args(args)
+    return args
+
+
+def vidar_model(flags="", noise=.2):
+    """VideoModel whose weights, some of which are zero at the start, are all random."""
+    model = vidar.make_video_model(vidar_args(flags), CPU)
+    torch.manual_seed(1)
+    for p in model.parameters():
+        nn.init.normal_(p, std=noise)
+    return model
+
+
+def vidar_clip(B=2):
+    """A batch as of Windows.get, noise and noise levels."""
+    g, C = torch.Generator().manual_seed(0), vidar.TINY["transformer"]["in_channels"]
+    z, noise = torch.randn(2, B, C, 3, 6, 4, generator=g)
+    batch = {"latents": z, "valid": torch.ones(B, 3, dtype=torch.bool), "arm": torch.zeros(B, 1, 3, 6, 4),
+             "text": torch.randn(B, 16, 32, generator=g)}
+    return batch, noise, torch.rand(B, generator=g)
+
+
+def overfit_vidar():
+    model, losses = vidar_model(noise=.05), []
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(80):
+        loss, _ = model(*vidar_clip())
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return losses
+
+
+def test_vidar_effective_batch_of_each_preset(monkeypatch):
+    check = lambda *flags: vidar.check_args(vidar.parse_args(["--preset", *flags]))
+    for preset, (gpus, _) in vidar.MACHINES.items():
+        monkeypatch.setenv("WORLD_SIZE", str(gpus))
+        check(preset)
+        monkeypatch.setenv("WORLD_SIZE", str(2 * gpus))
+        check(preset, "--any_batch"), check(preset, "--grad_accum", "3")
+        with pytest.raises(common.UserError, match="--any_batch lifts it"):
+            check(preset)
+
+
+def test_vidar_timestep_per_frame_equals_diffusers_per_token():
+    dit, (batch, _, _) = vidar_model().dit, vidar_clip()
+    stock = vidar.wan_part(vidar_args(), CPU, "transformer")
+    stock.load_state_dict(dit.state_dict())
+    t = torch.tensor([[0., 987.3, 987.3], [0., 20., 20.]])
+    with torch.no_grad():
+        ours = vidar.run_backbone(dit, batch["latents"], t, batch["text"])
+        theirs = stock(batch["latents"], t.repeat_interleave(6, 1), batch["text"]).sample
+        other = vidar.run_backbone(dit, batch["latents"], t.flip(1), batch["text"])
+    assert torch.allclose(ours, theirs, atol=1e-5 * theirs.abs().max())
+    assert not torch.allclose(ours, other, atol=.01)
+
+
+def test_vidar_loss():
+    """None of the first frame and of padding; Eq. 7's weight is inside the norm: 16 on the arm with eta 3."""
+    model, (batch, noise, sigma) = vidar_model(), vidar_clip()
+    x, frames = vidar.add_noise(batch["latents"], noise, sigma)
+    assert torch.equal(x[:, :, 0], batch["latents"][:, :, 0]) and not frames[:, 0].any()
+    assert torch.equal(frames[:, 1:], sigma[:, None].expand(-1, 2))
+    loss, _ = model(batch, noise, sigma)
+    v, target = vidar.run_backbone(model.dit, x, 1000 * frames, batch["text"]), noise - batch["latents"]
+    assert torch.allclose(loss, F.mse_loss(v[:, :, 1:], target[:, :, 1:]))
+    other = noise.clone()
+    other[:, :, 0] = 9                   # neither seen nor asked for
+    assert torch.equal(model(batch, other, sigma)[0], loss)
+    batch["arm"][:, :, :2] = 1
+    weighted, parts = vidar.flow_loss(v, target, batch["valid"], batch["arm"], 3.)
+    errors = (v - target).square().mean((0, 1, 3, 4))
+    assert torch.allclose(weighted, (16 * errors[1] + errors[2]) / 2) and parts["flow_loss"] == loss
+    batch["valid"][:, 2] = False
+    assert torch.allclose(model(batch, noise, sigma)[0], errors[1])
+    batch["valid"][:] = False
+    assert model(batch, noise, sigma)[0] == 0
+
+
+def test_vidar_oracle_velocity_leads_to_the_data(monkeypatch):
+    """With v = eps - z, told 1000 sigma, UniPC ends at z; the clock falls as shift 5 says, and reversed it
+    does not arrive."""
+    args, (batch, _, _) = vidar_args("--steps 6 --cfg 3 --shift 5"), vidar_clip(1)
+    z, empty, seen, sign = batch["latents"], torch.zeros_like(batch["text"]), [], 1
+
+    def oracle(dit, x, t, text):
+        seen.append((x.clone(), t.clone(), text))
+        return sign * (x - z) / (t / 1000).clamp(min=1e-9)[:, None, :, None, None]
+    monkeypatch.setattr(vidar, "run_backbone", oracle)
+    out = vidar.generate(None, z[:, :, :1], batch["text"], empty, args, [5, 6])
+    assert torch.allclose(out, z.expand(2, -1, -1, -1, -1), atol=1e-3)
+    assert all(torch.equal(x[:, :, 0], z[:, :, 0].expand(2, -1, -1, -1)) for x, _, _ in seen)
+    u = torch.linspace(1, 1e-3, 7)[:-1].repeat_interleave(2)         # text and the empty prompt, turn by turn
+    clocks = torch.stack([t for _, t, _ in seen])
+    assert not clocks[:, :, 0].any() and not seen[1][2].any() and seen[0][2].any()
+    assert torch.allclose(clocks[:, 0, 1], 1000 * vidar.shift_sigma(u, 5), atol=.1)
+    sign = -1
+    out = vidar.generate(None, z[:, :, :1], batch["text"], empty, args, [5])
+    assert not torch.allclose(out, z, atol=.5)
+
+
+def test_vidar_weights_keep_official_names(tmp_path, capsys):
+    """vidar.pt reads back strictly, and says the same; so does the file in diffusers' names."""
+    model = vidar_model()
+    vidar.export(vidar_args(), CPU, model, "video", tmp_path)
+    weights = torch.load(tmp_path / "final/vidar.pt", weights_only=True)
+    assert_same(weights, official_transformer(model.dit.state_dict()))
+    for name in ("vidar.pt", "vidar.safetensors"):
+        again = vidar.make_video_model(vidar_args(f"--vidar {tmp_path}/final/{name}"), CPU)
+        assert (model(*vidar_clip())[0] - again(*vidar_clip())[0]).abs() < 1e-5
+    assert "taken off" not in capsys.readouterr().out
+    torch.save({"model": {f"module.{name}": value for name, value in weights.items()}}, tmp_path / "w.pt")
+    assert_same(vidar.read_vidar(tmp_path / "w.pt", model.dit), model.dit.state_dict())
+    assert "taken off" in capsys.readouterr().out
+    del weights["head.head.bias"]
+    weights |= {"blocks.9.ffn.0.bias": torch.zeros(1), "patch_embedding.bias": torch.zeros(3)}
+    torch.save(weights, tmp_path / "w.pt")
+    with pytest.raises(common.UserError, match="blocks.9.ffn.0.bias is foreign, patch_embedding.bias is "
+                                               ".3,., not .48,., proj_out.bias is missing"):
+        vidar.read_vidar(tmp_path / "w.pt", model.dit)
+
+
+def test_vidar_adapters_alone_are_trained_and_exported(tmp_path):
+    model, args = vidar_model("--lora_rank 2", noise=.1), vidar_args("--lora_rank 2")
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert len(names) == 3 * 2 * (4 + 4 + 2) and all(".lora_" in name for name in names)
+    vidar.export(args, CPU, model, "video", tmp_path)
+    again, loss = vidar.make_video_model(args, CPU), lambda own: own(*vidar_clip())[0].item()
+    frozen = {name: p for name, p in model.dit.state_dict().items() if ".lora_" not in name}
+    again.dit.load_state_dict(frozen, strict=False)
+    assert loss(again) != pytest.approx(loss(model), rel=1e-4)
+    common.load_lora(again.dit, tmp_path / "final")
+    assert loss(again) == pytest.approx(loss(model), rel=1e-5)
+
+
+def test_vidar_scores_of_videos_and_of_candidates():
+    g = torch.Generator().manual_seed(0)
+    truth, arm = torch.rand(9, 3, 16, 16, generator=g), torch.zeros(9, 16, 16, dtype=torch.bool)
+    arm[:, 4:8, 4:8] = True
+    wrong = truth.clone()
+    wrong[:, :, 4:8, 4:8] += .1                       # 20 dB off, on the arm alone
+    wrong[7:] = 0                                     # padding does not count
+    perfect, scores = (vidar.video_scores(x, truth, arm, torch.arange(9) < 7) for x in (truth, wrong))
+    assert all(value == pytest.approx(60 if "psnr" in name else 1) for name, value in perfect.items())
+    assert scores["psnr_arm_beyond_1s"] == pytest.approx(20, abs=1e-3)
+    assert scores["psnr_background_beyond_1s"] == pytest.approx(60)
+    state = torch.randn(14, generator=g)
+    smooth = state + torch.linspace(0, .5, 9)[:, None]
+    actions = torch.stack([smooth, smooth + .3 * torch.randn(9, 14, generator=g), smooth + 2, smooth])
+    masks = torch.full((4, 9, 1, 4, 4), .1)
+    masks[3] += .5 * torch.rand(9, 1, 1, 1, generator=g)             # its arm comes and goes
+    faults = vidar.implausibility(actions, masks, state, state - 1, state + 1)
+    assert len(faults) == 4 and (faults[1:] > faults[0]).all()
+
+
+def test_vidar_other_stages_and_flags(trained, tmp_path, capsys):
+    base, data = trained("vidar"), shutil.copytree(trained("vidar").data, tmp_path / "data")
+    shutil.copytree(base.run, tmp_path / "run")
+    go = lambda to, flags, **full: launch("vidar", f"--data_dir {data} --output_dir {tmp_path}/{to} {flags}",
+                                          **full)
+    report = lambda run: json.loads((tmp_path / run / "eval.json").read_text())
+    assert go("run", "--eval --candidates 2", full=True) == go("idm", "--stage idm", full=True) == 0
+    assert "psnr_arm_beyond_1s_candidates_1" in report("run")["results"]
+    assert report("idm")["headline"]["metric"] == "action_l1_real"
+    assert "making it anew" not in capsys.readouterr().out
+    for to, flags in {"truth": "", "learned": base.reuse}.items():     # U of Eq. 7: mask.npz, or the IDM's
+        assert go(to, f"--stage video --eta 3 --max_steps 1 {flags}") == 0
+        assert "making it anew" in capsys.readouterr().out
+        assert rows(tmp_path / to)[0]["loss"] > 1.1 * rows(tmp_path / to)[0]["flow_loss"]
+    args = vidar_args(f"--frames 13 --data_dir {data}")     # of episodes of 9: the last 4 are padding
+    parts = vidar.prepare(args, CPU)
+    vidar.build_cache(args, CPU, parts, None)
+    batch = vidar.Windows(args, "train", parts["train"]).get([0, 1], "cpu", silent=[1])
+    assert batch["valid"].tolist() == [[True, True, True, False]] * 2 and "arm" not in batch
+    assert batch["text"][0].any(1).sum() == 16 and batch["text"][1].any(1).sum() == 1
+
+
+# ---- vidar.py: inverse dynamics -------------------------------------------------------------------------
+
+def test_vidar_idm_has_upstreams_names_and_shapes():
+    """Of idm.pt: 456 tensors, of which some."""
+    with torch.device("meta"):
+        model = vidar.IDM(vidar.IDM_FULL)
+        actions, mask = model(torch.rand(2, 3, 736, 640))
+    shapes = {name.removeprefix("model."): tuple(value.shape) for name, value in model.state_dict().items()}
+    assert shapes.items() >= {
+        "train_mean": (14,), "mask_model.in_conv.4.running_var": (64,), "resnet_model.fc.weight": (14, 2048),
+        "mask_model.downs.4.1.3.weight": (1024, 1024, 3, 3), "resnet_model.conv1.1.num_batches_tracked": (),
+        "mask_model.ups.3.conv.3.weight": (64, 128, 3, 3), "mask_model.out.weight": (1, 64, 1, 1),
+        "resnet_model.conv3_x.3.residual_function.2.weight": (128, 128, 3, 3),
+        "resnet_model.conv2_x.0.shortcut.0.weight": (256, 64, 1, 1)}.items()
+    assert len(shapes) == 456 and common.count_params(model) == 92_713_423
+    assert actions.shape == (2, 14) and mask.shape == (2, 1, 518, 518)
+
+
+def vidar_idm(bias):
+    """With a mask that is open for bias 1, closed for -1."""
+    model = vidar.IDM(vidar.IDM_TINY).eval()
+    nn.init.constant_(model.model.resnet_model.conv1[1].bias, .1)            # else all of black is 0
+    nn.init.zeros_(model.model.mask_model.out.weight)
+    nn.init.constant_(model.model.mask_model.out.bias, bias)
+    return model
+
+
+def test_vidar_idm_sees_through_its_mask_alone():
+    """A closed mask hides the picture, an open one changes nothing; both let gradients through. A mask that
+    is given takes the own one's place."""
+    a, b = torch.rand(2, 2, 3, 112, 96)
+    closed, opened = vidar_idm(-1.), vidar_idm(1.)
+    assert torch.equal(closed(a)[0], closed(b)[0]) and torch.equal(closed(a)[0][0], closed(a)[0][1])
+    torch.testing.assert_close(opened(a)[0], opened.model.resnet_model(opened.preprocess(a)))
+    assert not torch.allclose(opened(a)[0], opened(b)[0])
+    torch.testing.assert_close(opened.arm(a), torch.full((2, 1, 112, 96), 1 / (1 + torch.e ** -2)))
+    assert torch.equal(opened(a, torch.zeros(2, 1, 1, 1))[0], opened(b, torch.zeros(2, 1, 1, 1))[0])
+    for model in (closed, opened):
+        model(a)[0].sum().backward()
+        assert model.model.mask_model.out.bias.grad.abs() > 0
+    small = closed.preprocess(torch.full((1, 3, 720, 640), .5))[0, :, 111, 95]
+    torch.testing.assert_close(small, torch.tensor([.015 / .229, .044 / .224, .094 / .225]))
+    for size in ((64, 64), (101, 67)):                           # upstream's keeps the first picture's sizes
+        assert closed.model.mask_model(torch.rand(1, 3, *size)).shape == (1, 1, *size)
+
+
+def test_vidar_idm_files(tmp_path):
+    model, frames = vidar_idm(1.), torch.rand(2, 3, 112, 96)
+    weights = model.state_dict()
+    torch.save(weights, tmp_path / "flat.pt")
+    for name in ("flat.pt", "idm.pt", "idm.safetensors"):
+        if name != "flat.pt":
+            vidar.save_idm(tmp_path / name, weights, 7)
+        assert torch.equal(vidar.load_idm(tmp_path / name, vidar.IDM_TINY)(frames)[0], model(frames)[0])
+    assert torch.load(tmp_path / "idm.pt", weights_only=True).keys() == {"model_state_dict", "step"}
+    for content, message in ((dict(itertools.islice(weights.items(), 5)), r"(missing.*){3}, and \d+ more$"),
+                             ({**weights, "step": print}, "cannot read the IDM .*flat.pt")):
+        torch.save(content, tmp_path / "flat.pt")
+        with pytest.raises(common.UserError, match=message):
+            vidar.load_idm(tmp_path / "flat.pt", vidar.IDM_TINY)
+
+
+def test_vidar_idm_loss_and_scores():
+    target, mask = torch.zeros(3, 14), torch.rand(3, 1, 8, 8)
+    for error, huber in ((.5, .125), (3., 2.5)):
+        torch.testing.assert_close(vidar.idm_loss(target + error, target, mask, .1), huber + .1 * mask.mean())
+    truth, arm = torch.randn(50, 14), torch.rand(50, 8, 8) > .7
+    scores = vidar.idm_scores(truth, truth, arm[:, None].float(), torch.ones_like(arm))
+    area = pytest.approx(arm.float().mean().item())
+    assert scores == {"r2": 1, "r2_worst": 1, "l1": 0, "accuracy": 1, "mask_iou": area, "mask_area": area}
+    assert abs(vidar.r_squared(truth.mean(0).expand(50, 14), truth)).max() < 1e-6
+    for joint, error, right in ((3, .04, 1), (3, .06, 0), (6, .4, 1), (13, .6, 0)):
+        moved = truth + error * (torch.arange(14) == joint)
+        assert vidar.idm_scores(moved, truth)["accuracy"] == right
+
+
+def test_vidar_colour_jitter_and_masks_of_latents():
+    frames, red = torch.rand(4, 3, 8, 8), torch.tensor([.6, .3, .3]).view(1, 3, 1, 1)
+    torch.testing.assert_close(vidar.colour_jitter(frames, torch.full((4, 4), .5)), frames)
+    turned = vidar.colour_jitter(red, torch.tensor([[.5, .5, .5, 1.]])).flatten()
+    torch.testing.assert_close(turned, torch.tensor(colorsys.hsv_to_rgb(.05, .5, .6)), atol=.06, rtol=0)
+    mask = torch.rand(1, 9, 16, 24)
+    latent = vidar.arm_to_latent(mask, (2, 3))[0, 0]
+    for f, y, x in itertools.product(range(3), range(2), range(3)):
+        cell = mask[0, max(0, 4 * f - 3):4 * f + 1, 8 * y:8 * y + 8, 8 * x:8 * x + 8]
+        assert latent[f, y, x].item() == pytest.approx(cell.mean((1, 2)).max().item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_vidar_masks_are_open_then_learn_then_are_cut_once(world, trained, tmp_path, monkeypatch):
+    """A run that stopped in any of the three phases ends as one that did not, on one process and on two."""
+    base, seen, soft_mask = trained("vidar"), [], vidar.IDM.soft_mask
+    flags = f"--data_dir {base.data} --stage idm --mask_steps 1,2 --save_every 1 --eval_every {4 * world - 4}"
+    monkeypatch.setattr(vidar.IDM, "soft_mask",
+                        lambda idm, x: seen.append(idm.training) or soft_mask(idm, x))
+
+    def go(run):
+        ranks = start("vidar", f"{flags} --output_dir {run}", tmp_path / "log", world) if world > 1 else []
+        assert set(finish(ranks) if ranks else [launch("vidar", f"{flags} --output_dir {run}")]) == {0}
+        return run
+    whole = go(tmp_path / "whole")
+    chunks = math.ceil(len(np.load(base.data / "idm_cache/train.npy")) / vidar.IDM_CHUNK)
+    assert world == 2 or seen == [True] + [False] * chunks       # in its one step; then for each picture
+    masks = [{name: value for name, value in common.load_weights(path / "model.safetensors").items()
+              if "mask_model.out" in name} for path in common.checkpoints(whole / "ckpt")]
+    assert not torch.equal(*(mask["model.mask_model.out.weight"] for mask in masks[:2]))
+    assert_same(masks[1], masks[3])
+    for done in (1, 3) if world == 1 else (1,):
+        run = shutil.copytree(whole, tmp_path / str(done))
+        for step in range(done + 1, 5):
+            shutil.rmtree(run / f"ckpt/step_{step:06d}")
+        assert_same(saved(go(run)), saved(whole))
+
+
+# ---- vidar.py: data -------------------------------------------------------------------------------------
+
+def plays_out(seed, every, moved=None, frames=64, noise=0.):
+    """Success of an expert that plans anew after `every` frames."""
+    world, rng = vidar.ArmWorld(seed, moved=moved), np.random.default_rng(seed)
+    for t in range(frames):
+        if t % every == 0:
+            plan = copy.deepcopy(world).expert(frames)
+        last = world.state
+        world.step(plan[t % every] + noise * rng.normal(size=14))
+        assert noise or np.allclose(world.state, plan[t % every])      # an expert asks for what can be done,
+        assert (np.abs(world.state - last) <= vidar.RATE + 1e-9).all()         # and nothing else is done
+    return world.success
+
+
+def test_vidar_robot_needs_the_loop():
+    """A block that is moved defeats a plan, not who looks again; an IDM's errors defeat neither."""
+    share = lambda **kind: np.mean([plays_out(seed, **kind) for seed in range(8)])
+    assert share(every=40, frames=40) == share(every=16, moved=10) == share(every=8, moved=10) == 1
+    assert share(every=64, moved=10) < .2 and share(every=40, frames=40, noise=.05) > .8
+
+
+def test_vidar_picture_of_robot():
+    """The fixed camera shows each joint, the hands' cameras three links of their own arms in any pose;
+    random poses vary every joint and stay in view."""
+    world, rng = vidar.ArmWorld(1), np.random.default_rng(0)
+    picture, arm = world.render()
+    assert picture.shape == (112, 96, 3) and picture.dtype == np.uint8 and .05 < arm.mean() < .4
+    for joint in range(14):
+        other = copy.deepcopy(world)
+        other.state[joint] -= .3 if joint in (6, 13) else .1
+        changed = (np.abs(other.observe().astype(int) - picture) > 40).any(-1)[:75]
+        assert changed.sum() > 3 and (arm | other.arm_mask())[:75][changed].mean() > .6, joint
+    near, states, inside = [vidar.reached(rng, arm, 20) for arm in (0, 1)], [], []
+    for _ in range(60):
+        world.pose(rng, near)
+        states.append(world.state.copy())
+        for arm in (0, 1):
+            points = vidar.chain(world.state[7 * arm:7 * arm + 7], arm)[0]
+            inside.append((abs(points.real) < 1) & (abs(points.imag + .07) < 75 / 96))
+            wrist = world.observe()[75:, 48 * arm:48 * arm + 48].astype(int)
+            links = [(np.abs(wrist - colour) < 20).all(-1).sum() for colour in vidar.PAINT[arm]]
+            assert min(links) > 3, (arm, links)
+    assert np.mean(inside) > .9 and (np.std(states, 0) > .15).all()
+
+
+@pytest.fixture(scope="module")
+def robot_set(tmp_path_factory):
+    root = tmp_path_factory.mktemp("robot") / "set"
+    vidar.simulate(root, 3, 8, 13, (96, 80), 6)
+    return root
+
+
+def test_vidar_simulated_episodes(robot_set, tmp_path, monkeypatch):
+    episodes = vidar.find_episodes(robot_set)
+    assert [episode.success for episode in episodes] == [False] * 3 + [None]       # 13 frames are too few
+    assert [episode.frames for episode in episodes] == [13] * 3 + [vidar.POSES]
+    assert vidar.tasks(episodes) == episodes[:3]
+    for i, episode in enumerate(episodes):
+        world = vidar.ArmWorld((6, i), (96, 80))
+        assert episode.instruction == (world.text if i < 3 else vidar.PLAY)
+        window, last = vidar.read_window(episode, 0, 17, (96, 80)), episode.frames - 1
+        assert window["valid"].tolist() == [t <= last for t in range(17)]
+        assert np.array_equal(window["actions"], episode.actions[[min(t, last) for t in range(17)]])
+        for t in (0, last, 16):                            # frame t shows action t
+            world.state = window["actions"][t].astype(float)
+            picture, arm = world.render()
+            assert np.abs(window["video"][t].astype(int) - picture)[arm].mean() < 8
+            assert (window["mask"][t] == arm).all()
+    vidar.simulate(robot_set, 3, 8, 13, (96, 80), 6)                   # they are there
+    with pytest.raises(common.UserError, match="holds other episodes: remove it"):
+        vidar.simulate(robot_set, 3, 8, 13, (96, 80), 4)
+    monkeypatch.setattr(vidar.np, "savez_compressed", lambda *args, **arrays: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        vidar.simulate(tmp_path / "set", 1, 1, 5, (96, 80), 5)
+    assert not (tmp_path / "set").exists()
+
+
+def test_vidar_hdf5_and_clock(tmp_path):
+    find = lambda **kind: vidar.find_episodes(robot_hdf5(tmp_path, **kind))[0]
+    read = lambda episode, *rest: vidar.read_window(episode, 1, 5, (72, 64), *rest)
+    places = lambda window: [window["video"][0][at][0] for at in ((10, 5), (44, 5), (60, 5), (60, 60))]
+    episode = find()
+    assert (episode.source, episode.frames, episode.length(), episode.fps) == ("hdf5", 10, 4, 30)
+    window = read(episode)                                 # at 10 fps frames 0, 3, 6 and 9
+    assert window["actions"][:, 0].tolist() == window["video"][:, 0, 0, 0].tolist() == [3, 6, 9, 9, 9]
+    assert window["valid"].tolist() == [True] * 3 + [False] * 2 and window["mask"] is None
+    assert places(window) == [3, 3, 83, 163]               # 480 rows of 720 above left and right
+    assert places(read(episode, "360+360")) == [3, 83, 83, 163]
+    assert places(read(find(cameras=vidar.CAMERAS[:1], mosaic=True))) == [3, 3, 3, 3]
+    assert find(cameras=vidar.CAMERAS[:1]).views == ("fixed rear",)
+    assert places(read(find(cameras=(), mosaic=True))) == [243] * 4
+
+
+def test_vidar_episodes_are_found(robot_set, tmp_path):
+    root = shutil.copytree(robot_set, tmp_path / "set")
+    facts = lambda: [(e.id, e.video, e.fps, e.frames, e.instruction) for e in vidar.find_episodes(root)]
+    expected = facts()
+    (root / "manifest.json").write_text(json.dumps([{"id": one[0]} for one in expected]))
+    assert facts() == expected                             # a bare list; the rate is the video's
+    (root / "manifest.json").unlink()
+    assert facts() == expected
+    parts, text = vidar.split_episodes(list(range(25))), vidar.prompt("Pick it up.")
+    assert [len(parts["train"]), parts["val"], parts["test"]] == [21, [5, 15], [9, 19]]
+    assert text == vidar.prompt(text) and text.endswith("right arm camera. The aloha robot is currently "
+                                                        "performing the following task: pick it up.")
