@@ -40,6 +40,7 @@ import shutil
 import signal
 import sys
 import time
+import zlib
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,6 +146,7 @@ def build_parser():
     add("--steps", type=int, default=20, help="of UniPC; guidance doubles the network's calls")
     add("--cfg", type=float, default=5.0, help="guidance (1: none)")
     add("--candidates", type=int, default=1, help="videos of each, of which the most plausible is kept")
+    add("--eval_clips", type=int, default=0, help="held-out episodes that --eval looks at (0: all)")
     add("--num_samples", type=int, default=3, help="held-out episodes to sample")
     add("--worlds", type=int, default=8, help="simulated worlds to act in, where the data are simulated")
     return parser
@@ -161,7 +163,8 @@ def check_args(args):
                  "num_samples", "sim_episodes", "sim_poses", "idm_steps", "idm_batch_size", "idm_frames"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
-    for name in ("seed", "lr", "idm_lr", "eta", "lora_rank", "mask_weight", "worlds", "warmup_steps"):
+    for name in ("seed", "lr", "idm_lr", "eta", "lora_rank", "mask_weight", "worlds", "warmup_steps",
+                 "eval_clips"):
         if not getattr(args, name) >= 0:
             raise UserError(f"--{name} must not be negative, but is {getattr(args, name)}")
     side = 16 if args.model == "tiny" else 32              # the codec's stride times Wan's patch of 2
@@ -1192,7 +1195,9 @@ def idm_pictures(episode, args, size):
 def start_cache(run, parts, index, flags):
     """Whether what `index` describes was made of other episodes or flags -> None, or what it is made of now;
     the old files are then removed."""
-    files = [[episode.id, episode.instruction, episode.video.stat().st_size, episode.video.stat().st_mtime_ns]
+    files = [[episode.id, episode.instruction, zlib.crc32(episode.actions.tobytes()),
+              *((path.stat().st_size, path.stat().st_mtime_ns)
+                for path in (episode.video, episode.mask) if path)]
              for part in parts.values() for episode in part]
     made_of = json.loads(json.dumps({"episodes": files, **flags}))
     if index.is_file() and json.loads(index.read_text())["made_of"] == made_of:
@@ -1420,8 +1425,10 @@ def evaluate(args, run, models, parts, data):
     began, tables, pairs, clips, vae = time.time(), {}, {}, data and data["test"], None
     if models["model"] is not None:
         vae, encode_prompt = load_codec(args, run), text_encoder(args, run)
-    everyone = tasks(parts["test"]) + [e for e in parts["test"] if e.instruction == PLAY]
-    for number, episode in list(enumerate(everyone))[run.rank::run.world]:
+    most, own = args.eval_clips or None, tasks(parts["test"])
+    everyone = list(enumerate(own + [e for e in parts["test"] if e.instruction == PLAY]))
+    everyone = everyone[:len(own)][:most] + everyone[len(own):][:most]
+    for number, episode in everyone[run.rank::run.world]:
         scores, read = score_episode(args, run, models, vae, clips, number, episode)
         for name, row in scores.items():
             tables.setdefault(name, []).append(row)
@@ -1441,7 +1448,7 @@ def evaluate(args, run, models, parts, data):
         scores = idm_scores(*(torch.cat(column) for column in zip(*rows)))
         means[name] = {f"action_{metric}": value for metric, value in scores.items()}
     if run.rank == 0:
-        report(args, means, len(parts["test"]), time.time() - began)
+        report(args, means, len(everyone), time.time() - began)
 
 
 def report(args, means, episodes, seconds):
@@ -1685,6 +1692,16 @@ def wrap(model, args, run):
 # ---- train ----------------------------------------------------------------------------------------------
 
 
+def fill_moments(optimizer):
+    """Gives AdamW the moments it would make at a parameter's first gradient. A checkpoint saved before the
+    mask's first step lacks them, and torch's loader would then count the mask one step too far."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if not optimizer.state[p]:
+                optimizer.state[p] = {"step": torch.zeros((), device=p.device),
+                                      "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+
+
 def fit(args, run, folder, model, losses, validate, found, steps, lr):
     """Trains what requires grad of `model` to `steps`, on from checkpoint `found`; then it has the averages.
 
@@ -1697,6 +1714,7 @@ def fit(args, run, folder, model, losses, validate, found, steps, lr):
     averages = [keep(p) for p in trained]
     optimizer = torch.optim.AdamW(trained, lr, betas=(.9, args.beta2), weight_decay=args.weight_decay,
                                   fused=True)
+    fill_moments(optimizer)
     start = 0
     if found:
         path, state, saved = found
@@ -1797,6 +1815,12 @@ def video_stage(args, run, data):
     return make_video_model(args, run), losses, validate
 
 
+def same_statistics(idm, run):
+    """Batch norm's means and variances of all processes are rank 0's, which a checkpoint has."""
+    for buffer in idm.buffers() if run.world > 1 else ():
+        dist.broadcast(buffer, 0)
+
+
 def idm_stage(args, run, frames):
     """-> IDM with the statistics of the training actions, and what fit needs of it.
 
@@ -1820,6 +1844,7 @@ def idm_stage(args, run, frames):
         if not last or step < last:
             return None
         if not cut:
+            same_statistics(own, run)
             own.eval()
             with torch.no_grad():
                 for i in range(0, len(actions), IDM_CHUNK):
@@ -1841,15 +1866,18 @@ def idm_stage(args, run, frames):
         y, mask = model(x, cut_by(own, numbers["frame"], step))
         target = actions[numbers["frame"]].to(run.device)
         loss = idm_loss(own.normalize(y), own.normalize(target), mask, args.mask_weight)
-        if step < first:             # AdamW gets its moments now, so that a resumed run has no other ones
-            loss = loss + 0 * sum(p.sum() for p in own.model.mask_model.parameters())
         return loss, {"mask_area": mask.detach().mean()}
 
     def validate(model):
         own = model.module if hasattr(model, "module") else model
+        same_statistics(own, run)
         held, truth = frames["val"]
-        read = [own(take(held, np.s_[i:i + IDM_CHUNK]))[0].cpu() for i in range(0, len(held), IDM_CHUNK)]
-        return {f"val_{name}": value for name, value in idm_scores(torch.cat(read), truth).items()}
+        read = [own(take(held, np.s_[i:i + IDM_CHUNK])) for i in range(0, len(held), IDM_CHUNK)]
+        read, mask = (torch.cat([part[i].cpu() for part in read]) for i in (0, 1))
+        normal = lambda actions: (actions - own.train_mean.cpu()) / own.train_std.cpu()
+        scores = {"loss": idm_loss(normal(read), normal(truth), mask, args.mask_weight).item(),
+                  **idm_scores(read, truth, mask)}
+        return {f"val_{name}": value for name, value in scores.items()}
 
     return model.to(run.device), losses, validate
 
@@ -1866,6 +1894,8 @@ def run_stage(args, run, stage, folder, data, found=None, only=False):
         common.restore_state(model, found[1]["ema"], source=str(found[0]), trained_only=True)
         return model.eval()
     fit(args, run, folder, model, losses, validate, found, args.max_steps, args.lr)
+    if stage == "idm":
+        same_statistics(model, run)
     export(args, run, model, stage, folder)
     if args.fsdp:                                # for evaluation each process has a whole model
         weights, _ = common.gather_state(model, everywhere=True)
