@@ -1668,7 +1668,8 @@ def wrap(model, args, run):
     """FSDP2 with --fsdp, a block a unit; DDP under torchrun, and for the IDM; otherwise the module itself.
 
     Weights, gradients and moments are fp32, blocks compute in bf16. Inputs are not cast by FSDP: timesteps
-    and rope's tables have to stay fp32."""
+    and rope's tables have to stay fp32. The root is resharded after forward as the blocks are: by default it
+    stays gathered until a backward, and the step after a validation would compute with the averages."""
     blocks = model.dit.blocks if isinstance(model, VideoModel) else []
     if args.compile:
         for block in blocks:
@@ -1681,7 +1682,8 @@ def wrap(model, args, run):
                                       cast_forward_inputs=False)
         for block in blocks:
             fully_shard(block, mesh=mesh, mp_policy=policy)
-        return fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+        return fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False),
+                           reshard_after_forward=True)
     if run.world > 1:
         ids = [run.device] if run.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False,
