@@ -295,10 +295,10 @@ SCRIPTS = {
             ("--output_dir {run} --eval --lora_rank 4", "--lora_rank 4 does not fit .* trained with 2", None),
             ("--model i2v_a14b --weights_from {data}", "cannot load Wan's .* from .*hf download", None),
         ]),
-    "vidar": dict(                               # --lr: at 1 AdamW makes steps of gradients that are rounding
+    "vidar": dict(
         tiny="--preset tiny --dtype float32 --size 48,32 --frames 9 --sim_episodes 10 --sim_poses 8 "
              "--text_length 16 --idm_frames 4 --idm_batch_size 4 --max_steps 4 --idm_steps 4 "
-             "--mask_steps 1,3 --batch_size 4 --lr .002 --warmup_steps 1000 --log_every 1 --eval_every 2 "
+             "--mask_steps 1,3 --batch_size 4 --lr 1 --warmup_steps 1000 --log_every 1 --eval_every 2 "
              "--save_every 2 --keep_last 0 --steps 2 --worlds 1 --num_samples 1",
         stages=("idm", "."), reuse="--idm {run}/idm/final/idm.pt", double="--batch_size 8", typed=False,
         batch_norm=True,
