@@ -1956,25 +1956,24 @@ def dry_run(args):
         z = torch.randn(B, config.in_channels, (args.frames - 1) // 4 + 1, H // side, W // side)
         batch = {"latents": z, "valid": torch.ones(B, z.shape[2], dtype=torch.bool), "arm": z[:, :1],
                  "text": torch.randn(B, args.text_length, config.text_dim)}
+        sigma = torch.rand(B)
 
-        def loss():
-            with torch.autocast("cpu", torch.bfloat16, enabled=args.model != "tiny"):
-                return model(batch, z, torch.rand(B))[0]
+    def loss():
+        with torch.autocast("cpu", torch.bfloat16, enabled=args.model != "tiny"):
+            return model(batch, z, sigma)[0]
 
-        tokens = z[0, 0].numel() // 4
+    tokens = z[0, 0].numel() // 4
+    with FlopCounterMode(display=False) as counter:        # sees what the report's own counter sees
         print(common.dry_run_report("stage 1", model, loss, B, tokens, world, args.fsdp))
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            loss()
-    forward = counter.get_total_flops() / B
-    passes = 4 if args.grad_checkpoint else 3              # backward is two forwards, checkpointing a third
-    print(f"  forward {forward / 1e12:.1f} TFLOP per sample, a step {passes} of them; GiB per GPU, and time "
-          f"at 40 % of an H100's or H200's 989 TFLOP/s:")
+    flops = counter.get_total_flops() / B
+    print(f"  {flops / 1e12:.3g} TFLOP per sample; GiB per GPU, and time at 40 % of an H100's or H200's 989 "
+          f"TFLOP/s:")
     P, D = common.count_params(model), config.num_attention_heads * config.attention_head_dim
     for preset, (gpus, room) in MACHINES.items() if args.model != "tiny" else ():
         micro = PRESETS[preset]["batch_size"]
         states, ema = 16 * P / gpus / 2 ** 30, 4 * P / gpus / 2 ** 30
         inputs, block = 2 * micro * config.num_layers * tokens * D / 2 ** 30, 2.7 / 2 * micro * tokens / 9660
-        seconds = EFFECTIVE_BATCH * forward * passes / gpus / (.4 * 989e12)
+        seconds = EFFECTIVE_BATCH * flops / gpus / (.4 * 989e12)
         print(f"    {preset:>8}: weights, gradients, moments {states:5.1f} + EMA {ema:4.1f} + block inputs "
               f"{inputs:4.1f} + a block's own {block:4.1f} = {states + ema + inputs + block:5.1f} of {room}; "
               f"{seconds:6.1f} s a step of {EFFECTIVE_BATCH}, {seconds * args.max_steps / 3600:.1f} h in all")
