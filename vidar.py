@@ -1178,7 +1178,11 @@ def read_ahead(read, jobs):
 
 
 def read_windows(episode, starts, args):
-    return [read_window(episode, int(start), args.frames, video_size(args), args.layout) for start in starts]
+    """An episode's windows, as read_window's. Its file is decoded once, from the first to the last's end."""
+    first, T = int(min(starts)), args.frames
+    span = read_window(episode, first, int(max(starts)) - first + T, video_size(args), args.layout)
+    return [{name: value if value is None else value[start - first:start - first + T]
+             for name, value in span.items()} for start in starts]
 
 
 def idm_pictures(episode, args, size):
