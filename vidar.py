@@ -1880,9 +1880,8 @@ def idm_stage(args, run, frames):
         held, truth = frames["val"]
         read = [own(take(held, np.s_[i:i + IDM_CHUNK])) for i in range(0, len(held), IDM_CHUNK)]
         read, mask = (torch.cat([part[i].cpu() for part in read]) for i in (0, 1))
-        normal = lambda actions: (actions - own.train_mean.cpu()) / own.train_std.cpu()
-        scores = {"loss": idm_loss(normal(read), normal(truth), mask, args.mask_weight).item(),
-                  **idm_scores(read, truth, mask)}
+        normal = [own.normalize(actions.to(run.device)) for actions in (read, truth)]
+        scores = {"loss": idm_loss(*normal, mask, args.mask_weight).item(), **idm_scores(read, truth, mask)}
         return {f"val_{name}": value for name, value in scores.items()}
 
     return model.to(run.device), losses, validate
