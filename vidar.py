@@ -541,17 +541,19 @@ def official_names(weights):
 
 
 def check_fit(path, model, weights, names=None):
-    """UserError that lists up to three names or shapes of {name: tensor} which are not the model's. names:
-    what the file calls them."""
+    """UserError in one line unless {name: tensor} has the model's names and shapes: up to three of what is
+    missing, foreign and of another shape. names: what the file calls them."""
     own, theirs = ({name: tuple(getattr(value, "shape", ())) for name, value in part.items()}
                    for part in (model.state_dict(), weights))
-    faults = [f"{(names or {}).get(name, name)} is " + (
-        "missing" if name not in theirs else "foreign" if name not in own
-        else f"{theirs[name]}, not {own[name]}")
-        for name in sorted(own.keys() | theirs.keys()) if own.get(name) != theirs.get(name)]
-    if faults:
-        more = f", and {len(faults) - 3} more" if len(faults) > 3 else ""
-        raise UserError(f"{path} is not for this model: {', '.join(faults[:3])}{more}")
+    called = lambda name: (names or {}).get(name, name)
+    faults = {"missing": sorted(own.keys() - theirs.keys()),
+              "foreign": sorted(called(name) for name in theirs.keys() - own.keys()),
+              "of another shape": [f"{called(name)} {theirs[name]}, not {own[name]}" for name in sorted(own)
+                                   if theirs.get(name, own[name]) != own[name]]}
+    listed = [f"{kind}: {', '.join(found[:3])}" + f" and {len(found) - 3} more" * (len(found) > 3)
+              for kind, found in faults.items() if found]
+    if listed:
+        raise UserError(f"{path} is not for this model: {'; '.join(listed)}")
 
 
 def read_vidar(path, model):
