@@ -558,8 +558,8 @@ def check_fit(path, model, weights, names=None):
 
 def read_vidar(path, model):
     """vidar.pt, vidarc.pt or a .safetensors, official or diffusers' names, fitted to the transformer `model`
-    -> {diffusers' name: tensor}. What wraps them is taken off, and said; UserError where a name or a shape
-    does not fit, which upstream's strict=False ignores."""
+    -> {diffusers' name: tensor}, whether something that wrapped them was taken off. UserError where a name or
+    a shape does not fit, which upstream's strict=False ignores."""
     path = Path(path)
     try:
         weights = common.read_official(path, "transformer", None, {})
@@ -567,12 +567,19 @@ def read_vidar(path, model):
             path, map_location="cpu", weights_only=True, mmap=True).keys()
     except Exception as error:           # zip, pickle, safetensors and OS raise their own
         raise UserError(f"cannot read the weights {path}: {str(error).splitlines()[0][:100]}") from error
-    if not bare:
-        print(f"{path}: its weights lie in a dictionary or under a prefix, which is taken off")
     file_names = common.diffusers_names({name: name for name in weights}, "transformer")
     named = {name: weights[original] for name, original in file_names.items()}
     check_fit(path, model, named, file_names)
-    return named
+    return named, not bare
+
+
+def check_vidar(args):
+    """UserError unless --vidar's file fits the model, which is made on the meta device: to be known before
+    the cache, which takes hours, and not after it."""
+    shape = argparse.Namespace(**{**vars(args), "random_init": True})
+    dit = wan_part(shape, argparse.Namespace(device=torch.device("meta")), "transformer")
+    if read_vidar(args.vidar, dit)[1]:
+        print(f"{args.vidar}: its weights lie in a dictionary or under a prefix, which is taken off")
 
 
 def make_video_model(args, run):
@@ -581,7 +588,7 @@ def make_video_model(args, run):
     frozen = args.lora_rank and args.model != "tiny"
     dit = wan_part(args, run, "transformer", torch.bfloat16 if frozen else torch.float32)
     if args.vidar:
-        dit.load_state_dict(read_vidar(args.vidar, dit))
+        dit.load_state_dict(read_vidar(args.vidar, dit)[0])
     dit.requires_grad_(not args.lora_rank)
     if args.lora_rank:
         from peft import LoraConfig
@@ -1917,6 +1924,8 @@ def run_stages(args, run, parts, found, only=False):
     folder = Path(args.output_dir)
     if run.rank == 0 and not only:
         common.write_json(folder / "args.json", {**public_flags(args), **common.provenance()})
+        if args.vidar and args.stage != "idm":
+            check_vidar(args)
     idm = load_idm(args.idm, idm_config(args)).to(run.device) if args.idm else None
     if args.stage == "idm":
         idm = run_stage(args, run, "idm", folder, build_frames(args, run, parts), found, only)
