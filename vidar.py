@@ -506,9 +506,9 @@ def idm_config(args):
     return {**IDM_TINY, "size": video_size(args)} if args.model == "tiny" else IDM_FULL
 
 
-def load_codec(args, run):
+def load_codec(args, run, cache="cache"):
     if args.model == "tiny":
-        return common.LinearCodec(common.load_weights(Path(args.data_dir) / "cache/codec.safetensors"))
+        return common.LinearCodec(common.load_weights(Path(args.data_dir) / cache / "codec.safetensors"))
     vae = wan_part(args, run, "vae", torch.bfloat16).requires_grad_(False)
     vae.enable_tiling()                  # 81 frames of 736x640 at once would not fit
     return vae
@@ -1205,24 +1205,35 @@ def idm_pictures(episode, args, size):
     return frames.numpy(), window["actions"][keep]
 
 
-def start_cache(run, parts, index, flags):
-    """Whether what `index` describes was made of other episodes or flags -> None, or what it is made of now;
-    the old files are then removed."""
+def start_cache(run, parts, folder, flags):
+    """Whether what folder/index.json describes was made of other episodes or flags -> None, or what it is
+    made of now and an empty folder beside, to be filled: the old one stays until finish_cache."""
     files = [[episode.id, episode.instruction, zlib.crc32(episode.actions.tobytes()),
               *((path.stat().st_size, path.stat().st_mtime_ns)
                 for path in (episode.video, episode.mask) if path)]
              for part in parts.values() for episode in part]
     made_of = json.loads(json.dumps({"episodes": files, **flags}))
+    index, new = folder / "index.json", folder.with_name(f"{folder.name}.tmp")
     if index.is_file() and json.loads(index.read_text())["made_of"] == made_of:
         return None
     run.barrier()
     if run.rank == 0:
         if index.is_file():
-            print(f"{index.parent} was made of other data or flags: making it anew")
-        shutil.rmtree(index.parent, ignore_errors=True)
-        index.parent.mkdir(parents=True)
+            print(f"{folder} was made of other data or flags: making it anew")
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(parents=True)
     run.barrier()
-    return made_of
+    return made_of, new
+
+
+def finish_cache(run, folder, made_of, new):
+    """The filled folder `new` takes the old one's place."""
+    run.barrier()
+    if run.rank == 0:
+        common.write_json(new / "index.json", {"made_of": made_of})
+        shutil.rmtree(folder, ignore_errors=True)
+        new.rename(folder)
+    run.barrier()
 
 
 def build_frames(args, run, parts):
@@ -1230,19 +1241,18 @@ def build_frames(args, run, parts):
     -> {part: (frames, memory-mapped; actions)}."""
     folder, size = Path(args.data_dir) / "idm_cache", idm_config(args)["size"]
     flags = {name: getattr(args, name) for name in ("size", "layout", "idm_frames")} | {"idm_size": size}
-    made_of = start_cache(run, parts, folder / "index.json", flags)
-    if made_of and run.rank == 0:
-        for part, episodes in parts.items():
+    if started := start_cache(run, parts, folder, flags):
+        made_of, new = started
+        for part, episodes in parts.items() if run.rank == 0 else ():
             frames = sum(min(args.idm_frames, episode.length()) for episode in episodes)
-            file = np.lib.format.open_memmap(folder / f"{part}.npy", "w+", np.uint8, (frames, 3, *size))
+            file = np.lib.format.open_memmap(new / f"{part}.npy", "w+", np.uint8, (frames, 3, *size))
             actions, jobs = [], [(episode, args, size) for episode in episodes]
             for some, own in tqdm(read_ahead(idm_pictures, jobs), f"frames, {part}", len(jobs)):
                 at = sum(map(len, actions))
                 file[at:at + len(some)] = some
                 actions.append(own)
-            np.save(folder / f"{part}_actions.npy", np.concatenate(actions))
-        common.write_json(folder / "index.json", {"made_of": made_of})
-    run.barrier()
+            np.save(new / f"{part}_actions.npy", np.concatenate(actions))
+        finish_cache(run, folder, made_of, new)
     return {part: (np.load(folder / f"{part}.npy", mmap_mode="r"),
                    torch.from_numpy(np.load(folder / f"{part}_actions.npy"))) for part in parts}
 
@@ -1259,24 +1269,25 @@ def arm_of(window, idm, device):
 def build_cache(args, run, parts, idm):
     """Latents, text embeddings and arm masks of all windows, written once; then VAE and text encoder leave
     memory. cache/<part>_<number>.safetensors holds an episode: latents n C F h w, valid n F: latent frames
-    without padding, text L D, with --eta also arm n 1 F h w. index.json is written last."""
+    without padding, text L D, with --eta also arm n 1 F h w."""
     folder = Path(args.data_dir) / "cache"
     flags = {name: getattr(args, name) for name in CACHE_FLAGS}
     if args.eta:                                 # an IDM is known by what its weights sum to
         flags["arm"] = idm and sum(p.double().abs().sum().item() for p in idm.parameters())
-    made_of = start_cache(run, parts, folder / "index.json", flags)
-    if made_of is None:
+    started = start_cache(run, parts, folder, flags)
+    if not started:
         return
+    made_of, new = started
     if args.model == "tiny" and run.rank == 0:
         some = tasks(parts["train"])[::max(1, len(parts["train"]) // 40)]
         videos = np.stack([read_windows(episode, [0], args)[0]["video"] for episode in some])
         codec = common.LinearCodec.fit(from_uint8(torch.from_numpy(videos).movedim(-1, 2)),
                                        TINY["transformer"]["in_channels"])
-        common.save_weights(folder / "codec.safetensors", codec.tensors)
+        common.save_weights(new / "codec.safetensors", codec.tensors)
     run.barrier()
-    vae, encode_prompt = load_codec(args, run), text_encoder(args, run)
+    vae, encode_prompt = load_codec(args, run, new.name), text_encoder(args, run)
     if run.rank == 0:
-        common.save_weights(folder / "empty.safetensors", {"text": encode_prompt("")})
+        common.save_weights(new / "empty.safetensors", {"text": encode_prompt("")})
     jobs = [(part, number, episode, choose_starts(number, episode, part, args))
             for part, episodes in parts.items() for number, episode in enumerate(tasks(episodes))]
     jobs = jobs[run.rank::run.world]
@@ -1294,12 +1305,9 @@ def build_cache(args, run, parts, idm):
                 tensors["arm"].append(arm_to_latent(arm[None], tensors["latents"][-1].shape[-2:])[0].half())
         tensors = {name: torch.stack(values) for name, values in tensors.items() if values}
         text = full_prompt(episode.instruction, args, episode.views)
-        common.save_weights(folder / f"{part}_{number:05d}.safetensors",
+        common.save_weights(new / f"{part}_{number:05d}.safetensors",
                             {**tensors, "text": encode_prompt(text)})
-    run.barrier()
-    if run.rank == 0:
-        common.write_json(folder / "index.json", {"made_of": made_of})
-    run.barrier()
+    finish_cache(run, folder, made_of, new)
 
 
 class Windows:
