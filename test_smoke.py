@@ -10,6 +10,7 @@ import colorsys
 import contextlib
 import copy
 import functools
+import http.server
 import importlib
 import itertools
 import json
@@ -25,6 +26,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -34,12 +36,14 @@ PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"      # torchrun lie
 os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
                "PYTHONPATH": str(HERE), "PATH": PATH}
 
-import imageio.v3 as iio      # with all that follows, after the environment that it reads
+import h5py                   # with all that follows, after the environment that it reads
+import imageio.v3 as iio
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import nn
 
 import common
@@ -47,10 +51,6 @@ import cosmos_lite as cosmos
 import river_smoke as river
 import sim_physics_heads as physics
 import vidar
-import h5py
-import http.server
-import threading
-import yaml
 import well_i2v as well
 
 VAE21 = {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2,

@@ -1714,7 +1714,6 @@ def wrap(model, args, run):
 
 # ---- train ----------------------------------------------------------------------------------------------
 
-
 def fill_moments(optimizer):
     """Gives AdamW the moments it would make at a parameter's first gradient. A checkpoint saved before the
     mask's first step lacks them, and torch's loader would then count the mask one step too far."""
