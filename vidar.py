@@ -58,7 +58,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import common
-from common import UserError, expand_to, from_uint8
+from common import UserError, expand_to, from_uint8, to_uint8
 
 SCRIPT = "vidar"
 FPS = 10                                 # of windows, whatever the files have
@@ -79,10 +79,10 @@ PRESETS = {
     # small model's mean of the futures is nearer to each than a sharp one of them.
     "tiny": dict(
         model="tiny", stage="all", data_dir="data/vidar", size="112,96", frames=29, prompt_views="none",
-        windows=1, text_length=64, batch_size=4, any_batch=True, max_steps=1200, lr=2e-3,
+        windows=2, text_length=64, batch_size=4, any_batch=True, max_steps=1200, lr=4e-3,
         warmup_steps=50, weight_decay=.01, ema_decay=.99, beta2=.98, shift=3.0, steps=4, cfg=1.,
-        idm_steps=1500, idm_lr=2e-3, idm_batch_size=32, idm_frames=200, idm_jitter=0., mask_steps="480,570",
-        mask_weight=.3, eval_every=200, save_every=200, worlds=8),
+        idm_steps=1500, idm_lr=2e-3, idm_batch_size=32, idm_frames=200, idm_decoded=True, idm_jitter=0.,
+        mask_steps="480,570", mask_weight=.3, eval_every=200, save_every=200, worlds=8),
     "2xh200": {**PAPER, "batch_size": 8, "grad_accum": 8},
     "8xh100": {**PAPER, "batch_size": 8, "grad_accum": 2},
     "64xh100": {**PAPER, "batch_size": 2, "grad_accum": 1},
@@ -115,6 +115,7 @@ def build_parser():
         help="the head camera that the prompt's prefix names (none: no prefix)")
     add("--windows", type=int, default=4, help="cached windows of a training episode; their start varies")
     add("--sim_episodes", type=int, default=400, help="episodes of the simulated set")
+    add("--sim_frames", type=int, default=45, help="frames of each")
     add("--sim_poses", type=int, default=10000, help="random poses beside them, for the IDM alone")
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=["ti2v_5b", "tiny"], default="ti2v_5b", help="tiny: the same classes, small")
@@ -133,6 +134,8 @@ def build_parser():
     add("--idm_lr", type=float, default=5e-4, help="likewise")
     add("--idm_batch_size", type=int, default=16, help="frames per process")
     add("--idm_frames", type=int, default=64, help="frames of an episode that it learns from")
+    add("--idm_decoded", action=argparse.BooleanOptionalAction, default=False,
+        help="it also learns from training episodes as the video codec shows them")
     add("--idm_jitter", type=float, default=.5, help="share of its pictures whose colours are changed")
     add("--mask_steps", default="0,0", metavar="A,B",
         help="of the IDM's training, in which its mask learns: open before A, still from B on (0: all)")
@@ -160,7 +163,8 @@ def video_size(args):
 def check_args(args):
     """One clear line for values that no run can mean."""
     for name in ("batch_size", "grad_accum", "max_steps", "windows", "text_length", "steps", "candidates",
-                 "num_samples", "sim_episodes", "sim_poses", "idm_steps", "idm_batch_size", "idm_frames"):
+                 "num_samples", "sim_episodes", "sim_frames", "sim_poses", "idm_steps", "idm_batch_size",
+                 "idm_frames"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
     for name in ("seed", "lr", "idm_lr", "eta", "lora_rank", "mask_weight", "worlds", "warmup_steps",
@@ -254,7 +258,8 @@ class VideoModel(nn.Module):
         z = batch["latents"]
         x, frames = add_noise(z, noise, sigma)
         v = run_backbone(self.dit, x, 1000 * frames, batch["text"], self.checkpointing)
-        return flow_loss(v, noise - z, batch["valid"], batch.get("arm"), self.eta)
+        arm = batch["arm"][:, :, 1:] if self.eta else None
+        return flow_loss(v[:, :, 1:], (noise - z)[:, :, 1:], batch["valid"][:, 1:], arm, self.eta)
 
 
 # ---- model: inverse dynamics ----------------------------------------------------------------------------
@@ -353,6 +358,13 @@ class MaskedResNet(nn.Module):
         self.resnet_model = ResNet(config["width"], config["blocks"], config["pool"], config["size"])
 
 
+def at_size(frames, size):
+    """n 3 H W -> n 3 h w, anti-aliased."""
+    if frames.shape[-2:] == size:
+        return frames
+    return F.interpolate(frames, size, mode="bilinear", antialias=True, align_corners=False)
+
+
 class IDM(nn.Module):
     """Which joint targets a picture shows, and where in it the arm is. One frame suffices: targets are
     absolute, and every joint is in view."""
@@ -374,8 +386,7 @@ class IDM(nn.Module):
 
     def preprocess(self, frames):
         """B 3 H W in [0, 1] -> the network's input size, aspect not kept, in ImageNet's mean and std."""
-        if frames.shape[-2:] != self.size:
-            frames = F.interpolate(frames, self.size, mode="bilinear", antialias=True, align_corners=False)
+        frames = at_size(frames, self.size)
         mean, std = (expand_to(frames.new_tensor(v), frames[0])[None] for v in (IMAGENET_MEAN, IMAGENET_STD))
         return ((frames - mean) / std).contiguous(memory_format=torch.channels_last)
 
@@ -506,9 +517,9 @@ def idm_config(args):
     return {**IDM_TINY, "size": video_size(args)} if args.model == "tiny" else IDM_FULL
 
 
-def load_codec(args, run, cache="cache"):
+def load_codec(args, run):
     if args.model == "tiny":
-        return common.LinearCodec(common.load_weights(Path(args.data_dir) / cache / "codec.safetensors"))
+        return common.LinearCodec(common.load_weights(Path(args.data_dir) / "codec/codec.safetensors"))
     vae = wan_part(args, run, "vae", torch.bfloat16).requires_grad_(False)
     vae.enable_tiling()                  # 81 frames of 736x640 at once would not fit
     return vae
@@ -582,6 +593,16 @@ def check_vidar(args):
         print(f"{args.vidar}: its weights lie in a dictionary or under a prefix, which is taken off")
 
 
+def start_small(dit):
+    """A start for weights that no one has trained: small blocks on a stream that begins as the patches do, so
+    that noise, which the velocity contains, passes from the first step on. Saves half of the steps."""
+    for name, p in dit.named_parameters():
+        if name.endswith("scale_shift_table"):
+            nn.init.zeros_(p)
+        elif name.startswith("blocks.") and p.ndim == 2:
+            nn.init.normal_(p, std=.5 / math.sqrt(p.shape[1]))
+
+
 def make_video_model(args, run):
     """VideoModel with what is trained requiring grad, in fp32: at a learning rate of 2e-5 most steps of a
     bf16 weight round to none. Beside adapters the model is frozen, and bf16 as it was published."""
@@ -589,6 +610,8 @@ def make_video_model(args, run):
     dit = wan_part(args, run, "transformer", torch.bfloat16 if frozen else torch.float32)
     if args.vidar:
         dit.load_state_dict(read_vidar(args.vidar, dit)[0])
+    elif args.model == "tiny":
+        start_small(dit)
     dit.requires_grad_(not args.lora_rank)
     if args.lora_rank:
         from peft import LoraConfig
@@ -634,13 +657,13 @@ def flow_loss(v, target, valid, arm=None, eta=0.):
     """|(1 + eta U) (v - (eps - z))|^2, Eq. 7; with eta 0 Eq. 1. v, target B C F h w; valid B F bool: latent
     frames without padding; arm B 1 F h w: U -> loss, {the unweighted one}, fp32.
 
-    Latent frame 0 is given and has no loss. Mean over what is left of a clip, then over clips: two processes
-    of 8 clips agree with one of 16. The weight is inside the norm: with eta 3 up to 16 on the arm."""
-    error = (v.float() - target)[:, :, 1:].square().mean(1)                    # B F-1 h w
-    known = valid[:, 1:, None, None].float().expand_as(error)
+    Mean over what is left of a clip, then over clips: two processes of 8 clips agree with one of 16. The
+    weight is inside the norm: with eta 3 up to 16 on the arm."""
+    error = (v.float() - target).square().mean(1)                              # B F h w
+    known = valid[:, :, None, None].float().expand_as(error)
     mean = lambda e: ((e * known).flatten(1).sum(1) / known.flatten(1).sum(1).clamp(min=1)).mean()
     plain = mean(error)
-    loss = mean(error * (1 + eta * arm[:, 0, 1:].float()) ** 2) if eta else plain
+    loss = mean(error * (1 + eta * arm[:, 0].float()) ** 2) if eta else plain
     return loss, {"flow_loss": plain.detach()}
 
 
@@ -698,7 +721,7 @@ REST = np.concatenate([FOLDED, [1.], -FOLDED, [1.]])
 SPEED = np.tile([*[.17] * 6, .3], 2)                # the expert's most, radians or gripper share per frame
 RATE = 1.25 * SPEED                                 # the robot's: what is further off is not reached in time
 GRIPS, OPENS = .45, .6                              # a gripper holds below the one, lets go above the other
-GRASP, PLATE, BLOCK = .11, .15, .065                # radii of a grasp and of the plate; a block's half side
+GRASP, PLATE, BLOCK = .13, .15, .065                # radii of a grasp and of the plate; a block's half side
 SQUARE = .24                                        # of the table's pattern, which is even in x
 BLOCKS = {"red": (205, 40, 40), "green": (50, 160, 60), "blue": (40, 80, 215), "yellow": (235, 200, 30)}
 PAINT = (((75, 25, 120), (215, 165, 245), (145, 70, 205)), ((0, 80, 85), (150, 230, 220), (20, 160, 155)))
@@ -810,8 +833,8 @@ class ArmWorld:
         names = [str(name) for name in rng.choice(list(BLOCKS), 2, replace=False)]
         self.colours = [BLOCKS[name] for name in names]
         self.text = f"using {('left', 'right')[self.arm]} arm, put the {names[0]} block on the plate."
-        self.rest = REST + rng.normal(0, .2, ACTION_DIM)
-        self.state = self.rest + rng.normal(0, .15, ACTION_DIM)
+        self.rest = REST + rng.normal(0, .1, ACTION_DIM)
+        self.state = self.rest + rng.normal(0, .1, ACTION_DIM)
         self.rest[[6, 13]], self.state[[6, 13]] = rng.random((2, 2))       # the idle gripper moves as well
         self.held, self.grip = [None, None], [0j, 0j]      # of each arm: number of a block, where it holds it
         apart, move = [0], 1
@@ -898,10 +921,10 @@ class ArmWorld:
             pose = self.state[7 * arm:7 * arm + 7]
             ends, hand, ahead = chain(pose, arm)
             for j, (p, q) in enumerate(zip(ends[:-1], ends[1:])):
-                shapes.append((p, q, .05 - .004 * j, PAINT[arm][j % 3], True))
+                shapes.append((p, q, .07 - .005 * j, PAINT[arm][j % 3], True))
             across = 1j * (.025 + .07 * pose[6]) * ahead
-            shapes += [(ends[-1] - across, ends[-1] + across, .018, FINGERS, True)]
-            shapes += [(ends[-1] + side, ends[-1] + side + 1.5 * HAND * ahead, .018, FINGERS, True)
+            shapes += [(ends[-1] - across, ends[-1] + across, .022, FINGERS, True)]
+            shapes += [(ends[-1] + side, ends[-1] + side + 1.5 * HAND * ahead, .022, FINGERS, True)
                        for side in (-across, across)]
             hands.append((hand, ahead))
         H, W = self.size
@@ -927,7 +950,8 @@ POSES = 200                                        # random ones of an episode t
 
 def simulate(root, episodes, poses, frames, size, seed):
     """Writes episodes of the simulated robot in the document's layout, and after them `poses` random poses,
-    POSES to an episode: whole, or not at all. They may be there; UserError where others are.
+    POSES to an episode: whole, or not at all. They may be there; UserError where others are. In a third of
+    the episodes the block is moved on the way, and the expert turns to where it is then.
 
     root/episodes/ep_0001/{video.mp4, actions.npy (T, 14) float32, the joint state that frame t shows,
     instruction.txt, mask.npz (bits of arm T H W)}, root/manifest.json
@@ -952,15 +976,18 @@ def simulate(root, episodes, poses, frames, size, seed):
 def record(root, number, random, made_of):
     """Writes an episode of the expert, or of random poses -> its row of the manifest."""
     seed, size, frames = made_of["seed"], made_of["size"], POSES if random else made_of["frames"]
-    world, rng = ArmWorld((seed, number), size), np.random.default_rng((seed, number, 1))
-    plan = [reached(rng, arm) for arm in (0, 1)] if random else world.expert(frames)
-    shown = []
+    rng = np.random.default_rng((seed, number, 1))
+    moved = int(rng.integers(3, frames // 2)) if number % 3 == 2 else None
+    world = ArmWorld((seed, number), size, moved)
+    poses, shown = [reached(rng, arm) for arm in (0, 1)] if random else None, []
     for t in range(frames):
         if random:
-            world.pose(rng, plan)
+            world.pose(rng, poses)
         shown.append((*world.render(), np.float32(world.state)))
         if not random:
-            world.step(plan[t])
+            if t in (0, moved):
+                plan = iter(world.expert(frames - t))
+            world.step(next(plan))
     video, masks, actions = (np.stack(column) for column in zip(*shown))
     folder = root / f"episodes/ep_{number + 1:04d}"
     # Whole chroma: at half its resolution a link of three pixels loses its colour.
@@ -1200,9 +1227,7 @@ def idm_pictures(episode, args, size):
     T = len(window["video"])
     keep = np.linspace(0, T - 1, min(args.idm_frames, T)).round().astype(int)
     frames = torch.from_numpy(window["video"][keep]).movedim(-1, 1)
-    if frames.shape[-2:] != size:
-        frames = F.interpolate(frames, size, mode="bilinear", antialias=True, align_corners=False)
-    return frames.numpy(), window["actions"][keep]
+    return at_size(frames, size).numpy(), window["actions"][keep]
 
 
 def start_cache(run, parts, folder, flags):
@@ -1236,18 +1261,50 @@ def finish_cache(run, folder, made_of, new):
     run.barrier()
 
 
+def fit_codec(args, run, parts):
+    """The tiny preset's codec, fitted once to training episodes: codec/codec.safetensors."""
+    folder = Path(args.data_dir) / "codec"
+    flags = {"channels": TINY["transformer"]["in_channels"], "size": args.size, "layout": args.layout,
+             "frames": args.frames}
+    if args.model == "tiny" and (started := start_cache(run, parts, folder, flags)):
+        made_of, new = started
+        if run.rank == 0:
+            some = tasks(parts["train"])[::max(1, len(parts["train"]) // 40)]
+            videos = np.stack([read_windows(episode, [0], args)[0]["video"] for episode in some])
+            codec = common.LinearCodec.fit(from_uint8(torch.from_numpy(videos).movedim(-1, 2)),
+                                           flags["channels"])
+            common.save_weights(new / "codec.safetensors", codec.tensors)
+        finish_cache(run, folder, made_of, new)
+
+
+def decoded_frames(window, vae, run, size):
+    """What the codec makes of a window -> its valid frames n 3 h w uint8 at the IDM's size,
+    actions n 14."""
+    video = from_uint8(torch.from_numpy(window["video"]).movedim(-1, 1))[None].to(run.device)
+    frames = common.wan_decode(vae, common.wan_encode(vae, video))[0].cpu()[window["valid"]]
+    return to_uint8(at_size(frames, size)).numpy(), window["actions"][window["valid"]]
+
+
 def build_frames(args, run, parts):
-    """Frames for the IDM, written once: idm_cache/<part>.npy n 3 h w uint8, <part>_actions.npy n 14.
+    """Frames for the IDM, written once: idm_cache/<part>.npy n 3 h w uint8, <part>_actions.npy n 14; with
+    --idm_decoded those of the tasks are there for training a second time, as the codec shows them.
     -> {part: (frames, memory-mapped; actions)}."""
     folder, size = Path(args.data_dir) / "idm_cache", idm_config(args)["size"]
-    flags = {name: getattr(args, name) for name in ("size", "layout", "idm_frames")} | {"idm_size": size}
+    names = ("size", "layout", "idm_frames", "idm_decoded", "frames")
+    flags = {name: getattr(args, name) for name in names} | {"idm_size": size}
     if started := start_cache(run, parts, folder, flags):
         made_of, new = started
         for part, episodes in parts.items() if run.rank == 0 else ():
+            again = tasks(episodes) if part == "train" and args.idm_decoded else []
             frames = sum(min(args.idm_frames, episode.length()) for episode in episodes)
+            frames += sum(min(args.frames, episode.length()) for episode in again)
             file = np.lib.format.open_memmap(new / f"{part}.npy", "w+", np.uint8, (frames, 3, *size))
-            actions, jobs = [], [(episode, args, size) for episode in episodes]
-            for some, own in tqdm(read_ahead(idm_pictures, jobs), f"frames, {part}", len(jobs)):
+            real = read_ahead(idm_pictures, [(episode, args, size) for episode in episodes])
+            vae = again and load_codec(args, run)
+            shown = (decoded_frames(window, vae, run, size)
+                     for window, in read_ahead(read_windows, [(episode, [0], args) for episode in again]))
+            count, actions = len(episodes) + len(again), []
+            for some, own in tqdm(itertools.chain(real, shown), f"frames, {part}", count):
                 at = sum(map(len, actions))
                 file[at:at + len(some)] = some
                 actions.append(own)
@@ -1269,23 +1326,17 @@ def arm_of(window, idm, device):
 def build_cache(args, run, parts, idm):
     """Latents, text embeddings and arm masks of all windows, written once; then VAE and text encoder leave
     memory. cache/<part>_<number>.safetensors holds an episode: latents n C F h w, valid n F: latent frames
-    without padding, text L D, with --eta also arm n 1 F h w."""
+    without padding, text L D, with an IDM or --eta also arm n 1 F h w."""
     folder = Path(args.data_dir) / "cache"
     flags = {name: getattr(args, name) for name in CACHE_FLAGS}
-    if args.eta:                                 # an IDM is known by what its weights sum to
+    arms = args.eta or idm is not None
+    if arms:                                     # an IDM is known by what its weights sum to
         flags["arm"] = idm and sum(p.double().abs().sum().item() for p in idm.parameters())
     started = start_cache(run, parts, folder, flags)
     if not started:
         return
     made_of, new = started
-    if args.model == "tiny" and run.rank == 0:
-        some = tasks(parts["train"])[::max(1, len(parts["train"]) // 40)]
-        videos = np.stack([read_windows(episode, [0], args)[0]["video"] for episode in some])
-        codec = common.LinearCodec.fit(from_uint8(torch.from_numpy(videos).movedim(-1, 2)),
-                                       TINY["transformer"]["in_channels"])
-        common.save_weights(new / "codec.safetensors", codec.tensors)
-    run.barrier()
-    vae, encode_prompt = load_codec(args, run, new.name), text_encoder(args, run)
+    vae, encode_prompt = load_codec(args, run), text_encoder(args, run)
     if run.rank == 0:
         common.save_weights(new / "empty.safetensors", {"text": encode_prompt("")})
     jobs = [(part, number, episode, choose_starts(number, episode, part, args))
@@ -1300,7 +1351,7 @@ def build_cache(args, run, parts, idm):
             tensors["latents"].append(common.wan_encode(vae, video)[0].to(dtype).cpu())
             valid = torch.from_numpy(window["valid"])
             tensors["valid"].append(torch.cat([valid[:1], valid[1:].unflatten(0, (-1, 4)).all(1)]))
-            if args.eta:
+            if arms:
                 arm = arm_of(window, idm, run.device)
                 tensors["arm"].append(arm_to_latent(arm[None], tensors["latents"][-1].shape[-2:])[0].half())
         tensors = {name: torch.stack(values) for name, values in tensors.items() if values}
@@ -1933,6 +1984,7 @@ def run_stages(args, run, parts, found, only=False):
         common.write_json(folder / "args.json", {**public_flags(args), **common.provenance()})
         if args.vidar and args.stage != "idm":
             check_vidar(args)
+    fit_codec(args, run, parts)
     idm = load_idm(args.idm, idm_config(args)).to(run.device) if args.idm else None
     if args.stage == "idm":
         idm = run_stage(args, run, "idm", folder, build_frames(args, run, parts), found, only)
@@ -1953,7 +2005,7 @@ def run_stages(args, run, parts, found, only=False):
 def prepare(args, run):
     """Episodes (simulated for the tiny preset's own folder) -> {part: [Episode]}."""
     if run.rank == 0 and args.preset == "tiny" and "data_dir" not in args.given:
-        simulate(args.data_dir, args.sim_episodes, args.sim_poses, args.frames, video_size(args), 0)
+        simulate(args.data_dir, args.sim_episodes, args.sim_poses, args.sim_frames, video_size(args), 0)
     run.barrier()
     episodes = find_episodes(args.data_dir)
     parts = split_episodes([e for e in episodes if e.instruction == PLAY] + tasks(episodes))
