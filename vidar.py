@@ -718,11 +718,10 @@ HAND = .09                                          # from the last link's end t
 BASES = (-.48 - .72j, .48 - .72j)
 FOLDED = np.array([1.2, -.6, -.8, -.7, -.2, .3])    # of the left arm; IK stays as near to it as it can
 REST = np.concatenate([FOLDED, [1.], -FOLDED, [1.]])
-SPEED = np.tile([*[.17] * 6, .3], 2)                # the expert's most, radians or gripper share per frame
+SPEED = np.tile([*[.09] * 6, .25], 2)               # the expert's most, radians or gripper share per frame
 RATE = 1.25 * SPEED                                 # the robot's: what is further off is not reached in time
 GRIPS, OPENS = .45, .6                              # a gripper holds below the one, lets go above the other
 GRASP, PLATE, BLOCK = .13, .15, .065                # radii of a grasp and of the plate; a block's half side
-SQUARE = .24                                        # of the table's pattern, which is even in x
 BLOCKS = {"red": (205, 40, 40), "green": (50, 160, 60), "blue": (40, 80, 215), "yellow": (235, 200, 30)}
 PAINT = (((75, 25, 120), (215, 165, 245), (145, 70, 205)), ((0, 80, 85), (150, 230, 220), (20, 160, 155)))
 FINGERS = (25, 25, 30)
@@ -768,12 +767,12 @@ def reached(rng, arm, count=25):
 
 
 def path(start, waypoints, n):
-    """(14,) and a list of (14,) -> n targets (n, 14): softly from one to the next, as SPEED allows."""
+    """(14,) and a list of (14,) -> n targets (n, 14): straight from one to the next, as fast as SPEED allows.
+    Where one stands says how it goes on: a plan made on the way is the rest of the old one."""
     rows = []
     for target in waypoints:
-        steps = math.ceil(math.pi / 2 * np.abs((target - start) / SPEED).max())
-        share = .5 - .5 * np.cos(np.pi * np.arange(1, steps + 1) / max(1, steps))
-        rows += list(start + share[:, None] * (target - start))
+        steps = math.ceil(np.abs((target - start) / SPEED).max() - 1e-6)
+        rows += list(np.linspace(start, target, steps + 1)[1:])
         start = target
     return np.array((rows + [start] * n)[:n])
 
@@ -785,10 +784,7 @@ def camera(shapes, size, centre, ahead, width):
     (H, W), scale = size, size[1] / width
     turn = scale * 1j / complex(ahead)                                # table -> pixels, y up
     pixels = np.complex64((np.arange(W) + .5 - W / 2) + 1j * (H / 2 - np.arange(H) - .5)[:, None])
-    table = pixels * (np.pi / SQUARE / turn) + np.pi / SQUARE * centre
-    picture = np.empty((H, W, 3), np.float32)
-    picture[:] = (198 + 9 * edge(SQUARE * scale / np.pi * np.cos(table.real), -1)
-                  * edge(SQUARE * scale / np.pi * np.cos(table.imag), -1))[..., None]
+    picture = np.full((H, W, 3), 200, np.float32)
     arm = np.zeros((H, W), np.float32)
     for p, q, radius, colour, is_arm in shapes:
         a, b = (p - centre) * turn, ((p if q is None else q) - centre) * turn
@@ -833,15 +829,15 @@ class ArmWorld:
         names = [str(name) for name in rng.choice(list(BLOCKS), 2, replace=False)]
         self.colours = [BLOCKS[name] for name in names]
         self.text = f"using {('left', 'right')[self.arm]} arm, put the {names[0]} block on the plate."
-        self.rest = REST + rng.normal(0, .1, ACTION_DIM)
-        self.state = self.rest + rng.normal(0, .1, ACTION_DIM)
-        self.rest[[6, 13]], self.state[[6, 13]] = rng.random((2, 2))       # the idle gripper moves as well
+        self.rest = REST + rng.normal(0, .03, ACTION_DIM)
+        self.state = self.rest + rng.normal(0, .05, ACTION_DIM)
+        self.rest[[6, 13]] = self.state[[6, 13]] = 1
         self.held, self.grip = [None, None], [0j, 0j]      # of each arm: number of a block, where it holds it
+        self.plate = complex(*rng.normal(0, .03, 2))                       # in the middle: both arms reach it
         apart, move = [0], 1
         while min(apart) < .27 or move > .35:
-            points = places(rng, [self.arm, self.arm, self.arm, int(rng.integers(2))])
-            self.plate, block, self.shifted, other = points
-            apart = [abs(p - q) for p, q in itertools.combinations(points, 2)]
+            block, self.shifted, other = points = places(rng, [self.arm, self.arm, int(rng.integers(2))])
+            apart = [abs(p - q) for p, q in itertools.combinations([self.plate, *points], 2)]
             move = abs(block - self.shifted)
         self.blocks = [block, other]
 
@@ -889,7 +885,9 @@ class ArmWorld:
         plan = [target(self.rest[own], 1)]
         holding, away = self.held[self.arm] == 0, self.distance() > PLATE
         if holding or away:
-            plan = [target(plate, .2), target(plate, 1), *plan]
+            plan = [target(plate, 1), *plan]
+        if away or holding and self.distance() > .05:
+            plan = [target(plate, .2), *plan]
         if away and not holding:
             plan = [target(block, .2), *plan]
             if abs(chain(self.state[own], self.arm)[1] - self.blocks[0]) > .05:
