@@ -51,6 +51,7 @@ import cosmos_lite as cosmos
 import river_smoke as river
 import sim_physics_heads as physics
 import vidar
+import vidarc
 import well_i2v as well
 
 VAE21 = {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2,
@@ -293,7 +294,7 @@ SCRIPTS = {
         ]),
     "vidar": dict(
         tiny="--preset tiny --dtype float32 --size 48,32 --frames 9 --sim_episodes 10 --sim_poses 8 "
-             "--text_length 16 --idm_frames 4 --idm_batch_size 4 --max_steps 4 --idm_steps 4 "
+             "--sim_frames 9 --text_length 16 --idm_frames 4 --idm_batch_size 4 --max_steps 4 --idm_steps 4 "
              "--mask_steps 1,3 --batch_size 4 --lr 1 --warmup_steps 1000 --log_every 1 --eval_every 2 "
              "--save_every 2 --keep_last 0 --steps 2 --worlds 1 --num_samples 1",
         stages=("idm", "."), reuse="--idm {run}/idm/final/idm.pt", double="--batch_size 8", typed=False,
@@ -335,7 +336,42 @@ SCRIPTS = {
             ("--fsdp --lora_rank 2", "--lora_rank trains on one GPU", None),
             ("--output_dir {run} --eval --lora_rank 2", "--lora_rank 2 does not fit .* trained with 0", None),
         ]),
+    "vidarc": dict(                              # --stage1 follows below
+        tiny="--preset tiny --dtype float32 --size 48,32 --frames 9 --text_length 16 --max_steps 4 "
+             "--batch_size 4 --lr 1 --warmup_steps 1000 --log_every 1 --eval_every 2 --save_every 2 "
+             "--keep_last 0 --steps 2 --rollout_steps 2 --chunk_size 8 --kv_cache_length 8 "
+             "--self_forcing 1 --self_forcing_after 2 --worlds 1 --horizon 12 --moved 4 --num_samples 1 "
+             "--latency_chunks 1",
+        stages=(".",), reuse="", double="--batch_size 8", typed=False,
+        inputs="--vidar {run}/../vidar/final/vidar.safetensors --idm {run}/../vidar/idm/final/idm.pt",
+        headline=("results/psnr_arm", "results/action_accuracy", "results/success_moved_closed_loop",
+                  "results/seconds_first_action_p50", "baselines/imagination/psnr_arm_chunk_1",
+                  "baselines/do_nothing/action_l1", "baselines/open_loop/success_moved_open_loop"),
+        overfit=lambda: overfit_vidarc(),
+        bad=[
+            ("--chunk_latents 3", "--chunk_size 8 is not made of chunks of --chunk_latents 3 .12 frames.", None),
+            ("--chunk_size 16 --self_forcing 0", "--chunk_size 16 does not fit in a window of 8 frames", None),
+            ("--kv_cache_length 4", "--chunk_size 8 does not fit in a window of 4 .* --kv_cache_length", None),
+            ("--kv_cache_length 10", "--kv_cache_length 10 is not made of .* take another multiple of 4$", None),
+            ("--chunk_size 4", "--self_forcing imagines a part of --chunk_size 4.* or --self_forcing 0", None),
+            ("--vidar {data}/none.pt", "--vidar: there is no file .*none.pt.* python vidar.py", None),
+            ("--idm {data}/none.pt", "--idm: there is no file .*none.pt", None),
+            ("--vidar {data}/w.pt", "w.pt is not for this model: of another shape: patch_embedding.bias .3,., ",
+             lambda data, run: shutil.rmtree(data / "cache") or torch.save({          # said before it is made
+                 **torch.load(run / "final/vidarc.pt"), "patch_embedding.bias": torch.ones(3)},
+                 data / "w.pt")),
+            ("--idm {data}/w.pt", "tells 7 actions, not 14", lambda data, run: torch.save(
+                {"train_mean": torch.ones(7)}, data / "w.pt")),
+            ("--size 40,32", "--size takes H,W in multiples of 16, such as 736,640, not 40,32", None),
+            ("--frames 10", "--frames must be 4k [+] 1, not 10", None),
+            ("--context_noise 1.5", "--context_noise must be in .0, 1., not 1.5", None),
+            ("--lr nan", "--lr must not be negative", None),
+            ("--seed -1", "seed", None),
+            ("--steps 0", "--steps must be at least 1", None),
+            ("--output_dir {run} --eval --chunk_latents 2", "--chunk_latents 2 does not fit .* trained with 1", None),
+        ]),
 }
+SCRIPTS["vidarc"]["tiny"] += f" --stage1 '{SCRIPTS['vidar']['tiny']}'"
 vidar.POSES = 8
 vidar.TINY["transformer"].update(num_attention_heads=2, attention_head_dim=24, ffn_dim=144, num_layers=3)
 well.TINY["transformer"].update(num_attention_heads=2, attention_head_dim=24, ffn_dim=96, num_layers=2)
@@ -429,7 +465,8 @@ def trained(tmp_path_factory):
             assert launch(script, "", full=True) == 0
         run = root / "runs" / script
         data = root / json.loads((run / "args.json").read_text())["data_dir"]
-        return Namespace(root=root, run=run, data=data, reuse=SCRIPTS[script]["reuse"].format(run=run))
+        given, reuse = (SCRIPTS[script].get(name, "").format(run=run) for name in ("inputs", "reuse"))
+        return Namespace(root=root, run=run, data=data, inputs=f"--data_dir {data} {given}", reuse=reuse)
     return make
 
 
@@ -444,8 +481,8 @@ def doubled(trained, tmp_path_factory):
     @functools.cache
     def make(script):
         run = tmp_path_factory.mktemp(script) / "doubled"
-        data, double = trained(script).data, SCRIPTS[script]["double"]
-        assert launch(script, f"--data_dir {data} --output_dir {run} {double}") == 0
+        double = SCRIPTS[script]["double"]
+        assert launch(script, f"{trained(script).inputs} --output_dir {run} {double}") == 0
         return run
     return make
 
@@ -578,7 +615,7 @@ def test_resume_equals_no_stop(script, base, tmp_path):
             for export in (*(run / later).glob("*.safetensors"), *(run / later / "final").rglob("*")):
                 if export.is_file():
                     export.unlink()
-        assert launch(script, f"--data_dir {base.data} --output_dir {run}") == 0
+        assert launch(script, f"{base.inputs} --output_dir {run}") == 0
         for later in stages[i:]:
             assert_same(saved(run, later), saved(base.run, later))
         assert_same(exports(run), exports(base.run))
@@ -586,13 +623,13 @@ def test_resume_equals_no_stop(script, base, tmp_path):
 
 def test_one_clip_can_be_evaluated(script, base, tmp_path):
     run = shutil.copytree(base.run, tmp_path / "run")
-    assert launch(script, f"--eval --eval_clips 1 --data_dir {base.data} --output_dir {run}", full=True) == 0
+    assert launch(script, f"--eval --eval_clips 1 {base.inputs} --output_dir {run}", full=True) == 0
 
 
 def test_stages_can_be_reused(script, base, tmp_path):
     """A run that stopped between two stages ends as one that did not stop."""
     run = begun(script, base.run, tmp_path / "run")
-    assert launch(script, f"--data_dir {base.data} --output_dir {run} {base.reuse}") == 0
+    assert launch(script, f"{base.inputs} --output_dir {run} {base.reuse}") == 0
     assert_same(saved(run), saved(base.run))
 
 
@@ -612,7 +649,7 @@ def test_sample_is_a_function_of_the_seed(script, base, tmp_path, monkeypatch):
 def test_sample_without_checkpoint_trains_first(script, base, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     begun(script, base.run, tmp_path / "runs" / script)
-    assert launch(script, f"--sample --data_dir {base.data} {base.reuse}", full=True) == 0
+    assert launch(script, f"--sample {base.inputs} {base.reuse}", full=True) == 0
     assert re.search("no checkpoint in .*: training preset tiny first, about .* min", capsys.readouterr().out)
     made = os.listdir(tmp_path / "runs" / script)
     assert "samples" in made and "ckpt" in made and "eval.json" not in made
@@ -620,7 +657,7 @@ def test_sample_without_checkpoint_trains_first(script, base, tmp_path, monkeypa
 
 def test_sigterm_saves_and_stops(script, base, tmp_path, monkeypatch, capsys):
     run, row = begun(script, base.run, tmp_path / "run"), common.Log.row
-    flags = f"--data_dir {base.data} --output_dir {run} {base.reuse} --save_every 0"
+    flags = f"{base.inputs} --output_dir {run} {base.reuse} --save_every 0"
 
     def terminated(log, step, **values):
         row(log, step, **values)
@@ -639,7 +676,7 @@ def test_sigterm_saves_and_stops(script, base, tmp_path, monkeypatch, capsys):
 def test_kills_lose_nothing(script, base, tmp_path):
     """SIGKILL at three random moments of a run that saves at every step."""
     run, step = begun(script, base.run, tmp_path / "killed"), 0
-    flags = f"--data_dir {base.data} {base.reuse} {steps_flag(script)} 24"
+    flags = f"{base.inputs} {base.reuse} {steps_flag(script)} 24"
     flags += " --eval_every 0 --save_every 1 --keep_last 2"
     for _ in range(3):
         ranks = start(script, f"{flags} --output_dir {run}", tmp_path / "log")
@@ -665,7 +702,7 @@ def test_failures_leave_the_checkpoint_before(script, base, full, flags, message
         most = (run / "ckpt/step_000002/model.safetensors").stat().st_size + 1000
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
     try:
-        assert launch(script, f"--data_dir {base.data} --output_dir {run} {flags}") == 2
+        assert launch(script, f"{base.inputs} --output_dir {run} {flags}") == 2
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert re.search(message, the_error(capsys, script))
@@ -675,20 +712,20 @@ def test_failures_leave_the_checkpoint_before(script, base, full, flags, message
 def test_truncated_newest_checkpoint(script, base, tmp_path, capsys):
     run = shutil.copytree(base.run, tmp_path / "run")
     cut(run / "ckpt/step_000004/optimizer.pt")
-    assert launch(script, f"--data_dir {base.data} --output_dir {run}") == 0
+    assert launch(script, f"{base.inputs} --output_dir {run}") == 0
     warning = "warning: .*step_000004 is truncated.*going on from .*step_000002"
     assert re.search(warning, capsys.readouterr().err)
     assert_same(saved(run), saved(base.run))
     for path in run.glob("ckpt/*/meta.json"):
         cut(path)
-    assert launch(script, f"--data_dir {base.data} --output_dir {run}") == 2
+    assert launch(script, f"{base.inputs} --output_dir {run}") == 2
     assert "cannot be read" in the_error(capsys, script)
 
 
 @pytest.mark.parametrize("script,flags,message,damage", BAD)
 def test_bad_input(script, flags, message, damage, trained, tmp_path, capsys):
     data, run, new = tmp_path / "data", tmp_path / "run", tmp_path / "new"
-    root = str(trained(script).run)
+    root, inputs = str(trained(script).run), trained(script).inputs
     older = lambda folder, names: {"step_000002"} if folder.startswith(f"{root}/ckpt") else (
         {"ckpt"} if folder != root else ())
     shutil.copytree(trained(script).data, data)
@@ -696,7 +733,7 @@ def test_bad_input(script, flags, message, damage, trained, tmp_path, capsys):
     if damage:
         damage(data, run)
     before, flags = (files(data), files(run)), flags.format(data=data, run=run, new=new)
-    assert launch(script, f"--data_dir {data} --output_dir {new} {flags}", full=True) == 2
+    assert launch(script, f"{inputs} --data_dir {data} --output_dir {new} {flags}", full=True) == 2
     assert re.search(message, the_error(capsys, script))
     assert (files(data), files(run)) == before and set(os.listdir(tmp_path)) <= {"data", "run", "new"}
     assert not new.exists() or os.listdir(new) == ["args.json"]    # said before any work was done
@@ -712,7 +749,7 @@ def test_equals_one_process_at_twice_the_batch(script, how, trained, doubled, tm
     row, base, alone = SCRIPTS[script], trained(script), doubled(script)
 
     def go(run):
-        flags = f"--data_dir {base.data} --output_dir {run} {reuse}"
+        flags = f"{base.inputs} --output_dir {run} {reuse}"
         if how == "grad_accum":
             return launch(script, f"{flags} --grad_accum 2")
         codes = finish(start(script, flags + (" --fsdp" if how == "fsdp" else ""), tmp_path / "log", world=2))
@@ -721,7 +758,7 @@ def test_equals_one_process_at_twice_the_batch(script, how, trained, doubled, tm
     run, reuse = tmp_path / "run", ""
     if how == "torchrun" and row.get("typed", True):     # elsewhere its processes come faster from start()
         command = f"torchrun --standalone --nproc_per_node=2 {HERE / script}.py {row['tiny']}"
-        command = shlex.split(f"{command} --data_dir {base.data} --output_dir {run}")
+        command = shlex.split(f"{command} {base.inputs} --output_dir {run}")
         subprocess.run(command, cwd=tmp_path, check=True, timeout=120)
         assert (run / "eval.json").exists()
     else:
@@ -734,7 +771,7 @@ def test_equals_one_process_at_twice_the_batch(script, how, trained, doubled, tm
     assert_same(saved(run), saved(alone), 1e-4)
     there, again = halfway(run, tmp_path / "there"), halfway(run, tmp_path / "again")
     back = halfway(alone, tmp_path / "back")
-    assert launch(script, f"--data_dir {base.data} --output_dir {there} {row['double']} --grad_accum 1") == 0
+    assert launch(script, f"{base.inputs} --output_dir {there} {row['double']} --grad_accum 1") == 0
     assert_same(saved(there), saved(alone), 1e-4)
     go(back)
     assert_same(saved(back), saved(alone), 1e-4)
@@ -747,7 +784,7 @@ def test_equals_one_process_at_twice_the_batch(script, how, trained, doubled, tm
 def test_one_of_two_processes_ends(script, how, codes, message, base, tmp_path):
     """SIGTERM at one rank stops both after the same step; where one dies, the other says so and ends."""
     run = begun(script, base.run, tmp_path / "run")
-    flags = f"--data_dir {base.data} --output_dir {run} {base.reuse} --keep_last 2 "
+    flags = f"{base.inputs} --output_dir {run} {base.reuse} --keep_last 2 "
     flags += f"{steps_flag(script)} 100000"
     ranks = start(script, flags, tmp_path / "log", world=2)
     wait_for_step(run, 2, ranks)
@@ -3625,3 +3662,44 @@ def test_vidar_episodes_are_found(robot_set, tmp_path):
     assert [len(parts["train"]), parts["val"], parts["test"]] == [21, [5, 15], [9, 19]]
     assert text == vidar.prompt(text) and text.endswith("right arm camera. The aloha robot is currently "
                                                         "performing the following task: pick it up.")
+
+
+# ---- vidarc.py ------------------------------------------------------------------------------------------
+
+def vidarc_args(flags=""):
+    args = vidarc.parse_args(shlex.split(f"{SCRIPTS['vidarc']['tiny']} --random_init {flags}"))
+    vidarc.check_args(args)
+    return args
+
+
+def vidarc_model(flags="", noise=.2):
+    """CausalModel whose weights, some of which are zero at the start, are all random."""
+    model = vidarc.make_model(vidarc_args(flags), CPU)
+    torch.manual_seed(1)
+    for p in model.parameters():
+        nn.init.normal_(p, std=noise)
+    return model
+
+
+def vidarc_clip(latents=3, k=1):
+    """A batch as of Windows.get, and numbers as of draw_batch."""
+    g, C = torch.Generator().manual_seed(0), vidar.TINY["transformer"]["in_channels"]
+    z, noise, past_noise, rollout = torch.randn(4, 2, C, latents, 6, 4, generator=g)
+    batch = {"latents": z, "valid": torch.ones(2, latents, dtype=torch.bool),
+             "arm": torch.rand(2, 1, latents, 6, 4, generator=g), "text": torch.randn(2, 16, 32, generator=g)}
+    numbers = {"selves": False, "start": .7, "rolled": .99, "noise": noise, "past_noise": past_noise,
+               "rollout": rollout, "u": torch.rand(2, (latents - 1) // k, generator=g),
+               "context": torch.rand(2, generator=g)}
+    return batch, numbers
+
+
+def overfit_vidarc():
+    model, losses = vidarc_model("--eta 0", noise=.05), []
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(80):
+        loss, _ = model(*vidarc_clip())
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return losses
