@@ -523,7 +523,8 @@ class CausalModel(nn.Module):
     def __init__(self, dit, args):
         super().__init__()
         self.dit, self.args = dit, args
-        dit.gradient_checkpointing = args.grad_checkpoint
+        if args.grad_checkpoint:
+            dit.enable_gradient_checkpointing()
         flex = args.attention == "flex" or args.attention == "auto" and next(dit.parameters()).is_cuda
         self.backend = "flex" if flex else "loop"
 
