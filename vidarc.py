@@ -158,10 +158,9 @@ def check_args(args):
     if args.chunk_size > room:
         raise UserError(f"--chunk_size {args.chunk_size} does not fit in a window of {room} frames after the "
                         "first: raise --kv_cache_length or --frames")
-    if args.self_forcing and (args.chunk_size < 2 * chunk or (args.frames - 1) % args.chunk_size):
+    if args.self_forcing and args.chunk_size < 2 * chunk:
         raise UserError(f"--self_forcing imagines a part of --chunk_size {args.chunk_size}: it has to hold "
-                        f"two chunks of {chunk} frames or more and to divide --frames - 1 = "
-                        f"{args.frames - 1}; or --self_forcing 0")
+                        f"two chunks of {chunk} frames or more; or --self_forcing 0")
     world = int(os.environ.get("WORLD_SIZE", 1))
     batch = args.batch_size * args.grad_accum * world
     lifted = args.any_batch or args.given & {"batch_size", "grad_accum"}
