@@ -776,7 +776,7 @@ def perform(policy, args, seed, moved, closed, film=None):
     film: a list that takes (what is seen, what was imagined) for each frame, H W 3 uint8."""
     world = vidar.ArmWorld(seed, vidar.video_size(args), moved=moved)
     policy.reset(seed)
-    frames, latents = [world.observe()], None if closed else (args.frames - 1) // 4
+    frames, latents = [world.observe()], None if closed else policy.window - 1
     text, plan, done = vidar.full_prompt(world.text, args), [], 0
     while done < args.horizon and not world.success:
         if closed or not done:
@@ -820,19 +820,19 @@ def drift(args, policy, number, episode):
     text, tables, pairs = vidar.full_prompt(episode.instruction, args, episode.views), {}, {}
     arm = window["mask"] if window["mask"] is None else torch.from_numpy(window["mask"])
     actions = window["actions"].astype(np.float64)
-    goal = torch.from_numpy(actions[1:])
+    goal, known = torch.from_numpy(actions[1:]), torch.from_numpy(window["valid"])
     for name in ("reprefill", "imagination"):
         policy.reset(number)
         videos, read = [truth[:1]], []
-        starts = range(0, args.frames - 1, chunk) if name == "reprefill" else [0]
+        starts = range(0, args.frames - chunk, chunk) if name == "reprefill" else [0]
         for at in starts:
             seen = window["video"][max(0, at - chunk + 1):at + 1]
-            latents = None if name == "reprefill" else (args.frames - 1) // 4
+            latents = None if name == "reprefill" else policy.window - 1
             read += policy.stream(seen, text, actions[at], latents)
             videos += policy.imagined
-        video, known = torch.cat(videos), torch.from_numpy(window["valid"])
-        tables[name] = chunk_scores(video, truth, arm, known, chunk)
-        pairs[name] = torch.from_numpy(np.concatenate(read))[known[1:]], goal[known[1:]]
+        video, T = torch.cat(videos), 1 + sum(map(len, read))
+        tables[name] = chunk_scores(video, truth[:T], None if arm is None else arm[:T], known[:T], chunk)
+        pairs[name] = torch.from_numpy(np.concatenate(read))[known[1:T]], goal[:T - 1][known[1:T]]
     still = truth[:1].expand_as(truth)
     tables["do_nothing"] = chunk_scores(still, truth, arm, known, chunk)
     pairs["do_nothing"] = torch.from_numpy(actions[:1]).expand_as(goal)[known[1:]], goal[known[1:]]
