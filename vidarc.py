@@ -229,6 +229,9 @@ def attend(q, k, v, plan, S, backend):
     def see(spans):
         if spans == ((0, len(pieces[0])),):
             return k, v
+        if k.is_meta:                                  # --dry_run counts: sizes matter alone, and cat is slow
+            count = S * sum(right - left for left, right in spans)
+            return k[:, :, :count], v[:, :, :count]
         return [torch.cat([one for left, right in spans for one in x[left:right]], dim=2) for x in pieces]
 
     queries = q.split([(end - start) * S for start, end, _ in plan], dim=2)
