@@ -600,6 +600,8 @@ def prepare(args, run):
     """-> {part: [Episode]}, the IDM. Stage 1 leaves simulated episodes where it has to be run first."""
     if not args.random_init:
         need_stage1(args, run)
+        if args.vidar and run.rank == 0:
+            vidar.check_vidar(args)              # before the cache, which takes hours
     idm = vidar.load_idm(args.idm, vidar.idm_config(args)).to(run.device) if args.idm else None
     episodes = vidar.find_episodes(args.data_dir)
     parts = vidar.split_episodes([e for e in episodes if e.instruction == vidar.PLAY] + vidar.tasks(episodes))
