@@ -662,7 +662,7 @@ class Policy:
     def reset(self, seed=0):
         """A new episode."""
         self.cache.frames, self.encoded, self.decoded, self.text, self.last = 0, None, None, None, None
-        self.seen, self.generator = [], torch.Generator().manual_seed(seed)
+        self.seen, self.real, self.generator = [], 0, torch.Generator().manual_seed(seed)
 
     @contextlib.contextmanager
     def timed(self, name):
@@ -692,24 +692,25 @@ class Policy:
                 self.text, words = instruction, [self.encode_prompt(instruction), self.empty]
                 self.words = [self.dit.text_keys(common.pad_text([w], self.args.text_length).to(self.device))
                               for w in words]
+            self.cache.pop(self.cache.frames - self.real)          # imagined; the caller may not have waited
             self.observe(frames, count)
+            self.real = self.cache.frames
             shift = 0
             if self.args.calibrate and joints is not None:
                 with self.timed("idm"):
                     shift = joints - self.read(self.last[-1:])[0]
             h, w = (side // self.side() for side in vidar.video_size(self.args))
             noise = torch.randn(1, self.dit.config.in_channels, count, h, w, generator=self.generator)
-            before = self.cache.frames
+            decoded = self.decoded
             for z in generate_chunk(self.dit, self.cache, noise.to(self.device), *self.words,
                                     self.args.chunk_latents, self.args.steps, self.args.cfg, self.args.shift,
                                     self.args.solver, timed=self.timed):
                 with self.timed("decode"):
-                    video, self.decoded = decode_next(self.vae, z, self.decoded)
+                    video, decoded = decode_next(self.vae, z, decoded)
                     self.imagined.append((video[0].cpu() + 1) / 2)
                 with self.timed("idm"):
                     actions = self.read(self.imagined[-1])
                 yield actions + shift
-            self.cache.pop(self.cache.frames - before)
 
     def side(self):
         return common.LinearCodec.side if self.args.model == "tiny" else 16
