@@ -666,11 +666,13 @@ class Policy:
 
     @contextlib.contextmanager
     def timed(self, name):
-        """Adds a row to seconds[name]."""
+        """A part of a chunk, in autocast: its time goes to seconds[name]. Around a whole generator, autocast
+        would stay on for the caller."""
         wait = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
         wait()
         began = time.perf_counter()
-        yield
+        with self.autocast():
+            yield
         wait()
         self.seconds.setdefault(name, []).append(time.perf_counter() - began)
 
@@ -685,32 +687,32 @@ class Policy:
         imagined, 4 3 H W in [0, 1], lie in `imagined`."""
         self.check(frames)
         self.imagined, count = [], latents or self.args.chunk_size // 4
-        with self.autocast():
-            if self.text != instruction:
-                if self.text is not None:
-                    raise UserError("another instruction in one episode: call reset() first")
+        if self.text != instruction:
+            if self.text is not None:
+                raise UserError("another instruction in one episode: call reset() first")
+            with self.timed("text"):
                 self.text, words = instruction, [self.encode_prompt(instruction), self.empty]
                 self.words = [self.dit.text_keys(common.pad_text([w], self.args.text_length).to(self.device))
                               for w in words]
-            self.cache.pop(self.cache.frames - self.real)          # imagined; the caller may not have waited
-            self.observe(frames, count)
-            self.real = self.cache.frames
-            shift = 0
-            if self.args.calibrate and joints is not None:
-                with self.timed("idm"):
-                    shift = joints - self.read(self.last[-1:])[0]
-            h, w = (side // self.side() for side in vidar.video_size(self.args))
-            noise = torch.randn(1, self.dit.config.in_channels, count, h, w, generator=self.generator)
-            decoded = self.decoded
-            for z in generate_chunk(self.dit, self.cache, noise.to(self.device), *self.words,
-                                    self.args.chunk_latents, self.args.steps, self.args.cfg, self.args.shift,
-                                    self.args.solver, timed=self.timed):
-                with self.timed("decode"):
-                    video, decoded = decode_next(self.vae, z, decoded)
-                    self.imagined.append((video[0].cpu() + 1) / 2)
-                with self.timed("idm"):
-                    actions = self.read(self.imagined[-1])
-                yield actions + shift
+        self.cache.pop(self.cache.frames - self.real)          # imagined; the caller may not have waited
+        self.observe(frames, count)
+        self.real = self.cache.frames
+        shift = 0
+        if self.args.calibrate and joints is not None:
+            with self.timed("idm"):
+                shift = joints - self.read(self.last[-1:])[0]
+        h, w = (side // self.side() for side in vidar.video_size(self.args))
+        noise = torch.randn(1, self.dit.config.in_channels, count, h, w, generator=self.generator)
+        decoded = self.decoded
+        for z in generate_chunk(self.dit, self.cache, noise.to(self.device), *self.words,
+                                self.args.chunk_latents, self.args.steps, self.args.cfg, self.args.shift,
+                                self.args.solver, timed=self.timed):
+            with self.timed("decode"):
+                video, decoded = decode_next(self.vae, z, decoded)
+                self.imagined.append((video[0].cpu() + 1) / 2)
+            with self.timed("idm"):
+                actions = self.read(self.imagined[-1])
+            yield actions + shift
 
     def side(self):
         return common.LinearCodec.side if self.args.model == "tiny" else 16
