@@ -51,6 +51,7 @@ import cosmos_lite as cosmos
 import river_smoke as river
 import sim_physics_heads as physics
 import vidar
+import vidarc
 import well_i2v as well
 
 VAE21 = {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2,
@@ -293,7 +294,7 @@ SCRIPTS = {
         ]),
     "vidar": dict(
         tiny="--preset tiny --dtype float32 --size 48,32 --frames 9 --sim_episodes 10 --sim_poses 8 "
-             "--text_length 16 --idm_frames 4 --idm_batch_size 4 --max_steps 4 --idm_steps 4 "
+             "--sim_frames 9 --text_length 16 --idm_frames 4 --idm_batch_size 4 --max_steps 4 --idm_steps 4 "
              "--mask_steps 1,3 --batch_size 4 --lr 1 --warmup_steps 1000 --log_every 1 --eval_every 2 "
              "--save_every 2 --keep_last 0 --steps 2 --worlds 1 --num_samples 1",
         stages=("idm", "."), reuse="--idm {run}/idm/final/idm.pt", double="--batch_size 8", typed=False,
@@ -335,7 +336,42 @@ SCRIPTS = {
             ("--fsdp --lora_rank 2", "--lora_rank trains on one GPU", None),
             ("--output_dir {run} --eval --lora_rank 2", "--lora_rank 2 does not fit .* trained with 0", None),
         ]),
+    "vidarc": dict(                              # --stage1 follows below
+        tiny="--preset tiny --dtype float32 --size 48,32 --frames 9 --text_length 16 --max_steps 4 "
+             "--batch_size 4 --lr 1 --warmup_steps 1000 --log_every 1 --eval_every 2 --save_every 2 "
+             "--keep_last 0 --steps 2 --rollout_steps 2 --chunk_size 8 --kv_cache_length 8 "
+             "--self_forcing 1 --self_forcing_after 2 --worlds 1 --horizon 12 --moved 4 --num_samples 1 "
+             "--latency_chunks 1",
+        stages=(".",), reuse="", double="--batch_size 8", typed=False,
+        inputs="--vidar {run}/../vidar/final/vidar.safetensors --idm {run}/../vidar/idm/final/idm.pt",
+        headline=("results/psnr_arm", "results/action_accuracy", "results/success_moved_closed_loop",
+                  "results/seconds_first_action_p50", "baselines/imagination/psnr_arm_chunk_1",
+                  "baselines/do_nothing/action_l1", "baselines/open_loop/success_moved_open_loop"),
+        overfit=lambda: overfit_vidarc(),
+        bad=[
+            ("--chunk_latents 3", "--chunk_size 8 is not made of .*--chunk_latents 3 .12 frames.", None),
+            ("--chunk_size 16 --self_forcing 0", "--chunk_size 16 does not fit in a window of 8", None),
+            ("--kv_cache_length 4", "--chunk_size 8 does not fit in a window of 4", None),
+            ("--kv_cache_length 10", "--kv_cache_length 10 .* take another multiple of 4$", None),
+            ("--chunk_size 4", "--self_forcing imagines a part .* or --self_forcing 0", None),
+            ("--vidar {data}/none.pt", "--vidar: there is no file .*none.pt.* python vidar.py", None),
+            ("--idm {data}/none.pt", "--idm: there is no file .*none.pt", None),
+            ("--vidar {data}/w.pt", "w.pt is not for .* of another shape: patch_embedding.bias .3,., not",
+             lambda data, run: shutil.rmtree(data / "cache") or torch.save({          # said before it is made
+                 **torch.load(run / "final/vidarc.pt"), "patch_embedding.bias": torch.ones(3)},
+                 data / "w.pt")),
+            ("--idm {data}/w.pt", "tells 7 actions, not 14", lambda data, run: torch.save(
+                {"train_mean": torch.ones(7)}, data / "w.pt")),
+            ("--size 40,32", "--size takes H,W in multiples of 16, such as 736,640, not 40,32", None),
+            ("--frames 10", "--frames must be 4k [+] 1, not 10", None),
+            ("--context_noise 1.5", "--context_noise must be in .0, 1., not 1.5", None),
+            ("--lr nan", "--lr must not be negative", None),
+            ("--seed -1", "seed", None),
+            ("--steps 0", "--steps must be at least 1", None),
+            ("--output_dir {run} --eval --chunk_latents 2", "--chunk_latents 2 does not fit .* with 1", None),
+        ]),
 }
+SCRIPTS["vidarc"]["tiny"] += f" --stage1 '{SCRIPTS['vidar']['tiny']}'"
 vidar.POSES = 8
 vidar.TINY["transformer"].update(num_attention_heads=2, attention_head_dim=24, ffn_dim=144, num_layers=3)
 well.TINY["transformer"].update(num_attention_heads=2, attention_head_dim=24, ffn_dim=96, num_layers=2)
@@ -429,7 +465,8 @@ def trained(tmp_path_factory):
             assert launch(script, "", full=True) == 0
         run = root / "runs" / script
         data = root / json.loads((run / "args.json").read_text())["data_dir"]
-        return Namespace(root=root, run=run, data=data, reuse=SCRIPTS[script]["reuse"].format(run=run))
+        given, reuse = (SCRIPTS[script].get(name, "").format(run=run) for name in ("inputs", "reuse"))
+        return Namespace(root=root, run=run, data=data, inputs=f"--data_dir {data} {given}", reuse=reuse)
     return make
 
 
@@ -444,8 +481,8 @@ def doubled(trained, tmp_path_factory):
     @functools.cache
     def make(script):
         run = tmp_path_factory.mktemp(script) / "doubled"
-        data, double = trained(script).data, SCRIPTS[script]["double"]
-        assert launch(script, f"--data_dir {data} --output_dir {run} {double}") == 0
+        double = SCRIPTS[script]["double"]
+        assert launch(script, f"{trained(script).inputs} --output_dir {run} {double}") == 0
         return run
     return make
 
@@ -578,7 +615,7 @@ def test_resume_equals_no_stop(script, base, tmp_path):
             for export in (*(run / later).glob("*.safetensors"), *(run / later / "final").rglob("*")):
                 if export.is_file():
                     export.unlink()
-        assert launch(script, f"--data_dir {base.data} --output_dir {run}") == 0
+        assert launch(script, f"{base.inputs} --output_dir {run}") == 0
         for later in stages[i:]:
             assert_same(saved(run, later), saved(base.run, later))
         assert_same(exports(run), exports(base.run))
@@ -586,13 +623,13 @@ def test_resume_equals_no_stop(script, base, tmp_path):
 
 def test_one_clip_can_be_evaluated(script, base, tmp_path):
     run = shutil.copytree(base.run, tmp_path / "run")
-    assert launch(script, f"--eval --eval_clips 1 --data_dir {base.data} --output_dir {run}", full=True) == 0
+    assert launch(script, f"--eval --eval_clips 1 {base.inputs} --output_dir {run}", full=True) == 0
 
 
 def test_stages_can_be_reused(script, base, tmp_path):
     """A run that stopped between two stages ends as one that did not stop."""
     run = begun(script, base.run, tmp_path / "run")
-    assert launch(script, f"--data_dir {base.data} --output_dir {run} {base.reuse}") == 0
+    assert launch(script, f"{base.inputs} --output_dir {run} {base.reuse}") == 0
     assert_same(saved(run), saved(base.run))
 
 
@@ -612,7 +649,7 @@ def test_sample_is_a_function_of_the_seed(script, base, tmp_path, monkeypatch):
 def test_sample_without_checkpoint_trains_first(script, base, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     begun(script, base.run, tmp_path / "runs" / script)
-    assert launch(script, f"--sample --data_dir {base.data} {base.reuse}", full=True) == 0
+    assert launch(script, f"--sample {base.inputs} {base.reuse}", full=True) == 0
     assert re.search("no checkpoint in .*: training preset tiny first, about .* min", capsys.readouterr().out)
     made = os.listdir(tmp_path / "runs" / script)
     assert "samples" in made and "ckpt" in made and "eval.json" not in made
@@ -620,7 +657,7 @@ def test_sample_without_checkpoint_trains_first(script, base, tmp_path, monkeypa
 
 def test_sigterm_saves_and_stops(script, base, tmp_path, monkeypatch, capsys):
     run, row = begun(script, base.run, tmp_path / "run"), common.Log.row
-    flags = f"--data_dir {base.data} --output_dir {run} {base.reuse} --save_every 0"
+    flags = f"{base.inputs} --output_dir {run} {base.reuse} --save_every 0"
 
     def terminated(log, step, **values):
         row(log, step, **values)
@@ -639,7 +676,7 @@ def test_sigterm_saves_and_stops(script, base, tmp_path, monkeypatch, capsys):
 def test_kills_lose_nothing(script, base, tmp_path):
     """SIGKILL at three random moments of a run that saves at every step."""
     run, step = begun(script, base.run, tmp_path / "killed"), 0
-    flags = f"--data_dir {base.data} {base.reuse} {steps_flag(script)} 24"
+    flags = f"{base.inputs} {base.reuse} {steps_flag(script)} 24"
     flags += " --eval_every 0 --save_every 1 --keep_last 2"
     for _ in range(3):
         ranks = start(script, f"{flags} --output_dir {run}", tmp_path / "log")
@@ -665,7 +702,7 @@ def test_failures_leave_the_checkpoint_before(script, base, full, flags, message
         most = (run / "ckpt/step_000002/model.safetensors").stat().st_size + 1000
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
     try:
-        assert launch(script, f"--data_dir {base.data} --output_dir {run} {flags}") == 2
+        assert launch(script, f"{base.inputs} --output_dir {run} {flags}") == 2
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert re.search(message, the_error(capsys, script))
@@ -675,20 +712,20 @@ def test_failures_leave_the_checkpoint_before(script, base, full, flags, message
 def test_truncated_newest_checkpoint(script, base, tmp_path, capsys):
     run = shutil.copytree(base.run, tmp_path / "run")
     cut(run / "ckpt/step_000004/optimizer.pt")
-    assert launch(script, f"--data_dir {base.data} --output_dir {run}") == 0
+    assert launch(script, f"{base.inputs} --output_dir {run}") == 0
     warning = "warning: .*step_000004 is truncated.*going on from .*step_000002"
     assert re.search(warning, capsys.readouterr().err)
     assert_same(saved(run), saved(base.run))
     for path in run.glob("ckpt/*/meta.json"):
         cut(path)
-    assert launch(script, f"--data_dir {base.data} --output_dir {run}") == 2
+    assert launch(script, f"{base.inputs} --output_dir {run}") == 2
     assert "cannot be read" in the_error(capsys, script)
 
 
 @pytest.mark.parametrize("script,flags,message,damage", BAD)
 def test_bad_input(script, flags, message, damage, trained, tmp_path, capsys):
     data, run, new = tmp_path / "data", tmp_path / "run", tmp_path / "new"
-    root = str(trained(script).run)
+    root, inputs = str(trained(script).run), trained(script).inputs
     older = lambda folder, names: {"step_000002"} if folder.startswith(f"{root}/ckpt") else (
         {"ckpt"} if folder != root else ())
     shutil.copytree(trained(script).data, data)
@@ -696,7 +733,7 @@ def test_bad_input(script, flags, message, damage, trained, tmp_path, capsys):
     if damage:
         damage(data, run)
     before, flags = (files(data), files(run)), flags.format(data=data, run=run, new=new)
-    assert launch(script, f"--data_dir {data} --output_dir {new} {flags}", full=True) == 2
+    assert launch(script, f"{inputs} --data_dir {data} --output_dir {new} {flags}", full=True) == 2
     assert re.search(message, the_error(capsys, script))
     assert (files(data), files(run)) == before and set(os.listdir(tmp_path)) <= {"data", "run", "new"}
     assert not new.exists() or os.listdir(new) == ["args.json"]    # said before any work was done
@@ -712,7 +749,7 @@ def test_equals_one_process_at_twice_the_batch(script, how, trained, doubled, tm
     row, base, alone = SCRIPTS[script], trained(script), doubled(script)
 
     def go(run):
-        flags = f"--data_dir {base.data} --output_dir {run} {reuse}"
+        flags = f"{base.inputs} --output_dir {run} {reuse}"
         if how == "grad_accum":
             return launch(script, f"{flags} --grad_accum 2")
         codes = finish(start(script, flags + (" --fsdp" if how == "fsdp" else ""), tmp_path / "log", world=2))
@@ -721,7 +758,7 @@ def test_equals_one_process_at_twice_the_batch(script, how, trained, doubled, tm
     run, reuse = tmp_path / "run", ""
     if how == "torchrun" and row.get("typed", True):     # elsewhere its processes come faster from start()
         command = f"torchrun --standalone --nproc_per_node=2 {HERE / script}.py {row['tiny']}"
-        command = shlex.split(f"{command} --data_dir {base.data} --output_dir {run}")
+        command = shlex.split(f"{command} {base.inputs} --output_dir {run}")
         subprocess.run(command, cwd=tmp_path, check=True, timeout=120)
         assert (run / "eval.json").exists()
     else:
@@ -734,7 +771,7 @@ def test_equals_one_process_at_twice_the_batch(script, how, trained, doubled, tm
     assert_same(saved(run), saved(alone), 1e-4)
     there, again = halfway(run, tmp_path / "there"), halfway(run, tmp_path / "again")
     back = halfway(alone, tmp_path / "back")
-    assert launch(script, f"--data_dir {base.data} --output_dir {there} {row['double']} --grad_accum 1") == 0
+    assert launch(script, f"{base.inputs} --output_dir {there} {row['double']} --grad_accum 1") == 0
     assert_same(saved(there), saved(alone), 1e-4)
     go(back)
     assert_same(saved(back), saved(alone), 1e-4)
@@ -747,7 +784,7 @@ def test_equals_one_process_at_twice_the_batch(script, how, trained, doubled, tm
 def test_one_of_two_processes_ends(script, how, codes, message, base, tmp_path):
     """SIGTERM at one rank stops both after the same step; where one dies, the other says so and ends."""
     run = begun(script, base.run, tmp_path / "run")
-    flags = f"--data_dir {base.data} --output_dir {run} {base.reuse} --keep_last 2 "
+    flags = f"{base.inputs} --output_dir {run} {base.reuse} --keep_last 2 "
     flags += f"{steps_flag(script)} 100000"
     ranks = start(script, flags, tmp_path / "log", world=2)
     wait_for_step(run, 2, ranks)
@@ -3625,3 +3662,437 @@ def test_vidar_episodes_are_found(robot_set, tmp_path):
     assert [len(parts["train"]), parts["val"], parts["test"]] == [21, [5, 15], [9, 19]]
     assert text == vidar.prompt(text) and text.endswith("right arm camera. The aloha robot is currently "
                                                         "performing the following task: pick it up.")
+
+
+# ---- vidarc.py ------------------------------------------------------------------------------------------
+
+def vidarc_args(flags=""):
+    args = vidarc.parse_args(shlex.split(f"{SCRIPTS['vidarc']['tiny']} --random_init {flags}"))
+    vidarc.check_args(args)
+    return args
+
+
+def vidarc_model(flags="", noise=.2):
+    """CausalModel whose weights, some of which are zero at the start, are all random."""
+    model = vidarc.make_model(vidarc_args(flags), CPU)
+    torch.manual_seed(1)
+    for p in model.parameters():
+        nn.init.normal_(p, std=noise)
+    return model
+
+
+def vidarc_clip(latents=3, k=1):
+    """A batch as of Windows.get, and numbers as of draw_batch."""
+    g, C = torch.Generator().manual_seed(0), vidar.TINY["transformer"]["in_channels"]
+    z, noise, past_noise, rollout = torch.randn(4, 2, C, latents, 6, 4, generator=g)
+    batch = {"latents": z, "valid": torch.ones(2, latents, dtype=torch.bool),
+             "arm": torch.rand(2, 1, latents, 6, 4, generator=g), "text": torch.randn(2, 16, 32, generator=g)}
+    numbers = {"selves": False, "start": .7, "rolled": .99, "noise": noise, "past_noise": past_noise,
+               "rollout": rollout, "u": torch.rand(2, (latents - 1) // k, generator=g),
+               "context": torch.rand(2, generator=g)}
+    return batch, numbers
+
+
+def overfit_vidarc():
+    model, losses = vidarc_model("--eta 0", noise=.05), []
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(80):
+        loss, _ = model(*vidarc_clip())
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return losses
+
+
+LONG = "--frames 33 --chunk_size 16 --kv_cache_length 32"           # 9 latents, of which chunks have 4
+
+
+def near(a, b, tolerance=1e-4):
+    return b.std() > .1 and (a - b).abs().max() < tolerance * max(1, b.abs().max())
+
+
+def filled(dit, z, text, k=1, negative=None):
+    """A cache that holds clean latents; both branches' with a negative text."""
+    cache = vidarc.KVCache(9, branches=1 if negative is None else 2)
+    cache.append(dit, z, text, negative, k)
+    return cache
+
+
+def keys(cache, latents=None):
+    """What a cache holds of its first latents, of 6 tokens each."""
+    end = 6 * (cache.frames if latents is None else latents)
+    return torch.stack([x[:, :end] for pair in cache.buffers.values() for x in pair])
+
+
+def test_vidarc_effective_batch_of_each_preset(monkeypatch):
+    check = lambda *flags: vidarc.check_args(vidarc.parse_args(["--preset", *flags]))
+    for preset, (gpus, _) in vidar.MACHINES.items():
+        monkeypatch.setenv("WORLD_SIZE", str(gpus))
+        check(preset)
+        monkeypatch.setenv("WORLD_SIZE", str(2 * gpus))
+        check(preset, "--any_batch"), check(preset, "--grad_accum", "3")
+        with pytest.raises(common.UserError, match="--any_batch lifts it"):
+            check(preset)
+
+
+@torch.no_grad()
+def test_vidarc_without_a_plan_equals_diffusers():
+    """All see all: WanTransformer3DModel with a timestep per token, with text and with its keys alone."""
+    dit, (batch, _) = vidarc_model().dit, vidarc_clip()
+    stock = vidar.wan_part(vidarc_args(), CPU, "transformer")
+    stock.load_state_dict(dit.state_dict())
+    z, text, t = batch["latents"], batch["text"], torch.tensor([[0., 987.3, 500.], [0., 20., 999.]])
+    theirs = stock(z, t.repeat_interleave(6, 1), text).sample
+    assert near(dit(z, t, text), theirs) and near(dit(z, t, dit.text_keys(text)), theirs)
+    assert not near(dit(z, t, text, plan=vidarc.causal_plan(vidarc.chunk_bounds(0, 3, 1))), theirs, .01)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_vidarc_teacher_forcing_equals_cached_chunks(k, monkeypatch):
+    """The parallel pass, by plain attention and by FlexAttention, is a loop over chunks behind a cache, with
+    Eq. 7's weight by hand; later latents move nothing, to the last bit."""
+    model, (batch, numbers) = vidarc_model(f"{LONG} --self_forcing 0 --chunk_latents {k}"), vidarc_clip(9, k)
+    batch["valid"][1, 5:] = False
+    z, text, noise, dit, calls = batch["latents"], batch["text"], numbers["noise"], model.dit, []
+    forward = dit.forward
+    monkeypatch.setattr(dit, "forward", lambda *a, **more: calls.append((a, more)) or forward(*a, **more))
+    loss, _ = model(batch, numbers)
+    ((x, t, _), more), cache, steps = calls[0], vidarc.KVCache(9), []
+    v = forward(x, t, text, **more)
+    for start, end in [(0, 1)] + [(at, at + k) for at in range(1, 9, k)]:
+        at, level = slice(start, end), .1 * numbers["context"]
+        if start:
+            sigma = vidar.shift_sigma(numbers["u"][:, (start - 1) // k], model.args.shift)
+            level_of = sigma[:, None].expand(-1, k)
+            noisy = torch.lerp(z[:, :, at], noise[:, :, at], sigma.view(2, 1, 1, 1, 1))
+            steps.append(dit(noisy, 1000 * level_of, text, cache=cache))
+        past = torch.lerp(z[:, :, at], numbers["past_noise"][:, :, at], level.view(2, 1, 1, 1, 1))
+        dit(past, 1000 * level[:, None].expand(-1, end - start), text, cache=cache)
+        cache.frames = end
+    steps = torch.cat(steps, dim=2)
+    assert near(v, steps) and near(forward(x, t, text, **{**more, "backend": "flex"}), v)
+    error = (1 + 3 * batch["arm"][:, :, 1:]) * (steps - (noise - z)[:, :, 1:])
+    mean = (error[0].square().mean() + error[1, :, :4].square().mean()) / 2        # half of one is padding
+    torch.testing.assert_close(loss, mean, rtol=1e-4, atol=0)
+    clean, changes = 9 - k, []
+    for place in (3, clean + 4):                               # clean latent 3, noisy latent 5
+        moved = x.clone()
+        moved[:, :, place] += 3
+        changes.append((forward(moved, t, text, **more) - v).abs().amax((0, 1, 3, 4)) > 0)
+    later = 4 if k == 1 else 5                                 # than clean latent 3's chunk
+    assert changes[0].tolist() == [latent >= later for latent in range(1, 9)]
+    assert changes[1].tolist() == [5 <= latent < 5 + k for latent in range(1, 9)]
+
+
+@torch.no_grad()
+def test_vidarc_cache():
+    """What was imagined leaves no trace, a new window is as a new cache, branches are apart; what does not
+    fit is said."""
+    dit, (batch, _) = vidarc_model().dit, vidarc_clip(9)
+    z, text = batch["latents"], batch["text"]
+    cache, whole = filled(dit, z[:, :, :5], text, 2), keys(filled(dit, z, text, 2))
+    cache.append(dit, 9 + z[:, :, :4], text, None, 2)
+    assert not near(keys(cache), whole)
+    cache.pop(4)
+    cache.append(dit, z[:, :, 5:], text, None, 2)
+    assert cache.frames == 9 and near(keys(cache), whole)
+    cache.frames = 0
+    cache.append(dit, z[:, :, 4:], text, None, 2)
+    assert torch.equal(keys(cache), keys(filled(dit, z[:, :, 4:], text, 2)))
+    negative, both = keys(filled(dit, z, -text, 2)), keys(filled(dit, z, text, 2, -text))
+    assert near(both, torch.cat([whole, negative], 1)) and not near(whole, negative)
+    cache.capacity, cache.frames = 7, 5
+    assert cache.full(2) is None
+    assert re.search("holds 7 latents and 9 .* raise --kv_cache_length to 32$", cache.full(4))
+    cache.trained = 6
+    assert re.search("latent 8 .* beyond the 6 of the training window: .* --frames 33$", cache.full(4))
+    with pytest.raises(common.UserError, match="beyond the 6"):
+        cache.append(dit, z[:, :, 5:], text, None, 2)
+    with pytest.raises(common.UserError, match="beyond the 6"):
+        next(vidarc.generate_chunk(dit, cache, z[:, :, 5:], text, None, 2, 1, 1, 5.))
+    with pytest.raises(common.UserError, match="not whole chunks of 3"):
+        filled(dit, z, text, 3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shared", [False, True])
+def test_vidarc_guidance(shared):
+    """Away from the empty prompt, whose past it has read itself, or, shared, that of the instruction."""
+    dit, (batch, numbers) = vidarc_model().dit, vidarc_clip(9)
+    z, text, noise = batch["latents"][:, :, :5], batch["text"], numbers["noise"][:, :, :1]
+    v, own, other = (dit(noise, torch.full((2, 1), 1000.), words, cache=filled(dit, z, past))
+                     for words, past in ((text, text), (-text, -text), (-text, text)))
+    assert not near(own, other, .01)
+    away = other if shared else own
+    for cfg, expected in ((3., away + 3 * (v - away)), (1., v)):
+        cache = filled(dit, z, text, 1, None if shared or cfg == 1 else -text)
+        made = vidarc.generate_chunk(dit, cache, noise, text, -text, 1, 1, cfg, 5., "euler")
+        assert near(next(made), noise - expected)              # one step, from level 1 to 0
+
+
+@pytest.mark.parametrize("solver", ["euler", "unipc"])
+def test_vidarc_generated_latents_come_one_by_one(solver):
+    """An oracle's velocity leads to the data; guidance has its sign; the last chunk is not cached."""
+    dit, (batch, numbers) = vidarc_model().dit, vidarc_clip(9)
+    text, z, noise, levels = batch["text"], batch["latents"][:, :, :4], numbers["noise"][:, :, :4], []
+
+    def oracle(x, t, text, plan=None, cache=None):
+        if t.any():
+            levels.append(t[0, 0].item())
+            true = (noise - z)[:, :, cache.frames - 5:cache.frames - 3]
+            return torch.cat([true + 2, true + 3])                         # 3 + 3 (2 - 3) = 0
+    for keep in (False, True):
+        cache = filled(dit, z[:, :, [0, 1, 2, 3, 3]], text)
+        made = vidarc.generate_chunk(oracle, cache, noise, text, text, 2, 4, 3., 5., solver, keep)
+        first, frames = next(made), cache.frames
+        assert near(torch.cat([first, *made], 2), z)
+        assert (first.shape[2], frames, cache.frames) == (1, 5, 9 if keep else 7)
+    assert levels == pytest.approx(4 * [1000, 937.5, 833.3, 625], abs=1.1)
+
+
+@torch.no_grad()
+def test_vidarc_video_streams_equal_the_whole():
+    """To the last bit; a state is not used up, so that imagined frames can be taken back."""
+    x = torch.rand(2, 17, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    for vae in (tiny_wan("vae"), common.LinearCodec.fit(x, 8)):
+        z, parts, films, state, shown = common.wan_encode(vae, x), [], [], None, None
+        for frames in x.split([1, 4, 8, 4], dim=1):
+            vidarc.encode_next(vae, 0 * frames, state)
+            latents, state = vidarc.encode_next(vae, frames, state)
+            vidarc.decode_next(vae, 9 * latents, shown)
+            film, shown = vidarc.decode_next(vae, latents, shown)
+            parts, films = [*parts, latents], [*films, film]
+        assert torch.equal(torch.cat(parts, 2), z)
+        assert torch.equal(torch.cat(films, 1), common.wan_decode(vae, z))
+        with pytest.raises(ValueError, match="not 3$"):
+            vidarc.encode_next(vae, x[:, :3], state)
+
+
+def test_vidarc_self_forcing():
+    """Latents 0 to 4 are real, 5 to 7 imagined, without gradients, 8 has the loss. Step by step by hand."""
+    model, (batch, numbers) = vidarc_model(LONG), vidarc_clip(9)
+    z, text, rollout = batch["latents"].requires_grad_(), batch["text"], numbers["rollout"].requires_grad_()
+    numbers["selves"], shift, weights = True, model.args.shift, list(model.parameters())
+    loss, _ = model(batch, numbers)
+    *grads, none = torch.autograd.grad(loss, [z, *weights, rollout], allow_unused=True)
+    assert none is None and (grads[0].abs().amax((0, 1, 3, 4)) > 0).tolist() == [False] * 8 + [True]
+    with torch.no_grad():
+        cache = filled(model.dit, z[:, :, :5], text)
+        levels = vidar.shift_sigma(torch.tensor([1., .5, 0.]), shift).tolist()           # --rollout_steps 2
+        for at in (5, 6, 7):
+            x = rollout[:, :, at:at + 1]
+            for sigma, after in itertools.pairwise(levels):
+                x = x + (after - sigma) * model.dit(x, torch.full((2, 1), 1000 * sigma), text, cache=cache)
+            cache.append(model.dit, x, text, None, 1)
+    sigma, noise = vidar.shift_sigma(numbers["u"][:, 7:], shift), numbers["noise"][:, :, 8:]
+    v = model.dit(torch.lerp(z[:, :, 8:], noise, sigma.view(2, 1, 1, 1, 1)), 1000 * sigma, text, cache=cache)
+    error = (1 + 3 * batch["arm"][:, :, 8:]) * (v - noise + z[:, :, 8:])
+    torch.testing.assert_close(loss, error.square().mean())
+    for one, other in zip(grads, torch.autograd.grad(error.square().mean(), [z, *weights])):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * other.abs().max().item())
+    with torch.no_grad():
+        value = lambda **more: model({**batch, **more}, numbers)[0]
+        marks = torch.eye(9)[:, :, None, None]
+        assert [bool(value(latents=z + mark) != loss) for mark in marks] == [True] * 5 + [False] * 3 + [True]
+        for start, rolled, asked in ((0, 0, 2), (0, .999, 4), (.5, 0, 6), (.999, .999, 8)):
+            numbers |= {"start": start, "rolled": rolled}
+            valid = [torch.arange(9).expand(2, 9) == latent for latent in (asked, asked - 1)]
+            assert value(valid=valid[0]) > 0 == value(valid=valid[1])
+
+
+@pytest.mark.parametrize("selves", [False, True])
+def test_vidarc_checkpointed_gradient(selves):
+    batch, numbers = vidarc_clip(9)
+    plain, again = (torch.autograd.grad(model(batch, {**numbers, "selves": selves})[0], list(
+        model.parameters())) for model in (vidarc_model(LONG), vidarc_model(f"{LONG} --grad_checkpoint")))
+    assert all(torch.allclose(a, b, 1e-4, 1e-5 * a.abs().max()) and a.any() for a, b in zip(plain, again))
+
+
+def test_vidarc_ranks_draw_alike():
+    """Which loss and where it begins are one for all processes; all else is a part of the whole batch's."""
+    args, choices = vidarc_args("--self_forcing .5"), []
+    clips = Namespace(rows=range(50), get=lambda rows, device, silent: {
+        "latents": torch.zeros(len(rows), 16, 3, 6, 4), "rows": rows, "silent": silent})
+
+    def draw(step, size, rank=0, world=1):
+        args.batch_size = size
+        return vidarc.draw_batch(args, Namespace(rank=rank, world=world, device="cpu"), clips, step, 0)
+    for step in range(40):
+        (batch, whole), parts = draw(step, 8), [draw(step, 4, rank, 2) for rank in (0, 1)]
+        assert batch["rows"] == parts[0][0]["rows"] + parts[1][0]["rows"]
+        for name, value in whole.items():
+            pieces = [numbers[name] for _, numbers in parts]
+            assert torch.equal(torch.cat(pieces), value) if torch.is_tensor(value) else pieces == [value] * 2
+        choices.append([whole[name] for name in ("selves", "start", "rolled")])
+    selves, starts, rolled = np.array(choices, float).T
+    assert not selves[:args.self_forcing_after].any() and .25 < selves[2:].mean() < .75
+    assert starts.std() > .2 < rolled.std() and len(set(starts) | set(rolled)) == 80
+
+
+def test_vidarc_weights_keep_official_names(tmp_path):
+    """vidarc.pt reads back strictly, and says the same; so does the file in diffusers' names."""
+    model = vidarc_model()
+    vidarc.export(vidarc_args(), CPU, model, tmp_path)
+    weights = torch.load(tmp_path / "final/vidarc.pt", weights_only=True)
+    assert_same(weights, official_transformer(model.dit.state_dict()))
+    for name in ("vidarc.pt", "vidarc.safetensors"):
+        args = vidarc_args(f"--vidar {tmp_path}/final/{name}")
+        args.random_init = False
+        again = vidarc.make_model(args, CPU)
+        assert_same(again.dit.state_dict(), model.dit.state_dict())
+        assert (model(*vidarc_clip())[0] - again(*vidarc_clip())[0]).abs() < 1e-5
+
+
+def test_vidarc_two_processes_do_not_train_stage_1(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(common.UserError, match="one process trains it: first python vidar.py"):
+        vidarc.need_stage1(vidarc_args(), Namespace(rank=1, world=2))
+
+
+def test_vidarc_scores_of_chunks():
+    truth, arm = torch.rand(9, 3, 8, 8), torch.zeros(9, 8, 8, dtype=torch.bool)
+    arm[:, :4] = True
+    wrong = truth.clone()
+    wrong[5:, :, :4] += .1                                     # 20 dB off on the arm, in the second chunk
+    wrong[0] = 0                                               # the first frame was given
+    wrong[8] = 9                                               # and the last is padding
+    scores = vidarc.chunk_scores(wrong, truth, arm, torch.arange(9) < 8, 4)
+    assert [scores[f"psnr_arm{part}"] for part in ("_chunk_1", "_chunk_2", "")] == pytest.approx(
+        [60, 20, (4 * 60 + 3 * 20) / 7], abs=.01)
+    assert scores["psnr_chunk_2"] == pytest.approx(20 + 10 * math.log10(2), abs=.01)
+
+
+# ---- vidarc.py: the closed loop -------------------------------------------------------------------------
+
+def vidarc_policy(codec="linear", flags=""):
+    """Of random weights; an IDM that looks at everything. codec "wan": in the shape of Wan's VAE."""
+    args, text = vidarc_args(f"--frames 25 --kv_cache_length 24 {flags}"), 32 if codec == "linear" else 16
+    dit, run = vidarc_model().dit, Namespace(device=torch.device("cpu"), autocast=contextlib.nullcontext)
+    if codec == "wan":
+        args.model, args.size, vae = "ti2v_5b", "64,64", tiny_wan("vae")
+        dit = vidarc.CausalWan.of(tiny_wan("transformer"))
+    else:
+        vae = common.LinearCodec.fit(torch.rand(2, 9, 3, 48, 32) * 2 - 1, 16)
+    torch.manual_seed(0)
+    words = lambda prompt: torch.randn(16, text, generator=torch.Generator().manual_seed(len(prompt)))
+    return vidarc.Policy(args, run, dit, vidar_idm(1.), vae, words, words(""))
+
+
+def seen(policy, count=41):
+    shape = count, *vidar.video_size(policy.args), 3
+    return np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("codec", ["linear", "wan"])
+def test_vidarc_policy_stands_on_what_was_seen(codec, capsys):
+    """Its keys and its decoder's pictures are those of the real frames so far, whatever it has imagined; past
+    the trained positions it says so once and goes on behind the last real frames."""
+    policy = vidarc_policy(codec)
+    frames, at = seen(policy), 0
+    for end, first in ((1, 0), (9, 0), (17, 0), (25, 16), (33, 16), (41, 32)):
+        assert policy.act(frames[at:end], "go").shape == (8, 14)
+        video = common.from_uint8(torch.from_numpy(frames[first:end]).movedim(-1, 1))[None]
+        z = common.wan_encode(policy.vae, video)
+        fresh = filled(policy.dit, z, policy.words[0])
+        tokens = z[0, 0, 0].numel() // 4
+        assert policy.real == z.shape[2] and (policy.cache.frames, policy.window) == (policy.real + 1, 7)
+        for (k, v), mine in zip(fresh.buffers.values(), policy.cache.buffers.values()):
+            for a, b in zip((k, v), mine):
+                a, b = (x[:, :policy.real * tokens] for x in (a, b))
+                torch.testing.assert_close(a, b, rtol=0, atol=1e-4 * a.abs().max().item())
+        shown = (common.wan_decode(policy.vae, z)[0] + 1) / 2
+        assert torch.equal(policy.last, shown[-len(policy.last):])
+        assert ("latent 8 lies beyond the 7 of" in capsys.readouterr().out) == (end == 25)
+        at = end
+
+
+@torch.no_grad()
+def test_vidarc_policy():
+    """The seed makes the actions; joints shift them; the first come before the rest, who leaves then loses
+    nothing; autocast ends with a part."""
+    policy, joints = vidarc_policy(), np.linspace(-1, 1, 14)
+    frames = seen(policy, 9)
+
+    def episode(*ends, seed=0, joints=None):
+        policy.reset(seed)
+        return [policy.act(frames[a:b], "go", joints) for a, b in itertools.pairwise((0, *ends))]
+    one, two = episode(1, 9)
+    assert_same(dict(enumerate(map(torch.from_numpy, episode(1, 9)))),
+                dict(enumerate(map(torch.from_numpy, (one, two)))))
+    assert one.std(0).min() > 0 and not np.allclose(one, episode(1, seed=1)[0])
+    shifted, = episode(1, joints=joints)
+    assert np.allclose(shifted - one, joints - policy.read(policy.last)[0])
+    policy.args.calibrate = False
+    assert np.array_equal(episode(1, joints=joints)[0], one)
+    policy.reset()
+    stream = policy.stream(frames[:1], "go")
+    first, denoised = next(stream), len(policy.seconds["denoise"])
+    assert len(policy.imagined) == 1 and np.array_equal(np.concatenate([first, *stream]), one)
+    assert len(policy.seconds["denoise"]) == denoised + 1
+    episode(1)
+    after = policy.act(frames[1:5], "go")
+    policy.reset()
+    policy.autocast = lambda: torch.autocast("cpu", torch.bfloat16)
+    next(policy.stream(frames[:1], "go"))
+    assert not torch.is_autocast_enabled("cpu")
+    policy.autocast = contextlib.nullcontext
+    policy.reset()
+    next(policy.stream(frames[:1], "go"))
+    assert np.array_equal(policy.act(frames[1:5], "go"), after)
+
+
+def test_vidarc_policy_bad_input():
+    policy = vidarc_policy()
+    frames = seen(policy, 9)
+    bad = {"is uint8 .1, 48, 48, 3., not uint8 n .48, 32, 3.": np.zeros((1, 48, 48, 3), np.uint8),
+           "is uint8 .3, 1, 48, 32, 3., not": np.stack([frames[:1]] * 3),            # three cameras apart
+           "is float64 .1, 48, 32, 3., not": frames[:1] / 255, "is list": [frames[0]],
+           "^4 frames since the last call: it takes one at first": frames[:4]}
+    for message, wrong in bad.items():
+        with pytest.raises(common.UserError, match=message):
+            policy.act(wrong, "go")
+    policy.act(frames[:1], "go")
+    with pytest.raises(common.UserError, match="^3 frames since the last call: .* then fours"):
+        policy.act(frames[1:4], "go")
+    with pytest.raises(common.UserError, match="another instruction in one episode: call reset"):
+        policy.act(frames[1:9], "stop")
+    policy.reset()
+    assert policy.act(frames[:1], "stop").shape == (8, 14)
+
+
+class Oracle:
+    """Plans as the expert would, and imagines what is then seen if no one moves the block."""
+    window = 11
+
+    def __init__(self, monkeypatch):
+        arm_world = vidar.ArmWorld
+        monkeypatch.setattr(vidar, "ArmWorld", lambda *a, **more: setattr(
+            self, "world", arm_world(*a, **more)) or self.world)
+
+    def reset(self, seed):
+        self.imagined = []
+
+    def stream(self, frames, text, state, latents=None):
+        own, self.imagined = copy.deepcopy(self.world), []
+        assert text == own.text and np.array_equal(state, own.state)
+        assert np.array_equal(frames[-1], own.observe())
+        own.moved = None
+        for part in np.split(own.expert(4 * (latents or 2)), latents or 2):
+            pictures = np.stack([(own.step(action), own.observe())[1] for action in part])
+            self.imagined.append(torch.from_numpy(pictures).movedim(-1, 1) / 255)
+            yield part
+
+
+def test_vidarc_closed_loop_needs_no_luck(monkeypatch):
+    """Who looks again after 8 frames finds a block that was moved; who planned once does not."""
+    args = vidarc_args("--frames 41 --kv_cache_length 40 --horizon 64 --moved 10")
+    oracle = Oracle(monkeypatch)
+    share = lambda moved, closed: np.mean([vidarc.perform(oracle, args, seed, moved, closed)[0]
+                                           for seed in range(4)])
+    assert share(10, True) == share(None, False) == 1 and share(10, False) < .3
+    film = []
+    vidarc.perform(oracle, args, 0, None, True, film)
+    assert len(film) % 8 == 0 and all(np.array_equal(real, imagined) for real, imagined in film)

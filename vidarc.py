@@ -158,10 +158,9 @@ def check_args(args):
     if args.chunk_size > room:
         raise UserError(f"--chunk_size {args.chunk_size} does not fit in a window of {room} frames after the "
                         "first: raise --kv_cache_length or --frames")
-    if args.self_forcing and (args.chunk_size < 2 * chunk or (args.frames - 1) % args.chunk_size):
+    if args.self_forcing and args.chunk_size < 2 * chunk:
         raise UserError(f"--self_forcing imagines a part of --chunk_size {args.chunk_size}: it has to hold "
-                        f"two chunks of {chunk} frames or more and to divide --frames - 1 = "
-                        f"{args.frames - 1}; or --self_forcing 0")
+                        f"two chunks of {chunk} frames or more; or --self_forcing 0")
     world = int(os.environ.get("WORLD_SIZE", 1))
     batch = args.batch_size * args.grad_accum * world
     lifted = args.any_batch or args.given & {"batch_size", "grad_accum"}
@@ -230,6 +229,9 @@ def attend(q, k, v, plan, S, backend):
     def see(spans):
         if spans == ((0, len(pieces[0])),):
             return k, v
+        if k.is_meta:                                  # --dry_run counts: sizes matter alone, and cat is slow
+            count = S * sum(right - left for left, right in spans)
+            return k[:, :, :count], v[:, :, :count]
         return [torch.cat([one for left, right in spans for one in x[left:right]], dim=2) for x in pieces]
 
     queries = q.split([(end - start) * S for start, end, _ in plan], dim=2)
@@ -523,7 +525,8 @@ class CausalModel(nn.Module):
     def __init__(self, dit, args):
         super().__init__()
         self.dit, self.args = dit, args
-        dit.gradient_checkpointing = args.grad_checkpoint
+        if args.grad_checkpoint:
+            dit.enable_gradient_checkpointing()
         flex = args.attention == "flex" or args.attention == "auto" and next(dit.parameters()).is_cuda
         self.backend = "flex" if flex else "loop"
 
@@ -597,6 +600,8 @@ def prepare(args, run):
     """-> {part: [Episode]}, the IDM. Stage 1 leaves simulated episodes where it has to be run first."""
     if not args.random_init:
         need_stage1(args, run)
+        if args.vidar and run.rank == 0:
+            vidar.check_vidar(args)              # before the cache, which takes hours
     idm = vidar.load_idm(args.idm, vidar.idm_config(args)).to(run.device) if args.idm else None
     episodes = vidar.find_episodes(args.data_dir)
     parts = vidar.split_episodes([e for e in episodes if e.instruction == vidar.PLAY] + vidar.tasks(episodes))
@@ -657,15 +662,17 @@ class Policy:
     def reset(self, seed=0):
         """A new episode."""
         self.cache.frames, self.encoded, self.decoded, self.text, self.last = 0, None, None, None, None
-        self.seen, self.generator = [], torch.Generator().manual_seed(seed)
+        self.seen, self.real, self.generator = [], 0, torch.Generator().manual_seed(seed)
 
     @contextlib.contextmanager
     def timed(self, name):
-        """Adds a row to seconds[name]."""
+        """A part of a chunk, in autocast: its time goes to seconds[name]. Around a whole generator, autocast
+        would stay on for the caller."""
         wait = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
         wait()
         began = time.perf_counter()
-        yield
+        with self.autocast():
+            yield
         wait()
         self.seconds.setdefault(name, []).append(time.perf_counter() - began)
 
@@ -680,31 +687,32 @@ class Policy:
         imagined, 4 3 H W in [0, 1], lie in `imagined`."""
         self.check(frames)
         self.imagined, count = [], latents or self.args.chunk_size // 4
-        with self.autocast():
-            if self.text != instruction:
-                if self.text is not None:
-                    raise UserError("another instruction in one episode: call reset() first")
+        if self.text != instruction:
+            if self.text is not None:
+                raise UserError("another instruction in one episode: call reset() first")
+            with self.timed("text"):
                 self.text, words = instruction, [self.encode_prompt(instruction), self.empty]
                 self.words = [self.dit.text_keys(common.pad_text([w], self.args.text_length).to(self.device))
                               for w in words]
-            self.observe(frames, count)
-            shift = 0
-            if self.args.calibrate and joints is not None:
-                with self.timed("idm"):
-                    shift = joints - self.read(self.last[-1:])[0]
-            h, w = (side // self.side() for side in vidar.video_size(self.args))
-            noise = torch.randn(1, self.dit.config.in_channels, count, h, w, generator=self.generator)
-            before = self.cache.frames
-            for z in generate_chunk(self.dit, self.cache, noise.to(self.device), *self.words,
-                                    self.args.chunk_latents, self.args.steps, self.args.cfg, self.args.shift,
-                                    self.args.solver, timed=self.timed):
-                with self.timed("decode"):
-                    video, self.decoded = decode_next(self.vae, z, self.decoded)
-                    self.imagined.append((video[0].cpu() + 1) / 2)
-                with self.timed("idm"):
-                    actions = self.read(self.imagined[-1])
-                yield actions + shift
-            self.cache.pop(self.cache.frames - before)
+        self.cache.pop(self.cache.frames - self.real)          # imagined; the caller may not have waited
+        self.observe(frames, count)
+        self.real = self.cache.frames
+        shift = 0
+        if self.args.calibrate and joints is not None:
+            with self.timed("idm"):
+                shift = joints - self.read(self.last[-1:])[0]
+        h, w = (side // self.side() for side in vidar.video_size(self.args))
+        noise = torch.randn(1, self.dit.config.in_channels, count, h, w, generator=self.generator)
+        decoded = self.decoded
+        for z in generate_chunk(self.dit, self.cache, noise.to(self.device), *self.words,
+                                self.args.chunk_latents, self.args.steps, self.args.cfg, self.args.shift,
+                                self.args.solver, timed=self.timed):
+            with self.timed("decode"):
+                video, decoded = decode_next(self.vae, z, decoded)
+                self.imagined.append((video[0].cpu() + 1) / 2)
+            with self.timed("idm"):
+                actions = self.read(self.imagined[-1])
+            yield actions + shift
 
     def side(self):
         return common.LinearCodec.side if self.args.model == "tiny" else 16
@@ -776,7 +784,7 @@ def perform(policy, args, seed, moved, closed, film=None):
     film: a list that takes (what is seen, what was imagined) for each frame, H W 3 uint8."""
     world = vidar.ArmWorld(seed, vidar.video_size(args), moved=moved)
     policy.reset(seed)
-    frames, latents = [world.observe()], None if closed else (args.frames - 1) // 4
+    frames, latents = [world.observe()], None if closed else policy.window - 1
     text, plan, done = vidar.full_prompt(world.text, args), [], 0
     while done < args.horizon and not world.success:
         if closed or not done:
@@ -820,19 +828,19 @@ def drift(args, policy, number, episode):
     text, tables, pairs = vidar.full_prompt(episode.instruction, args, episode.views), {}, {}
     arm = window["mask"] if window["mask"] is None else torch.from_numpy(window["mask"])
     actions = window["actions"].astype(np.float64)
-    goal = torch.from_numpy(actions[1:])
+    goal, known = torch.from_numpy(actions[1:]), torch.from_numpy(window["valid"])
     for name in ("reprefill", "imagination"):
         policy.reset(number)
         videos, read = [truth[:1]], []
-        starts = range(0, args.frames - 1, chunk) if name == "reprefill" else [0]
+        starts = range(0, args.frames - chunk, chunk) if name == "reprefill" else [0]
         for at in starts:
             seen = window["video"][max(0, at - chunk + 1):at + 1]
-            latents = None if name == "reprefill" else (args.frames - 1) // 4
+            latents = None if name == "reprefill" else policy.window - 1
             read += policy.stream(seen, text, actions[at], latents)
             videos += policy.imagined
-        video, known = torch.cat(videos), torch.from_numpy(window["valid"])
-        tables[name] = chunk_scores(video, truth, arm, known, chunk)
-        pairs[name] = torch.from_numpy(np.concatenate(read))[known[1:]], goal[known[1:]]
+        video, T = torch.cat(videos), 1 + sum(map(len, read))
+        tables[name] = chunk_scores(video, truth[:T], None if arm is None else arm[:T], known[:T], chunk)
+        pairs[name] = torch.from_numpy(np.concatenate(read))[known[1:T]], goal[:T - 1][known[1:T]]
     still = truth[:1].expand_as(truth)
     tables["do_nothing"] = chunk_scores(still, truth, arm, known, chunk)
     pairs["do_nothing"] = torch.from_numpy(actions[:1]).expand_as(goal)[known[1:]], goal[known[1:]]
