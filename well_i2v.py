@@ -2040,7 +2040,9 @@ def wrap(model, args, run):
             for block in net.transformer.blocks:
                 fully_shard(block, mesh=mesh, mp_policy=policy)
             fully_shard(net.transformer, mesh=mesh, mp_policy=policy)
-        return fully_shard(model, mesh=mesh)
+        # By default the root stays gathered until a backward: the step after a validation would compute with
+        # the averages.
+        return fully_shard(model, mesh=mesh, reshard_after_forward=True)
     if run.world > 1:
         ids = [run.device] if run.device.type == "cuda" else None
         return nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False,
