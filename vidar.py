@@ -79,9 +79,9 @@ PRESETS = {
     # small model's mean of the futures is nearer to each than a sharp one of them.
     "tiny": dict(
         model="tiny", stage="all", data_dir="data/vidar", size="112,96", frames=29, prompt_views="none",
-        windows=2, text_length=64, batch_size=4, any_batch=True, max_steps=1200, lr=4e-3,
-        warmup_steps=50, weight_decay=.01, ema_decay=.99, beta2=.98, shift=3.0, steps=4, cfg=1.,
-        idm_steps=1500, idm_lr=2e-3, idm_batch_size=32, idm_frames=200, idm_decoded=True, idm_jitter=0.,
+        windows=2, text_length=64, batch_size=4, any_batch=True, max_steps=900, lr=4e-3, warmup_steps=50,
+        weight_decay=.01, ema_decay=.99, beta2=.98, eta=3., shift=8.0, steps=2, cfg=1., idm_steps=1500,
+        idm_lr=2e-3, idm_batch_size=32, idm_frames=200, idm_decoded=True, idm_jitter=0.,
         mask_steps="480,570", mask_weight=.3, eval_every=200, save_every=200, worlds=8),
     "2xh200": {**PAPER, "batch_size": 8, "grad_accum": 8},
     "8xh100": {**PAPER, "batch_size": 8, "grad_accum": 2},
@@ -115,7 +115,7 @@ def build_parser():
         help="the head camera that the prompt's prefix names (none: no prefix)")
     add("--windows", type=int, default=4, help="cached windows of a training episode; their start varies")
     add("--sim_episodes", type=int, default=400, help="episodes of the simulated set")
-    add("--sim_frames", type=int, default=45, help="frames of each")
+    add("--sim_frames", type=int, default=37, help="frames of each")
     add("--sim_poses", type=int, default=10000, help="random poses beside them, for the IDM alone")
     add = parser.add_argument_group("model").add_argument
     add("--model", choices=["ti2v_5b", "tiny"], default="ti2v_5b", help="tiny: the same classes, small")
@@ -1285,7 +1285,7 @@ def decoded_frames(window, vae, run, size):
 
 def build_frames(args, run, parts):
     """Frames for the IDM, written once: idm_cache/<part>.npy n 3 h w uint8, <part>_actions.npy n 14; with
-    --idm_decoded those of the tasks are there for training a second time, as the codec shows them.
+    --idm_decoded every other task's are there for training a second time, as the codec shows them.
     -> {part: (frames, memory-mapped; actions)}."""
     folder, size = Path(args.data_dir) / "idm_cache", idm_config(args)["size"]
     names = ("size", "layout", "idm_frames", "idm_decoded", "frames")
@@ -1293,7 +1293,7 @@ def build_frames(args, run, parts):
     if started := start_cache(run, parts, folder, flags):
         made_of, new = started
         for part, episodes in parts.items() if run.rank == 0 else ():
-            again = tasks(episodes) if part == "train" and args.idm_decoded else []
+            again = tasks(episodes)[::2] if part == "train" and args.idm_decoded else []
             frames = sum(min(args.idm_frames, episode.length()) for episode in episodes)
             frames += sum(min(args.frames, episode.length()) for episode in again)
             file = np.lib.format.open_memmap(new / f"{part}.npy", "w+", np.uint8, (frames, 3, *size))
