@@ -79,10 +79,10 @@ PRESETS = {
     # small model's mean of the futures is nearer to each than a sharp one of them.
     "tiny": dict(
         model="tiny", stage="all", data_dir="data/vidar", size="112,96", frames=29, prompt_views="none",
-        windows=2, text_length=64, batch_size=4, any_batch=True, max_steps=900, lr=4e-3, warmup_steps=50,
+        windows=2, text_length=64, batch_size=2, any_batch=True, max_steps=1800, lr=3e-3, warmup_steps=50,
         weight_decay=.01, ema_decay=.99, beta2=.98, eta=3., shift=8.0, steps=2, cfg=1., idm_steps=1500,
         idm_lr=2e-3, idm_batch_size=32, idm_frames=200, idm_decoded=True, idm_jitter=0.,
-        mask_steps="480,570", mask_weight=.3, eval_every=200, save_every=200, worlds=8),
+        mask_steps="480,570", mask_weight=.3, eval_every=300, save_every=300, worlds=8),
     "2xh200": {**PAPER, "batch_size": 8, "grad_accum": 8},
     "8xh100": {**PAPER, "batch_size": 8, "grad_accum": 2},
     "64xh100": {**PAPER, "batch_size": 2, "grad_accum": 1},
@@ -720,8 +720,8 @@ FOLDED = np.array([1.2, -.6, -.8, -.7, -.2, .3])    # of the left arm; IK stays 
 REST = np.concatenate([FOLDED, [1.], -FOLDED, [1.]])
 SPEED = np.tile([*[.09] * 6, .25], 2)               # the expert's most, radians or gripper share per frame
 RATE = 1.25 * SPEED                                 # the robot's: what is further off is not reached in time
-GRIPS, OPENS = .45, .6                              # a gripper holds below the one, lets go above the other
-GRASP, PLATE, BLOCK = .13, .15, .065                # radii of a grasp and of the plate; a block's half side
+GRIPS, OPENS = .55, .7                              # a gripper holds below the one, lets go above the other
+GRASP, PLATE, BLOCK = .16, .15, .065                # radii of a grasp and of the plate; a block's half side
 BLOCKS = {"red": (205, 40, 40), "green": (50, 160, 60), "blue": (40, 80, 215), "yellow": (235, 200, 30)}
 PAINT = (((75, 25, 120), (215, 165, 245), (145, 70, 205)), ((0, 80, 85), (150, 230, 220), (20, 160, 155)))
 FINGERS = (25, 25, 30)

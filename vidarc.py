@@ -66,10 +66,10 @@ PRESETS = {
     "tiny": dict(
         model="tiny", data_dir="data/vidar", vidar="runs/vidar/final/vidar.safetensors",
         idm="runs/vidar/idm/final/idm.pt", size="112,96", frames=29, prompt_views="none", windows=2,
-        text_length=64, batch_size=4, any_batch=True, max_steps=700, lr=3e-3, warmup_steps=30,
+        text_length=64, batch_size=2, any_batch=True, max_steps=1400, lr=3e-3, warmup_steps=50,
         weight_decay=.01, ema_decay=.99, beta2=.98, shift=8., steps=2, cfg=1., chunk_size=8,
-        kv_cache_length=28, self_forcing=.25, self_forcing_after=400, worlds=24, moved=6, latency_chunks=12,
-        eval_every=100, save_every=200),
+        kv_cache_length=28, self_forcing=.25, self_forcing_after=900, execute=4, worlds=24, moved=6,
+        latency_chunks=12, eval_every=200, save_every=200),
     "2xh200": {**PAPER, "batch_size": 8, "grad_accum": 8, "chunk_size": 8},
     "8xh100": {**PAPER, "batch_size": 8, "grad_accum": 2},
     "64xh100": {**PAPER, "batch_size": 2, "grad_accum": 1},
@@ -124,6 +124,8 @@ def build_parser():
     add("--calibrate", action=argparse.BooleanOptionalAction, default=True,
         help="shift actions by what the IDM misreads in the frame whose joints are known")
     add("--worlds", type=int, default=40, help="simulated worlds, where the data are simulated")
+    add("--execute", type=int, default=0, metavar="FRAMES",
+        help="actions that are carried out before the next look, in fours (0: --chunk_size)")
     add("--horizon", type=int, default=44, help="frames in a world")
     add("--moved", type=int, default=10, help="frame at which the block is moved, where it is")
     add("--eval_clips", type=int, default=0, help="held-out episodes that --eval looks at (0: all)")
@@ -164,6 +166,9 @@ def check_args(args):
     if args.self_forcing and args.chunk_size < 2 * chunk:
         raise UserError(f"--self_forcing imagines a part of --chunk_size {args.chunk_size}: it has to hold "
                         f"two chunks of {chunk} frames or more; or --self_forcing 0")
+    if args.execute % 4 or not 0 <= args.execute <= args.chunk_size:
+        raise UserError(f"--execute {args.execute} must be a multiple of 4 up to --chunk_size "
+                        f"{args.chunk_size}, or 0")
     world = int(os.environ.get("WORLD_SIZE", 1))
     batch = args.batch_size * args.grad_accum * world
     lifted = args.any_batch or args.given & {"batch_size", "grad_accum"}
@@ -782,7 +787,7 @@ class Policy:
 
 def perform(policy, args, seed, moved, closed, film=None):
     """One simulated world -> success, final distance of the block from the plate. Closed loop: a new plan
-    from what is seen after every --chunk_size frames; else one plan for a whole window, then rest.
+    from what is seen after every --execute frames; else one plan for a whole window, then rest.
     film: a list that takes (what is seen, what was imagined) for each frame, H W 3 uint8."""
     world = vidar.ArmWorld(seed, vidar.video_size(args), moved=moved)
     policy.reset(seed)
@@ -793,7 +798,7 @@ def perform(policy, args, seed, moved, closed, film=None):
             plan = list(np.concatenate(list(policy.stream(np.stack(frames), text, world.state, latents))))
             imagined = common.to_uint8(torch.cat(policy.imagined) * 2 - 1).movedim(1, -1).numpy()
             frames = []
-        for action, picture in zip(plan, imagined):
+        for action, picture in zip(plan[:closed and args.execute or None], imagined):
             world.step(action)
             done += 1
             frames.append(world.observe())
