@@ -125,7 +125,7 @@ def build_parser():
         help="shift actions by what the IDM misreads in the frame whose joints are known")
     add("--worlds", type=int, default=40, help="simulated worlds, where the data are simulated")
     add("--execute", type=int, default=0, metavar="FRAMES",
-        help="actions that are carried out before the next look, in fours (0: --chunk_size)")
+        help="actions that are carried out before the next look (0: --chunk_size)")
     add("--horizon", type=int, default=44, help="frames in a world")
     add("--moved", type=int, default=10, help="frame at which the block is moved, where it is")
     add("--eval_clips", type=int, default=0, help="held-out episodes that --eval looks at (0: all)")
@@ -166,8 +166,8 @@ def check_args(args):
     if args.self_forcing and args.chunk_size < 2 * chunk:
         raise UserError(f"--self_forcing imagines a part of --chunk_size {args.chunk_size}: it has to hold "
                         f"two chunks of {chunk} frames or more; or --self_forcing 0")
-    if args.execute % 4 or not 0 <= args.execute <= args.chunk_size:
-        raise UserError(f"--execute {args.execute} must be a multiple of 4 up to --chunk_size "
+    if args.execute % chunk or not 0 <= args.execute <= args.chunk_size:
+        raise UserError(f"--execute {args.execute} must be a multiple of {chunk} up to --chunk_size "
                         f"{args.chunk_size}, or 0")
     world = int(os.environ.get("WORLD_SIZE", 1))
     batch = args.batch_size * args.grad_accum * world
