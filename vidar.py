@@ -79,10 +79,10 @@ PRESETS = {
     # small model's mean of the futures is nearer to each than a sharp one of them.
     "tiny": dict(
         model="tiny", stage="all", data_dir="data/vidar", size="112,96", frames=29, prompt_views="none",
-        windows=2, text_length=64, batch_size=2, any_batch=True, max_steps=1800, lr=3e-3, warmup_steps=50,
-        weight_decay=.01, ema_decay=.99, beta2=.98, eta=3., shift=8.0, steps=2, cfg=1., idm_steps=1500,
+        windows=2, text_length=64, batch_size=2, any_batch=True, max_steps=1500, lr=3e-3, warmup_steps=50,
+        weight_decay=.01, ema_decay=.99, beta2=.98, eta=3., shift=8.0, steps=2, cfg=1., idm_steps=1700,
         idm_lr=2e-3, idm_batch_size=32, idm_frames=200, idm_decoded=True, idm_jitter=0.,
-        mask_steps="480,570", mask_weight=.3, eval_every=300, save_every=300, worlds=8),
+        mask_steps="480,570", mask_weight=.3, cfg_drop=0., eval_every=300, save_every=300, worlds=8),
     "2xh200": {**PAPER, "batch_size": 8, "grad_accum": 8},
     "8xh100": {**PAPER, "batch_size": 8, "grad_accum": 2},
     "64xh100": {**PAPER, "batch_size": 2, "grad_accum": 1},
@@ -852,6 +852,7 @@ class ArmWorld:
 
     def step(self, action):
         """One frame towards absolute targets (14,) -> whether the block has been put on the plate by now."""
+        before = self.state
         self.state = self.state + np.clip(action - self.state, -RATE, RATE)
         self.state[[6, 13]] = self.state[[6, 13]].clip(0, 1)
         self.time += 1
@@ -864,7 +865,7 @@ class ArmWorld:
             nearest = int(np.argmin(np.abs(away)))
             if opening > OPENS:
                 self.held[arm] = None
-            elif opening < GRIPS and self.held[arm] is None and abs(away[nearest]) < GRASP:
+            elif before[7 * arm + 6] >= GRIPS > opening and abs(away[nearest]) < GRASP:
                 self.held[arm], self.grip[arm] = nearest, away[nearest]
             if self.held[arm] is not None:
                 self.grip[arm] *= .5                               # fingers centre what they hold
@@ -990,7 +991,7 @@ def record(root, number, random, made_of):
     folder = root / f"episodes/ep_{number + 1:04d}"
     # Whole chroma: at half its resolution a link of three pixels loses its colour.
     common.write_video(folder / "video.mp4", torch.from_numpy(video).permute(0, 3, 1, 2), FPS,
-                       ("-crf", "10", "-pix_fmt", "yuv444p"))
+                       ("-crf", "10", "-preset", "ultrafast", "-pix_fmt", "yuv444p"))
     np.save(folder / "actions.npy", actions)
     np.savez_compressed(folder / "mask.npz", bits=np.packbits(masks), shape=masks.shape)
     (folder / "instruction.txt").write_text((PLAY if random else world.text) + "\n")
@@ -1313,12 +1314,12 @@ def build_frames(args, run, parts):
 
 
 def arm_of(window, idm, device):
-    """U of every frame of a window -> T h w: the IDM's soft mask; without an IDM the truth of mask.npz."""
-    if idm is not None:
-        return read_off(idm, torch.from_numpy(window["video"]).movedim(-1, 1) / 255, device)[1][:, 0]
-    if window["mask"] is None:
+    """U of every frame of a window -> T h w: the truth of mask.npz where it is, else the IDM's soft mask."""
+    if window["mask"] is not None:
+        return torch.from_numpy(window["mask"]).float()
+    if idm is None:
         raise UserError("--eta needs to know where the arm is: --idm FILE, or mask.npz in each episode")
-    return torch.from_numpy(window["mask"]).float()
+    return read_off(idm, torch.from_numpy(window["video"]).movedim(-1, 1) / 255, device)[1][:, 0]
 
 
 def build_cache(args, run, parts, idm):
