@@ -3951,7 +3951,7 @@ def test_vidarc_weights_keep_official_names(tmp_path):
 def test_vidarc_two_processes_do_not_train_stage_1(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(common.UserError, match="one process trains it: first python vidar.py"):
-        vidarc.need_stage1(vidarc_args(), Namespace(rank=1, world=2))
+        vidarc.need_stage1(vidarc_args(), Namespace(rank=1, world=2), ["vidar", "idm"])
 
 
 def test_vidarc_scores_of_chunks():

@@ -19,7 +19,7 @@ Differs     from upstream's training and inference code, and why:
             - actions are shifted by what the IDM misreads now, where the joints are known (--no-calibrate)
 Run         python vidarc.py                                # with python vidar.py first, where missing
             python vidarc.py --sample --num_samples 3
-            python vidarc.py --eval --chunk_size 4
+            python vidarc.py --eval --execute 4
             python vidarc.py --eta 0 --self_forcing 0 --chunk_latents 2 --output_dir runs/vidarc_ablation
             torchrun --nproc_per_node=2 vidarc.py --preset 2xh200 --data_dir data/robotwin
             torchrun --nproc_per_node=8 vidarc.py --preset 8xh100 --data_dir data/robotwin
@@ -584,9 +584,9 @@ class CausalModel(nn.Module):
 
 # ---- weights and data: stage 1's ------------------------------------------------------------------------
 
-def need_stage1(args, run):
+def need_stage1(args, run, names):
     """Where --vidar or --idm are not there: runs vidar.py's tiny preset if they are that one's own files."""
-    missing = [name for name in ("vidar", "idm") if not Path(getattr(args, name) or "").is_file()]
+    missing = [name for name in names if not Path(getattr(args, name) or "").is_file()]
     own = {name: PRESETS["tiny"][name] for name in ("vidar", "idm")}
     if not missing:
         return
@@ -605,11 +605,12 @@ def need_stage1(args, run):
         raise UserError("stage 1 failed, as said above")
 
 
-def prepare(args, run):
-    """-> {part: [Episode]}, the IDM. Stage 1 leaves simulated episodes where it has to be run first."""
+def prepare(args, run, found):
+    """-> {part: [Episode]}, {part: Windows}, the IDM. Stage 1 leaves simulated episodes where it has to be
+    run first. A checkpoint that was found stands for --vidar."""
     if not args.random_init:
-        need_stage1(args, run)
-        if args.vidar and run.rank == 0:
+        need_stage1(args, run, ["idm"] if found else ["vidar", "idm"])
+        if not found and run.rank == 0:
             vidar.check_vidar(args)              # before the cache, which takes hours
     idm = vidar.load_idm(args.idm, vidar.idm_config(args)).to(run.device) if args.idm else None
     episodes = vidar.find_episodes(args.data_dir)
@@ -622,11 +623,11 @@ def prepare(args, run):
     return parts, data, idm
 
 
-def make_model(args, run):
-    """CausalModel with stage 1's weights, in fp32: at a learning rate of 2e-5 most steps of a bf16 weight
-    round to none."""
+def make_model(args, run, begin=True):
+    """CausalModel in fp32: at a learning rate of 2e-5 most steps of a bf16 weight round to none. begin: with
+    stage 1's weights, unless a checkpoint's follow."""
     dit = CausalWan.of(vidar.wan_part(args, run, "transformer"))
-    if args.vidar and not args.random_init:
+    if begin and not args.random_init:
         weights, _ = vidar.read_vidar(args.vidar, dit)
         dit.load_state_dict(weights)
     return CausalModel(dit, args)
@@ -1277,7 +1278,7 @@ def fit(args, run, model, data, found):
     export(args, run, model, folder)
     if args.fsdp:                                # for evaluation each process has a whole model
         weights, _ = common.gather_state(model, everywhere=True)
-        model = make_model(args, run)
+        model = make_model(args, run, begin=False)
         common.restore_state(model, weights, source="this run")
     return model.module if hasattr(model, "module") else model
 
@@ -1337,10 +1338,10 @@ def work(args):
         if run.rank == 0:
             print(f"no checkpoint in {folder}/ckpt: training preset {args.preset} first"
                   + (", about 7 minutes on 2 cores" if args.preset == "tiny" else ""))
-    parts, data, idm = prepare(args, run)
+    parts, data, idm = prepare(args, run, found)
     if run.rank == 0 and not (only and found):
         common.write_json(folder / "args.json", {**public_flags(args), **common.provenance()})
-    model = make_model(args, run).to(run.device)
+    model = make_model(args, run, begin=not found).to(run.device)
     if found and (only or found[2]["step"] >= args.max_steps):
         common.restore_state(model, found[1]["ema"], source=str(found[0]), trained_only=True)
     else:
