@@ -597,7 +597,7 @@ def need_stage1(args, run, names):
     flags = ["--preset", "tiny", *args.stage1.split()]
     flags += ["--data_dir", args.data_dir] if "data_dir" in args.given else []
     if run.rank == 0:
-        print(f"no {own[missing[0]]}: first stage 1, python vidar.py {' '.join(flags)} (about 8 minutes on 2 "
+        print(f"no {own[missing[0]]}: first stage 1, python vidar.py {' '.join(flags)} (about 13 minutes on 2 "
               "cores)", flush=True)
     if run.world > 1:
         raise UserError("stage 1 is missing, and one process trains it: first python vidar.py --preset tiny")
@@ -1337,7 +1337,7 @@ def work(args):
             raise UserError(f"no checkpoint in {folder}/ckpt: first python {SCRIPT}.py --output_dir {folder}")
         if run.rank == 0:
             print(f"no checkpoint in {folder}/ckpt: training preset {args.preset} first"
-                  + (", about 7 minutes on 2 cores" if args.preset == "tiny" else ""))
+                  + (", about 8 minutes on 2 cores" if args.preset == "tiny" else ""))
     parts, data, idm = prepare(args, run, found)
     if run.rank == 0 and not (only and found):
         common.write_json(folder / "args.json", {**public_flags(args), **common.provenance()})
