@@ -597,8 +597,8 @@ def need_stage1(args, run, names):
     flags = ["--preset", "tiny", *args.stage1.split()]
     flags += ["--data_dir", args.data_dir] if "data_dir" in args.given else []
     if run.rank == 0:
-        print(f"no {own[missing[0]]}: first stage 1, python vidar.py {' '.join(flags)} (about 13 minutes on 2 "
-              "cores)", flush=True)
+        print(f"no {own[missing[0]]}: first stage 1, about 13 minutes on 2 cores: python vidar.py "
+              f"{' '.join(flags)}", flush=True)
     if run.world > 1:
         raise UserError("stage 1 is missing, and one process trains it: first python vidar.py --preset tiny")
     if vidar.main(flags):
