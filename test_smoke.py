@@ -3591,7 +3591,7 @@ def test_vidar_picture_of_robot():
         other = copy.deepcopy(world)
         other.state[joint] -= .3 if joint in (6, 13) else .1
         changed = (np.abs(other.observe().astype(int) - picture) > 40).any(-1)[:75]
-        assert changed.sum() > 3 and (arm | other.arm_mask())[:75][changed].mean() > .6, joint
+        assert changed.sum() > 3 and (arm | other.render()[1])[:75][changed].mean() > .6, joint
     near, states, inside = [vidar.reached(rng, arm, 20) for arm in (0, 1)], [], []
     for _ in range(60):
         world.pose(rng, near)

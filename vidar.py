@@ -938,9 +938,6 @@ class ArmWorld:
     def observe(self):
         return self.render()[0]
 
-    def arm_mask(self):
-        return self.render()[1]
-
 
 # ---- data: simulated episodes ---------------------------------------------------------------------------
 
@@ -1319,7 +1316,8 @@ def arm_of(window, idm, device):
         return torch.from_numpy(window["mask"]).float()
     if idm is None:
         raise UserError("--eta needs to know where the arm is: --idm FILE, or mask.npz in each episode")
-    return read_off(idm, torch.from_numpy(window["video"]).movedim(-1, 1) / 255, device)[1][:, 0]
+    frames = torch.from_numpy(window["video"]).movedim(-1, 1) / 255
+    return torch.cat([idm.arm(some.to(device)).float().cpu() for some in frames.split(IDM_CHUNK)])[:, 0]
 
 
 def build_cache(args, run, parts, idm):
