@@ -3439,7 +3439,7 @@ def test_vidar_other_stages_and_flags(trained, tmp_path, capsys):
         assert go(to, f"--stage video --eta 3 --max_steps 1 {flags}") == 0
         assert "making it anew" in capsys.readouterr().out
         assert rows(tmp_path / to)[0]["loss"] > 1.1 * rows(tmp_path / to)[0]["flow_loss"]
-    args = vidar_args(f"--eta 0 --frames 13 --data_dir {data}")      # of episodes of 9: the last 4 are padding
+    args = vidar_args(f"--eta 0 --frames 13 --data_dir {data}")    # of episodes of 9: the last 4 are padding
     parts = vidar.prepare(args, CPU)
     vidar.build_cache(args, CPU, parts, None)
     batch = vidar.Windows(args, "train", parts["train"]).get([0, 1], "cpu", silent=[1])
