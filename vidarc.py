@@ -17,7 +17,7 @@ Differs     from upstream's training and inference code, and why:
             - the video codec is a stream: no call decodes or encodes a frame twice. Upstream's server encodes
               each chunk behind the very first observation
             - actions are shifted by what the IDM misreads now, where the joints are known (--no-calibrate)
-Run         python vidarc.py               # 7.1 min, 0.8 GB; before it python vidar.py, where missing
+Run         python vidarc.py               # 7.1 min, 0.8 GB, behind stage 1's 12.8 where that is missing
             python vidarc.py --sample --num_samples 3
             python vidarc.py --eval --execute 4
             python vidarc.py --eta 0 --self_forcing 0 --chunk_latents 2 --output_dir runs/vidarc_ablation
