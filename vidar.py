@@ -171,12 +171,7 @@ def check_args(args):
                  "eval_clips"):
         if not getattr(args, name) >= 0:
             raise UserError(f"--{name} must not be negative, but is {getattr(args, name)}")
-    side = 16 if args.model == "tiny" else 32              # the codec's stride times Wan's patch of 2
-    parts = args.size.split(",")
-    if len(parts) != 2 or not all(part.isdigit() and int(part) and int(part) % side == 0 for part in parts):
-        raise UserError(f"--size takes H,W in multiples of {side}, such as 736,640, not {args.size}")
-    if args.frames < 5 or args.frames % 4 != 1:
-        raise UserError(f"--frames must be 4k + 1, not {args.frames}: Wan's VAE packs fours after the first")
+    check_shape(args)
     if not re.fullmatch(r"\d+,\d+", args.mask_steps):
         raise UserError(f"--mask_steps takes A,B such as 1200,1360, not {args.mask_steps}")
     if not 0 <= args.cfg_drop <= 1:
@@ -186,9 +181,24 @@ def check_args(args):
             raise UserError(f"--{name}: there is no file {getattr(args, name)}")
     if args.fsdp and args.lora_rank:
         raise UserError("--lora_rank trains on one GPU or under torchrun alone: leave --fsdp out")
+    check_batch(args, lifted=args.stage == "idm")
+
+
+def check_shape(args):
+    """UserError for a --size or --frames that codec and patches do not divide."""
+    side = 2 * codec_side(args)                                                       # Wan's patch is 2
+    parts = args.size.split(",")
+    if len(parts) != 2 or not all(part.isdigit() and int(part) and int(part) % side == 0 for part in parts):
+        raise UserError(f"--size takes H,W in multiples of {side}, such as 736,640, not {args.size}")
+    if args.frames < 5 or args.frames % 4 != 1:
+        raise UserError(f"--frames must be 4k + 1, not {args.frames}: Wan's VAE packs fours after the first")
+
+
+def check_batch(args, lifted=False):
+    """UserError unless a step has the document's number of samples, or may have another."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     batch = args.batch_size * args.grad_accum * world
-    lifted = args.any_batch or args.given & {"batch_size", "grad_accum"} or args.stage == "idm"
+    lifted = lifted or args.any_batch or args.given & {"batch_size", "grad_accum"}
     if batch != EFFECTIVE_BATCH and not (lifted or args.dry_run or args.sample or args.eval):
         accum, rest = divmod(EFFECTIVE_BATCH, args.batch_size * world)
         advice = f"--grad_accum {accum} reaches it" if accum and not rest else "choose another --batch_size"
@@ -517,6 +527,11 @@ def idm_config(args):
     return {**IDM_TINY, "size": video_size(args)} if args.model == "tiny" else IDM_FULL
 
 
+def codec_side(args):
+    """Pixels that a latent cell is high and wide."""
+    return common.LinearCodec.side if args.model == "tiny" else 16
+
+
 def load_codec(args, run):
     if args.model == "tiny":
         return common.LinearCodec(common.load_weights(Path(args.data_dir) / "codec/codec.safetensors"))
@@ -625,6 +640,17 @@ def make_video_model(args, run):
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
 
 
+def save_transformer(args, stem, weights):
+    """{diffusers' name: tensor} -> stem.safetensors with these names, stem.pt with the official ones; bf16 at
+    paper scale."""
+    dtype = torch.float32 if args.model == "tiny" else torch.bfloat16
+    weights = {name: value.to(dtype) for name, value in weights.items()}
+    common.save_weights(stem.with_suffix(".safetensors"), weights)
+    tmp = stem.with_name(f".tmp_{stem.name}.pt")
+    torch.save(official_names(weights), tmp)
+    tmp.replace(stem.with_suffix(".pt"))
+
+
 def export(args, run, model, stage, folder):
     """final/: idm.pt; or vidar.pt in official names, which upstream's generate.py takes, and
     vidar.safetensors in diffusers', bf16 at paper scale; of adapters the LoRA file. Rank 0 writes."""
@@ -638,12 +664,8 @@ def export(args, run, model, stage, folder):
     weights = {name.removeprefix("dit."): value for name, value in weights.items()}
     if args.lora_rank:
         common.save_lora(final, model.dit, weights)
-        return
-    dtype = torch.float32 if args.model == "tiny" else torch.bfloat16
-    weights = {name: value.to(dtype) for name, value in weights.items()}
-    common.save_weights(final / "vidar.safetensors", weights)
-    torch.save(official_names(weights), final / ".tmp_vidar.pt")
-    (final / ".tmp_vidar.pt").replace(final / "vidar.pt")
+    else:
+        save_transformer(args, final / SCRIPT, weights)
 
 
 # ---- objective and sampler ------------------------------------------------------------------------------
@@ -1161,6 +1183,16 @@ def split_episodes(episodes):
             for part in ("train", "val", "test")}
 
 
+def load_parts(data_dir):
+    """-> {part: [Episode]}, of which some have a task, and random poses come first."""
+    episodes = find_episodes(data_dir)
+    parts = split_episodes([e for e in episodes if e.instruction == PLAY] + tasks(episodes))
+    for part, own in parts.items():
+        if not tasks(own):
+            raise UserError(f"{data_dir}: no episode of split {part} has a task")
+    return parts
+
+
 def prompt(instruction, views=VIEWS, robot="aloha"):
     """A task's text with the three clauses that the published weights were trained with: style and cameras,
     robot, task. A text that has them stays as it is."""
@@ -1421,6 +1453,16 @@ def video_scores(video, truth, arm, valid):
     return out
 
 
+def gather_rows(run, tables):
+    """{name: [row]} of each process -> that of all."""
+    if run.world == 1:
+        return tables
+    gathered = [None] * run.world
+    dist.all_gather_object(gathered, tables)
+    return {name: [row for part in gathered for row in part.get(name, [])]
+            for name in dict.fromkeys(name for part in gathered for name in part)}
+
+
 def mean_scores(rows):
     return {name: float(np.nanmean([row[name] for row in rows])) if any(
         np.isfinite(row[name]) for row in rows) else math.nan for name in rows[0]}
@@ -1507,17 +1549,22 @@ def evaluate(args, run, models, parts, data):
         for k in range(run.rank, args.worlds, run.world):
             for name, row in act(args, run, models, vae, clips, encode_prompt, FIRST_WORLD + k).items():
                 tables.setdefault(f"world_{name}", []).append(row)
-    if run.world > 1:
-        gathered = [None] * run.world
-        dist.all_gather_object(gathered, (tables, pairs))
-        tables, pairs = ({name: [row for part in gathered for row in part[k].get(name, [])]
-                          for name in dict.fromkeys(n for part in gathered for n in part[k])} for k in (0, 1))
+    tables, pairs = (gather_rows(run, rows) for rows in (tables, pairs))
     means = {name: mean_scores(rows) for name, rows in tables.items()}
     for name, rows in pairs.items():
         scores = idm_scores(*(torch.cat(column) for column in zip(*rows)))
         means[name] = {f"action_{metric}": value for metric, value in scores.items()}
     if run.rank == 0:
         report(args, means, len(everyone), time.time() - began)
+
+
+def loss_panel(folder, title):
+    """What a run's metrics.jsonl says of losses -> a panel for common.plot_curves."""
+    path = folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    lines = {key: tuple(zip(*points)) for key in ("loss", "val_loss", "flow_loss", "val_l1")
+             if (points := [(r["step"], r[key]) for r in rows if key in r])}
+    return {"title": title, "xlabel": "step", "ylabel": "loss", "log": True, "lines": lines}
 
 
 def report(args, means, episodes, seconds):
@@ -1557,13 +1604,8 @@ def report(args, means, episodes, seconds):
                   f"{world['open_loop_distance']:.2f} from the plate")
     panels = []
     for stage in ("idm", "."):
-        path = Path(args.output_dir) / stage / "metrics.jsonl"
-        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-        lines = {key: tuple(zip(*points)) for key in ("loss", "val_loss", "flow_loss", "val_l1")
-                 if (points := [(r["step"], r[key]) for r in rows if key in r])}
-        if lines:
-            panels.append({"title": stage.replace(".", args.stage), "xlabel": "step", "ylabel": "loss",
-                           "log": True, "lines": lines})
+        panel = loss_panel(Path(args.output_dir) / stage, stage.replace(".", args.stage))
+        panels += [panel] if panel["lines"] else []
     common.plot_curves(Path(args.output_dir) / "curves.png", panels)
 
 
@@ -1572,6 +1614,15 @@ def outlined(video, mask):
     mask = mask.float()[:, None]
     edge = F.max_pool2d(mask, 3, 1, 1) > mask
     return torch.where(edge, torch.tensor([.1, 1., .3])[:, None, None], video) * 2 - 1
+
+
+def write_panels(stem, panels, count):
+    """{name: video T 3 H W in [-1, 1]}, one above the other -> stem.mp4, and stem.png: `count` frames."""
+    T, _, H, _ = next(iter(panels.values())).shape
+    some, scale = torch.linspace(0, T - 1, count).round().long(), max(1, 224 // H)
+    strip = {name: torch.cat([*video[some]], -1)[None] for name, video in panels.items()}
+    return [common.write_video(Path(f"{stem}.mp4"), common.video_grid(panels, scale=scale), FPS),
+            common.write_video(Path(f"{stem}.png"), common.video_grid(strip, scale=scale))]
 
 
 def sample(args, run, models, parts, data):
@@ -1594,12 +1645,7 @@ def sample(args, run, models, parts, data):
             panels["prediction"] = outlined(videos[0], to_size(read[0][1], truth.shape[-2:]))
             np.save(folder / f"{episode.id}_actions.npy", read[0][0].numpy())
         files.append(common.write_video(folder / f"{episode.id}_prediction.mp4", videos[0] * 2 - 1, FPS))
-        grid = common.video_grid(panels, scale=max(1, 224 // truth.shape[-2]))
-        files.append(common.write_video(folder / f"{episode.id}.mp4", grid, FPS))
-        some = torch.linspace(0, args.frames - 1, 6).round().long()
-        strip = {name: torch.cat([*video[some]], -1)[None] for name, video in panels.items()}
-        strip = common.video_grid(strip, scale=max(1, 224 // truth.shape[-2]))
-        files.append(common.write_video(folder / f"{episode.id}.png", strip))
+        files += write_panels(folder / episode.id, panels, 6)
     return files
 
 
@@ -2004,12 +2050,7 @@ def prepare(args, run):
     if run.rank == 0 and args.preset == "tiny" and "data_dir" not in args.given:
         simulate(args.data_dir, args.sim_episodes, args.sim_poses, args.sim_frames, video_size(args), 0)
     run.barrier()
-    episodes = find_episodes(args.data_dir)
-    parts = split_episodes([e for e in episodes if e.instruction == PLAY] + tasks(episodes))
-    for part, own in parts.items():
-        if not tasks(own):
-            raise UserError(f"{args.data_dir}: no episode of split {part} has a task")
-    return parts
+    return load_parts(args.data_dir)
 
 
 def dry_run(args):
@@ -2019,7 +2060,7 @@ def dry_run(args):
     own = argparse.Namespace(**{**vars(args), "random_init": True, "vidar": None})
     gpus, _ = MACHINES.get(args.preset, (1, 0))
     world = int(os.environ.get("WORLD_SIZE", gpus))
-    side = common.LinearCodec.side if args.model == "tiny" else 16
+    side = codec_side(args)
     with torch.device("meta"):
         model = make_video_model(own, run)
         config, (H, W) = model.dit.config, video_size(args)

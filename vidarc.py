@@ -31,7 +31,6 @@ Shapes      B batch  T frames  F = (T - 1) / 4 + 1 latents in time  C latent cha
 import argparse
 import contextlib
 import functools
-import json
 import math
 import os
 import signal
@@ -54,7 +53,6 @@ import vidar
 from common import UserError, from_uint8
 
 SCRIPT = "vidarc"
-EFFECTIVE_BATCH = 128                    # the document's Table 5
 PUBLISHED = "3.03 s on one A100 (5B), 0.69 s on one H100 (Self Forcing, 1.3B)"
 
 # ---- args -----------------------------------------------------------------------------------------------
@@ -105,7 +103,7 @@ def build_parser():
         help="of training; loop: a call for each chunk, flex: one compiled call (auto: flex with CUDA)")
     add = parser.add_argument_group("loss").add_argument
     add("--any_batch", action=argparse.BooleanOptionalAction, default=False,
-        help=f"do not insist on {EFFECTIVE_BATCH} samples a step; --batch_size or --grad_accum imply it")
+        help=f"do not insist on {vidar.EFFECTIVE_BATCH} a step; implied by --batch_size, --grad_accum")
     add("--eta", type=float, default=3., help="Eq. 7's weight of the arm")
     add("--context_noise", type=float, default=.1, help="the clean past has noise up to this level")
     add("--self_forcing", type=float, default=.5, help="share of steps behind imagined latents")
@@ -147,12 +145,7 @@ def check_args(args):
     for name in ("cfg_drop", "context_noise", "self_forcing"):
         if not 0 <= getattr(args, name) <= 1:
             raise UserError(f"--{name} must be in [0, 1], not {getattr(args, name)}")
-    side = 16 if args.model == "tiny" else 32              # the codec's stride times Wan's patch of 2
-    parts = args.size.split(",")
-    if len(parts) != 2 or not all(part.isdigit() and int(part) and int(part) % side == 0 for part in parts):
-        raise UserError(f"--size takes H,W in multiples of {side}, such as 736,640, not {args.size}")
-    if args.frames < 5 or args.frames % 4 != 1:
-        raise UserError(f"--frames must be 4k + 1, not {args.frames}: Wan's VAE packs fours after the first")
+    vidar.check_shape(args)
     chunk = 4 * args.chunk_latents
     for name, frames in (("chunk_size", args.chunk_size), ("kv_cache_length", args.kv_cache_length),
                          ("frames", args.frames - 1)):
@@ -170,14 +163,7 @@ def check_args(args):
     if args.execute % chunk or not 0 <= args.execute <= args.chunk_size:
         raise UserError(f"--execute {args.execute} must be a multiple of {chunk} up to --chunk_size "
                         f"{args.chunk_size}, or 0")
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    batch = args.batch_size * args.grad_accum * world
-    lifted = args.any_batch or args.given & {"batch_size", "grad_accum"}
-    if batch != EFFECTIVE_BATCH and not (lifted or args.dry_run or args.sample or args.eval):
-        accum, rest = divmod(EFFECTIVE_BATCH, args.batch_size * world)
-        advice = f"--grad_accum {accum} reaches it" if accum and not rest else "choose another --batch_size"
-        raise UserError(f"preset {args.preset} is for {EFFECTIVE_BATCH} samples a step, {args.batch_size} x "
-                        f"{args.grad_accum} x {world} processes make {batch}: {advice}, --any_batch lifts it")
+    vidar.check_batch(args)
 
 
 # ---- who sees whom --------------------------------------------------------------------------------------
@@ -613,8 +599,7 @@ def prepare(args, run, found):
         if not found and run.rank == 0:
             vidar.check_vidar(args)              # before the cache, which takes hours
     idm = vidar.load_idm(args.idm, vidar.idm_config(args)).to(run.device) if args.idm else None
-    episodes = vidar.find_episodes(args.data_dir)
-    parts = vidar.split_episodes([e for e in episodes if e.instruction == vidar.PLAY] + vidar.tasks(episodes))
+    parts = vidar.load_parts(args.data_dir)
     vidar.fit_codec(args, run, parts)
     vidar.build_cache(args, run, parts, idm)
     data = {part: vidar.Windows(args, part, own) for part, own in parts.items()}
@@ -639,12 +624,9 @@ def export(args, run, model, folder):
     weights, _ = common.gather_state(model, trained_only=True)
     if run.rank:
         return
-    final, dtype = folder / "final", torch.float32 if args.model == "tiny" else torch.bfloat16
-    final.mkdir(exist_ok=True)
-    weights = {name.removeprefix("dit."): value.to(dtype) for name, value in weights.items()}
-    common.save_weights(final / "vidarc.safetensors", weights)
-    torch.save(vidar.official_names(weights), final / ".tmp_vidarc.pt")
-    (final / ".tmp_vidarc.pt").replace(final / "vidarc.pt")
+    (folder / "final").mkdir(exist_ok=True)
+    weights = {name.removeprefix("dit."): value for name, value in weights.items()}
+    vidar.save_transformer(args, folder / "final" / SCRIPT, weights)
 
 
 # ---- closed loop ----------------------------------------------------------------------------------------
@@ -711,8 +693,7 @@ class Policy:
         if self.args.calibrate and joints is not None:
             with self.timed("idm"):
                 shift = joints - self.read(self.last[-1:])[0]
-        h, w = (side // self.side() for side in vidar.video_size(self.args))
-        noise = torch.randn(1, self.dit.config.in_channels, count, h, w, generator=self.generator)
+        noise = torch.randn(self.latent_shape(count), generator=self.generator)
         decoded = self.decoded
         for z in generate_chunk(self.dit, self.cache, noise.to(self.device), *self.words,
                                 self.args.chunk_latents, self.args.steps, self.args.cfg, self.args.shift,
@@ -724,8 +705,10 @@ class Policy:
                 actions = self.read(self.imagined[-1])
             yield actions + shift
 
-    def side(self):
-        return common.LinearCodec.side if self.args.model == "tiny" else 16
+    def latent_shape(self, count):
+        """Of `count` latents: 1 C F h w."""
+        cell = vidar.codec_side(self.args)
+        return 1, self.dit.config.in_channels, count, *(side // cell for side in vidar.video_size(self.args))
 
     def check(self, frames):
         wanted = (*vidar.video_size(self.args), 3)
@@ -771,16 +754,15 @@ class Policy:
 
     def bidirectional(self):
         """Seconds that stage 1's sampler needs for all frames of a window, with vidar.py's steps."""
-        parser, h, w = vidar.build_parser(), *(side // self.side() for side in vidar.video_size(self.args))
-        words = stack_text(*self.words)
+        steps, words = vidar.build_parser().get_default("steps"), stack_text(*self.words)
 
         def velocity(x, t):
             x = torch.cat([x, x])
             return self.dit(x, x.new_full((len(x), x.shape[2]), t), words)[:1]
 
-        x = torch.zeros(1, self.dit.config.in_channels, self.window, h, w, device=self.device)
+        x = torch.zeros(self.latent_shape(self.window), device=self.device)
         with torch.no_grad(), self.timed("bidirectional"):
-            solve(velocity, x, parser.get_default("steps"), self.args.shift, "unipc")
+            solve(velocity, x, steps, self.args.shift, "unipc")
         return self.seconds["bidirectional"][-1]
 
     def read(self, frames):
@@ -863,7 +845,7 @@ def latency(args, policy):
     Part "bidirectional" is stage 1's sampler: all of a window at once, in its 20 steps with guidance."""
     H, W = vidar.video_size(args)
     policy.told = True
-    rows, curves, past = [], {"KV cache": [], "recomputed": []}, []
+    rows, curves = [], {"KV cache": [], "recomputed": []}
     frames = np.full((1, H, W, 3), 128, np.uint8)
     for i in range(3 + args.latency_chunks):
         policy.seconds, began = {}, time.perf_counter()
@@ -873,9 +855,8 @@ def latency(args, policy):
         rows.append({**{name: sum(values) for name, values in policy.seconds.items() if name != "text"},
                      "first action": first, "chunk": time.perf_counter() - began})
         curves["KV cache"].append(rows[-1]["chunk"])
-        past.append(torch.zeros(1, policy.dit.config.in_channels, args.chunk_size // 4 if i else 1,
-                                H // policy.side(), W // policy.side(), device=policy.device))
-        curves["recomputed"].append(policy.recompute(torch.cat(past, dim=2)))
+        past = torch.zeros(policy.latent_shape(1 + i * args.chunk_size // 4), device=policy.device)
+        curves["recomputed"].append(policy.recompute(past))
         frames = np.full((args.chunk_size, H, W, 3), 128, np.uint8)
     times = [policy.bidirectional() for _ in range(4)][1:]
     columns = {name: [row.get(name, 0.) for row in rows[3:]] for name in rows[-1]} | {"bidirectional": times}
@@ -902,11 +883,7 @@ def evaluate(args, run, model, idm, parts, data):
                 success, distance = perform(policy, args, vidar.FIRST_WORLD + number, moved, closed)
                 name = f"{'moved' if moved else 'static'}_{'closed' if closed else 'open'}_loop"
                 tables.setdefault(name, []).append({"success": success, "distance": distance})
-    if run.world > 1:
-        gathered = [None] * run.world
-        dist.all_gather_object(gathered, (tables, pairs))
-        tables, pairs = ({name: [row for part in gathered for row in part[k].get(name, [])]
-                          for name in dict.fromkeys(n for part in gathered for n in part[k])} for k in (0, 1))
+    tables, pairs = (vidar.gather_rows(run, rows) for rows in (tables, pairs))
     means = {name: vidar.mean_scores(rows) for name, rows in tables.items()}
     for name, rows in pairs.items():
         scores = vidar.idm_scores(*(torch.cat(column) for column in zip(*rows)))
@@ -953,11 +930,7 @@ def report(args, means, seconds, episodes, took):
 
 def draw_curves(args, means, curves):
     """curves.png: losses, quality from chunk to chunk, latency from chunk to chunk."""
-    path = Path(args.output_dir) / "metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    lines = {key: tuple(zip(*points)) for key in ("loss", "val_loss", "flow_loss")
-             if (points := [(r["step"], r[key]) for r in rows if key in r])}
-    panels = [{"title": "stage 2", "xlabel": "step", "ylabel": "loss", "log": True, "lines": lines}]
+    panels = [vidar.loss_panel(Path(args.output_dir), "stage 2")]
     metric = "psnr_arm_chunk_" if "psnr_arm" in means["reprefill"] else "psnr_chunk_"
     lines = {}
     for name in ("reprefill", "imagination"):
@@ -1000,12 +973,7 @@ def sample(args, run, model, idm, parts, data):
             seen = seen[:len(imagined)]
         panels = {label: from_uint8(torch.from_numpy(video).movedim(-1, 1))
                   for label, video in (("seen", seen), ("imagined", imagined))}
-        scale = max(1, 224 // seen.shape[1])
-        grid = common.video_grid(panels, scale=scale)
-        files.append(common.write_video(folder / f"{name}.mp4", grid, vidar.FPS))
-        some = torch.linspace(0, len(seen) - 1, 7).round().long()
-        strip = {label: torch.cat([*video[some]], -1)[None] for label, video in panels.items()}
-        files.append(common.write_video(folder / f"{name}.png", common.video_grid(strip, scale=scale)))
+        files += vidar.write_panels(folder / name, panels, 7)
     return files
 
 
@@ -1289,7 +1257,7 @@ def dry_run(args):
     own = argparse.Namespace(**{**vars(args), "random_init": True, "attention": "loop"})
     gpus, _ = vidar.MACHINES.get(args.preset, (1, 0))
     world = int(os.environ.get("WORLD_SIZE", gpus))
-    side = common.LinearCodec.side if args.model == "tiny" else 16
+    side = vidar.codec_side(args)
     with torch.device("meta"):
         model = make_model(own, run)
         config, (H, W) = model.dit.config, vidar.video_size(args)
