@@ -209,17 +209,15 @@ def read_video(path, side=None):
 
     side: ffmpeg crops the centre and averages areas to side x side, which is anti-aliased and costs little.
     """
-    import imageio.v3 as iio
+    scale = f"crop='min(iw,ih)':'min(iw,ih)',scale={side}:{side}:flags=area" if side else "null"
     try:
-        if side:
-            scale = f"crop='min(iw,ih)':'min(iw,ih)',scale={side}:{side}:flags=area"
-            rgb = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-"]
-            raw = ffmpeg(["-threads", 1, "-i", path, "-vf", scale, *rgb])
-            frames = np.frombuffer(bytearray(raw), np.uint8).reshape(-1, side, side, 3)
-        else:
-            frames = np.stack([np.asarray(frame)[..., :3] for frame in iio.imiter(path)])
-        if not len(frames):
+        raw = ffmpeg(["-threads", 1, "-i", path, "-vf", scale, "-c:v", "ppm", "-f", "image2pipe", "-"])
+        if not raw:
             raise OSError("it has no frames")
+        header = b"\n".join(raw[:32].split(b"\n", 3)[:3])                # a PPM's: P6, width and height, 255
+        width, height = map(int, header.split()[1:3])
+        rows = np.frombuffer(bytearray(raw), np.uint8).reshape(-1, len(header) + 1 + 3 * height * width)
+        frames = rows[:, len(header) + 1:].reshape(-1, height, width, 3)
         return torch.from_numpy(frames).permute(0, 3, 1, 2)
     except Exception as error:                 # every backend has its own; the user needs the file's name
         raise UserError(f"cannot read video {path}: {str(error).splitlines()[0][:100]}") from error

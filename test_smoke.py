@@ -3535,21 +3535,44 @@ def test_vidar_colour_jitter_and_masks_of_latents():
         assert latent[f, y, x].item() == pytest.approx(cell.mean((1, 2)).max().item(), abs=1e-6)
 
 
+def test_vidar_idm_trains_beside_and_fails_with_a_line(trained, tmp_path, capsys):
+    """In a process that ends with its parent; what stops it is said where one looks."""
+    base, ends = trained("vidar"), lambda run: (run / "idm/metrics.jsonl").read_text()
+    printed = (base.root / "printed").read_text()
+    assert "the IDM trains beside the video model: runs/vidar/idm/log.txt" in printed
+    flags = f"--data_dir {base.data} --output_dir {tmp_path / 'run'}"
+    assert launch("vidar", f"{flags} --idm_lr 1e30") == 2
+    said = the_error(capsys, "vidar")
+    assert re.search("the IDM beside it was not trained, the same command goes on: .*not finite", said)
+    assert common.latest_checkpoint(tmp_path / "run/ckpt").name == "step_000004"
+
+    flags = f"--data_dir {base.data} --output_dir {tmp_path / 'killed'} --max_steps 100000 --idm_steps 100000"
+    ranks = start("vidar", f"{flags} --eval_every 0 --log_every 1", tmp_path / "log")
+    for _ in range(2000):
+        if (tmp_path / "killed/idm/metrics.jsonl").is_file() and ends(tmp_path / "killed"):
+            break
+        time.sleep(.02)
+    ranks[0].kill()
+    time.sleep(2)
+    before = ends(tmp_path / "killed")
+    time.sleep(1)
+    assert before and ends(tmp_path / "killed") == before
+
+
 @pytest.mark.parametrize("world", [1, 2])
-def test_vidar_masks_are_open_then_learn_then_are_cut_once(world, trained, tmp_path, monkeypatch):
+def test_vidar_masks_are_open_then_learn_then_stay(world, trained, tmp_path, monkeypatch):
     """A run that stopped in any of the three phases ends as one that did not, on one process and on two."""
     base, seen, soft_mask = trained("vidar"), [], vidar.IDM.soft_mask
     flags = f"--data_dir {base.data} --stage idm --mask_steps 1,2 --save_every 1 --eval_every {4 * world - 4}"
     monkeypatch.setattr(vidar.IDM, "soft_mask",
-                        lambda idm, x: seen.append(idm.training) or soft_mask(idm, x))
+                        lambda idm, x: seen.append(idm.model.mask_model.training) or soft_mask(idm, x))
 
     def go(run):
         ranks = start("vidar", f"{flags} --output_dir {run}", tmp_path / "log", world) if world > 1 else []
         assert set(finish(ranks) if ranks else [launch("vidar", f"{flags} --output_dir {run}")]) == {0}
         return run
     whole = go(tmp_path / "whole")
-    chunks = math.ceil(len(np.load(base.data / "idm_cache/train.npy")) / vidar.IDM_CHUNK)
-    assert world == 2 or seen == [True] + [False] * chunks       # in its one step; then for each picture
+    assert world == 2 or seen == [True, False, False]
     masks = [{name: value for name, value in common.load_weights(path / "model.safetensors").items()
               if "mask_model.out" in name} for path in common.checkpoints(whole / "ckpt")]
     assert not torch.equal(*(mask["model.mask_model.out.weight"] for mask in masks[:2]))

@@ -39,6 +39,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 import zlib
 from concurrent.futures import ProcessPoolExecutor
@@ -75,14 +76,15 @@ FIRST_WORLD = 1_000_000                  # seeds of the worlds that are acted in
 PAPER = dict(stage="video", data_dir="data/robotwin", max_steps=14000, lr=2e-5, warmup_steps=200,
              weight_decay=.1, grad_checkpoint=True, fsdp=True, save_every=500, eval_every=500)
 PRESETS = {
-    # lambda .3: with the document's .003 the mask closes later than two cores can wait. Few sampling steps: a
+    # lambda .03: with the document's .003 the mask closes later than two cores wait for. Few sampling steps: a
     # small model's mean of the futures is nearer to each than a sharp one of them.
     "tiny": dict(
         model="tiny", stage="all", data_dir="data/vidar", size="112,96", frames=29, prompt_views="none",
-        windows=2, text_length=64, batch_size=2, any_batch=True, max_steps=1500, lr=3e-3, warmup_steps=50,
-        weight_decay=.01, ema_decay=.99, beta2=.98, eta=3., shift=8.0, steps=2, cfg=1., idm_steps=1700,
-        idm_lr=2e-3, idm_batch_size=32, idm_frames=200, idm_decoded=True, idm_jitter=0.,
-        mask_steps="480,570", mask_weight=.3, cfg_drop=0., eval_every=300, save_every=300, worlds=8),
+        windows=3, text_length=64, batch_size=2, any_batch=True, max_steps=2000, lr=3e-3, warmup_steps=50,
+        weight_decay=.01, ema_decay=.99, beta2=.98, eta=3., shift=8.0, steps=2, cfg=1., idm_steps=2000,
+        idm_lr=3e-3, idm_batch_size=32, idm_frames=12, idm_decoded=True, idm_jitter=0.,
+        mask_steps="1100,1300", mask_weight=.03, cfg_drop=0., eval_every=500, save_every=500, eval_clips=40,
+        worlds=8),
     "2xh200": {**PAPER, "batch_size": 8, "grad_accum": 8},
     "8xh100": {**PAPER, "batch_size": 8, "grad_accum": 2},
     "64xh100": {**PAPER, "batch_size": 2, "grad_accum": 1},
@@ -114,7 +116,7 @@ def build_parser():
     add("--prompt_views", choices=["rear", "front", "high", "none"], default="rear",
         help="the head camera that the prompt's prefix names (none: no prefix)")
     add("--windows", type=int, default=4, help="cached windows of a training episode; their start varies")
-    add("--sim_episodes", type=int, default=400, help="episodes of the simulated set")
+    add("--sim_episodes", type=int, default=700, help="episodes of the simulated set")
     add("--sim_frames", type=int, default=37, help="frames of each")
     add("--sim_poses", type=int, default=10000, help="random poses beside them, for the IDM alone")
     add = parser.add_argument_group("model").add_argument
@@ -133,7 +135,7 @@ def build_parser():
     add("--idm_steps", type=int, default=60000, help="of the IDM's training; a tenth is warm-up")
     add("--idm_lr", type=float, default=5e-4, help="likewise")
     add("--idm_batch_size", type=int, default=16, help="frames per process")
-    add("--idm_frames", type=int, default=64, help="frames of an episode that it learns from")
+    add("--idm_frames", type=int, default=64, help="frames of a task's episode that it learns from")
     add("--idm_decoded", action=argparse.BooleanOptionalAction, default=False,
         help="it also learns from training episodes as the video codec shows them")
     add("--idm_jitter", type=float, default=.5, help="share of its pictures whose colours are changed")
@@ -777,7 +779,7 @@ def reach(pose, arm, goal):
 def places(rng, arms):
     """Random points on the table, one within reach of each arm named."""
     while True:
-        points = [complex((2 * arm - 1) * rng.uniform(-.1, .8), rng.uniform(-.35, .4)) for arm in arms]
+        points = [complex((2 * arm - 1) * rng.uniform(0, .7), rng.uniform(-.3, .35)) for arm in arms]
         if all(.45 < abs(point - BASES[arm]) < 1 for point, arm in zip(points, arms)):
             return points
 
@@ -951,8 +953,8 @@ class ArmWorld:
         H, W = self.size
         top = round(H * 2 / 3)
         head = camera(shapes, (top, W), -.07j, 1j, 2.)
-        # From behind the hand, so that three links are in view: the hand alone tells a joint or two.
-        wrists = [camera(shapes, (H - top, W // 2), hand - .18 * ahead, ahead, .9) for hand, ahead in hands]
+        # From behind the hand, so that four links are in view: the hand alone tells a joint or two.
+        wrists = [camera(shapes, (H - top, W // 2), hand - .24 * ahead, ahead, .9) for hand, ahead in hands]
         picture, arm = (np.concatenate([head[i], np.concatenate([w[i] for w in wrists], axis=1)])
                         for i in (0, 1))
         return picture.round().astype(np.uint8), arm >= .5
@@ -969,7 +971,8 @@ POSES = 200                                        # random ones of an episode t
 def simulate(root, episodes, poses, frames, size, seed):
     """Writes episodes of the simulated robot in the document's layout, and after them `poses` random poses,
     POSES to an episode: whole, or not at all. They may be there; UserError where others are. In a third of
-    the episodes the block is moved on the way, and the expert turns to where it is then.
+    the episodes the block is moved on the way, and the expert turns to where it is then; in another third it
+    begins anywhere, its gripper open or closed: what has failed is tried again.
 
     root/episodes/ep_0001/{video.mp4, actions.npy (T, 14) float32, the joint state that frame t shows,
     instruction.txt, mask.npz (bits of arm T H W)}, root/manifest.json
@@ -998,6 +1001,9 @@ def record(root, number, random, made_of):
     moved = int(rng.integers(3, frames // 2)) if number % 3 == 2 else None
     world = ArmWorld((seed, number), size, moved)
     poses, shown = [reached(rng, arm) for arm in (0, 1)] if random else None, []
+    if number % 3 == 1:
+        own = slice(7 * world.arm, 7 * world.arm + 7)
+        world.state[own] = [*reached(rng, world.arm, 1)[0][:6], rng.choice([.2, 1])]
     for t in range(frames):
         if random:
             world.pose(rng, poses)
@@ -1249,11 +1255,15 @@ def read_windows(episode, starts, args):
              for name, value in span.items()} for start in starts]
 
 
+def idm_count(episode, args):
+    """How many frames of an episode the IDM sees: of random poses, which are there for it, all."""
+    return episode.length() if episode.instruction == PLAY else min(args.idm_frames, episode.length())
+
+
 def idm_pictures(episode, args, size):
-    """--idm_frames frames of an episode, evenly spaced -> n 3 h w uint8 at the IDM's size, actions n 14."""
+    """Frames of an episode, evenly spaced -> n 3 h w uint8 at the IDM's size, actions n 14."""
     window = read_window(episode, 0, episode.length(), video_size(args), args.layout)
-    T = len(window["video"])
-    keep = np.linspace(0, T - 1, min(args.idm_frames, T)).round().astype(int)
+    keep = np.linspace(0, episode.length() - 1, idm_count(episode, args)).round().astype(int)
     frames = torch.from_numpy(window["video"][keep]).movedim(-1, 1)
     return at_size(frames, size).numpy(), window["actions"][keep]
 
@@ -1315,7 +1325,7 @@ def decoded_frames(window, vae, run, size):
 
 def build_frames(args, run, parts):
     """Frames for the IDM, written once: idm_cache/<part>.npy n 3 h w uint8, <part>_actions.npy n 14; with
-    --idm_decoded every other task's are there for training a second time, as the codec shows them.
+    --idm_decoded every fourth task's are there for training a second time, as the codec shows them.
     -> {part: (frames, memory-mapped; actions)}."""
     folder, size = Path(args.data_dir) / "idm_cache", idm_config(args)["size"]
     names = ("size", "layout", "idm_frames", "idm_decoded", "frames")
@@ -1323,8 +1333,8 @@ def build_frames(args, run, parts):
     if started := start_cache(run, parts, folder, flags):
         made_of, new = started
         for part, episodes in parts.items() if run.rank == 0 else ():
-            again = tasks(episodes)[::2] if part == "train" and args.idm_decoded else []
-            frames = sum(min(args.idm_frames, episode.length()) for episode in episodes)
+            again = tasks(episodes)[::4] if part == "train" and args.idm_decoded else []
+            frames = sum(idm_count(episode, args) for episode in episodes)
             frames += sum(min(args.frames, episode.length()) for episode in again)
             file = np.lib.format.open_memmap(new / f"{part}.npy", "w+", np.uint8, (frames, 3, *size))
             real = read_ahead(idm_pictures, [(episode, args, size) for episode in episodes])
@@ -1352,15 +1362,22 @@ def arm_of(window, idm, device):
     return torch.cat([idm.arm(some.to(device)).float().cpu() for some in frames.split(IDM_CHUNK)])[:, 0]
 
 
+def masks_known(parts):
+    """Whether no IDM has to say where the arm is: all tasks have a mask.npz."""
+    return all(episode.mask for episodes in parts.values() for episode in tasks(episodes))
+
+
 def build_cache(args, run, parts, idm):
     """Latents, text embeddings and arm masks of all windows, written once; then VAE and text encoder leave
     memory. cache/<part>_<number>.safetensors holds an episode: latents n C F h w, valid n F: latent frames
     without padding, text L D, with an IDM or --eta also arm n 1 F h w."""
     folder = Path(args.data_dir) / "cache"
     flags = {name: getattr(args, name) for name in CACHE_FLAGS}
-    arms = args.eta or idm is not None
+    known = masks_known(parts)
+    arms = args.eta or idm is not None or known
     if arms:                                     # an IDM is known by what its weights sum to
-        flags["arm"] = idm and sum(p.double().abs().sum().item() for p in idm.parameters())
+        flags["arm"] = None if known or idm is None else sum(
+            p.double().abs().sum().item() for p in idm.parameters())
     started = start_cache(run, parts, folder, flags)
     if not started:
         return
@@ -1940,8 +1957,8 @@ def same_statistics(idm, run):
 def idm_stage(args, run, frames):
     """-> IDM with the statistics of the training actions, and what fit needs of it.
 
-    Outside --mask_steps the regressor learns alone, which is four times as fast: first on whole pictures,
-    at last on those that the mask has cut, once for all. Colours are changed in half of the pictures of real
+    Outside --mask_steps the regressor learns alone, which is four times as fast: first on whole pictures, at
+    last on what a mask leaves that stays as it is. Colours are changed in half of the pictures of real
     robots, more and more as training goes on.
     """
     torch.manual_seed(args.seed)
@@ -1951,35 +1968,31 @@ def idm_stage(args, run, frames):
     model.set_statistics(actions)
     first, last = map(int, args.mask_steps.split(","))
     take = lambda file, numbers: torch.tensor(file[numbers]).to(run.device) / 255
-    cut = []
 
-    def cut_by(own, numbers, step):
+    def cut_by(own, x, step):
         """The masks of pictures in which the mask does not learn; None where it does."""
         if step < first:
-            return torch.ones(len(numbers), 1, 1, 1, device=run.device)
+            return torch.ones(len(x), 1, 1, 1, device=run.device)
         if not last or step < last:
             return None
-        if not cut:
+        if step == last:
             same_statistics(own, run)
-            own.eval()
-            with torch.no_grad():
-                for i in range(0, len(actions), IDM_CHUNK):
-                    x = own.preprocess(take(pictures, np.s_[i:i + IDM_CHUNK]))
-                    cut.append((own.soft_mask(x) >= .5).cpu())
-            cut[:] = [torch.cat(cut)]
-            own.train()
-        return cut[0][numbers].float().to(run.device)
+        own.model.mask_model.eval()
+        with torch.no_grad():
+            return (own.soft_mask(own.preprocess(x)) >= .5).float()
 
     def losses(model, step, micro):
         kinds = {"frame": ("randint", len(actions)), "coin": ("rand",), "colour": ("rand", 4)}
         seed = common.seed_all(args.seed, 2, step)
         numbers = common.draw(kinds, seed, args.batch_size, run.rank, run.world, micro, args.grad_accum)
+        if first <= step < last:                 # a picture costs four times as much, and a mask wants steps
+            numbers = {name: value[:math.ceil(len(value) / 4)] for name, value in numbers.items()}
         x, jitter = take(pictures, numbers["frame"].numpy()), numbers["coin"] < args.idm_jitter
         if jitter.any():
             colour = numbers["colour"][jitter].to(run.device)
             x[jitter] = colour_jitter(x[jitter], colour, step / args.max_steps)
         own = model.module if hasattr(model, "module") else model
-        y, mask = model(x, cut_by(own, numbers["frame"], step))
+        y, mask = model(x, cut_by(own, x, step))
         target = actions[numbers["frame"]].to(run.device)
         loss = idm_loss(own.normalize(y), own.normalize(target), mask, args.mask_weight)
         return loss, {"mask_area": mask.detach().mean()}
@@ -1988,7 +2001,9 @@ def idm_stage(args, run, frames):
         own = model.module if hasattr(model, "module") else model
         same_statistics(own, run)
         held, truth = frames["val"]
-        read = [own(take(held, np.s_[i:i + IDM_CHUNK])) for i in range(0, len(held), IDM_CHUNK)]
+        some = np.linspace(0, len(held) - 1, min(len(held), 1000)).round().astype(int)
+        truth = truth[some]
+        read = [own(take(held, some[i:i + IDM_CHUNK])) for i in range(0, len(some), IDM_CHUNK)]
         read, mask = (torch.cat([part[i].cpu() for part in read]) for i in (0, 1))
         normal = [own.normalize(actions.to(run.device)) for actions in (read, truth)]
         scores = {"loss": idm_loss(*normal, mask, args.mask_weight).item(), **idm_scores(read, truth, mask)}
@@ -2019,6 +2034,53 @@ def run_stage(args, run, stage, folder, data, found=None, only=False):
     return model.eval()
 
 
+def find_idm(args):
+    """The checkpoint from which the IDM's training goes on, beside stage 1's own."""
+    folder = Path(args.output_dir) / "idm/ckpt"
+    return common.find_checkpoint(folder, SCRIPT, "none" if args.resume == "none" else "auto")
+
+
+class IDMBeside:
+    """The IDM's stage in another process, with half of the cores and its words in idm/log.txt. In a thousand
+    small calls one core waits for the other: side by side, two small networks train in two thirds of the time
+    that they need one after the other."""
+    def __init__(self, args, parts):
+        self.log, self.threads = Path(args.output_dir) / "idm/log.txt", torch.get_num_threads()
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        self.process = multiprocessing.get_context("spawn").Process(
+            target=self.work, args=(args, parts, max(1, self.threads // 2)), daemon=True)
+        print(f"the IDM trains beside the video model: {self.log}", flush=True)
+        self.process.start()
+        torch.set_num_threads(max(1, self.threads // 2))
+
+    @staticmethod
+    def work(args, parts, threads):
+        folder, parent = Path(args.output_dir) / "idm", multiprocessing.parent_process()
+        with open(folder / "log.txt", "w") as log:
+            os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()     # die with it
+        torch.set_num_threads(threads)
+        run = Run(args)
+        sys.exit(common.one_line_errors(f"{SCRIPT}.py", lambda: run_stage(
+            args, run, "idm", folder, build_frames(args, run, parts), find_idm(args))))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.process.terminate()                 # it saves its step
+        self.process.join()
+        torch.set_num_threads(self.threads)
+
+    def wait(self, args):
+        """-> the IDM. UserError with the process's last words where it failed."""
+        self.process.join()
+        if self.process.exitcode:
+            last = self.log.read_text().strip().splitlines()[-1:] or ["killed"]
+            raise UserError(f"the IDM beside it was not trained, the same command goes on: {last[0][-200:]}")
+        return load_idm(self.log.parent / "final/idm.pt", idm_config(args))
+
+
 def run_stages(args, run, parts, found, only=False):
     """What --stage asks for, each stage going on from its own checkpoint
     -> {"model": VideoModel or None, "idm": IDM or None}, {part: Windows} or None."""
@@ -2032,17 +2094,23 @@ def run_stages(args, run, parts, found, only=False):
     if args.stage == "idm":
         idm = run_stage(args, run, "idm", folder, build_frames(args, run, parts), found, only)
         return {"model": None, "idm": idm}, None
+    aside = False
     if args.stage == "all" and idm is None:
-        resume = "none" if args.resume == "none" else "auto"
-        before = common.find_checkpoint(folder / "idm/ckpt", SCRIPT, resume)
-        idm = run_stage(args, run, "idm", folder / "idm", build_frames(args, run, parts), before,
-                        only and bool(before))
+        frames, before = build_frames(args, run, parts), find_idm(args)
+        done = before and (only or before[2]["step"] >= args.idm_steps)
+        needed = args.eta and not masks_known(parts)
+        aside = not (done or needed) and run.device.type == "cpu" and run.world == 1
+        if not aside:
+            idm = run_stage(args, run, "idm", folder / "idm", frames, before, only and bool(before))
     build_cache(args, run, parts, idm)
     data = {part: Windows(args, part, episodes) for part, episodes in parts.items()}
     if run.rank == 0:
         print(", ".join(f"{part}: {len(clips.rows)} windows of {len(tasks(parts[part]))} episodes"
                         for part, clips in data.items()))
-    return {"model": run_stage(args, run, "video", folder, data, found, only), "idm": idm}, data
+    with IDMBeside(args, parts) if aside else contextlib.nullcontext() as beside:
+        model = run_stage(args, run, "video", folder, data, found, only)
+        idm = beside.wait(args) if beside else idm
+    return {"model": model, "idm": idm}, data
 
 
 def prepare(args, run):
