@@ -63,11 +63,11 @@ PAPER = dict(data_dir="data/robotwin", vidar="checkpoints/vidar/vidar.pt", idm="
 PRESETS = {
     "tiny": dict(
         model="tiny", data_dir="data/vidar", vidar="runs/vidar/final/vidar.safetensors",
-        idm="runs/vidar/idm/final/idm.pt", size="112,96", frames=29, prompt_views="none", windows=3,
-        text_length=64, batch_size=2, any_batch=True, max_steps=1400, lr=3e-3, warmup_steps=50,
+        idm="runs/vidar/idm/final/idm.pt", size="112,96", frames=33, prompt_views="none", windows=3,
+        text_length=64, batch_size=2, any_batch=True, max_steps=1150, lr=3e-3, warmup_steps=50,
         weight_decay=.01, ema_decay=.99, beta2=.98, shift=8., steps=1, cfg=1., chunk_size=8,
-        kv_cache_length=28, self_forcing=.1, self_forcing_after=1000,
-        context_noise=.02, cfg_drop=0., worlds=24, moved=6, eval_clips=24, latency_chunks=6,
+        kv_cache_length=32, self_forcing=.1, self_forcing_after=850,
+        context_noise=.02, cfg_drop=0., worlds=24, moved=6, eval_clips=24, latency_chunks=4,
         eval_every=500, save_every=500),
     "2xh200": {**PAPER, "batch_size": 8, "grad_accum": 8, "chunk_size": 8},
     "8xh100": {**PAPER, "batch_size": 8, "grad_accum": 2},
@@ -101,8 +101,9 @@ def build_parser():
     add("--random_init", action="store_true", help="Wan's shape with random weights, to measure speed")
     add("--text_length", type=int, default=512, help="tokens of a prompt, zeros included")
     add("--chunk_latents", type=int, default=1, help="latents that are denoised together and see each other")
-    add("--attention", choices=["auto", "loop", "flex"], default="auto",
-        help="of training; loop: a call for each chunk, flex: one compiled call (auto: flex with CUDA)")
+    add("--attention", choices=["auto", "loop", "flex", "mask"], default="auto",
+        help="of training; loop: a call for each chunk, flex: one compiled call, mask: one that hides some "
+             "of what it computes (auto: flex with CUDA, mask for the tiny model, else loop)")
     add = parser.add_argument_group("loss").add_argument
     add("--any_batch", action=argparse.BooleanOptionalAction, default=False,
         help=f"do not insist on {vidar.EFFECTIVE_BATCH} a step; implied by --batch_size, --grad_accum")
@@ -127,7 +128,7 @@ def build_parser():
     add("--worlds", type=int, default=40, help="simulated worlds, where the data are simulated")
     add("--execute", type=int, default=0, metavar="FRAMES",
         help="actions that are carried out before the next look (0: --chunk_size)")
-    add("--horizon", type=int, default=88, help="frames in a world, enough to try again")
+    add("--horizon", type=int, default=64, help="frames in a world, enough to try again")
     add("--moved", type=int, default=10, help="frame at which the block is moved, where it is")
     add("--eval_clips", type=int, default=0, help="held-out episodes that --eval looks at (0: all)")
     add("--latency_chunks", type=int, default=20, help="chunks that are timed, after three others (0: none)")
@@ -199,12 +200,15 @@ def teacher_plan(bounds):
 
 
 @functools.cache
-def block_mask(plan, count, S, device):
-    """FlexAttention's BlockMask of a plan over `count` latents of S tokens; made once for each shape."""
+def plan_mask(plan, count, S, device, flex):
+    """A plan over `count` latents of S tokens as FlexAttention's BlockMask, or as a bool mask of all tokens;
+    made once for each shape."""
     seen = torch.zeros(count, count, dtype=torch.bool, device=device)
     for start, end, spans in plan:
         for left, right in spans:
             seen[start:end, left:right] = True
+    if not flex:
+        return seen.repeat_interleave(S, 0).repeat_interleave(S, 1)
     rule = lambda batch, head, query, key: seen[query // S, key // S]
     return create_block_mask(rule, None, None, count * S, count * S, device=device)
 
@@ -216,10 +220,13 @@ def attend(q, k, v, plan, S, backend):
     """Attention by a plan. q B heads N d, k and v B heads N' d -> B heads N d.
 
     "loop" calls plain attention for each row: without a mask every fused kernel will do, and what a row does
-    not see costs nothing. "flex" is one call, for passes without a cache.
+    not see costs nothing. For passes without a cache, "flex" and "mask" are one call: compiled for the plan,
+    or with a mask that hides what it computes, less work than many calls where there are few tokens.
     """
-    if backend == "flex":
-        mask = block_mask(plan, q.shape[2] // S, S, q.device)
+    if backend != "loop":
+        mask = plan_mask(plan, q.shape[2] // S, S, q.device, backend == "flex")
+        if backend == "mask":
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return (compiled_flex if q.is_cuda else flex_attention)(q, k, v, block_mask=mask)
     pieces = k.split(S, dim=2), v.split(S, dim=2)      # not slices: each one's gradient would fill a whole k
 
@@ -524,8 +531,8 @@ class CausalModel(nn.Module):
         self.dit, self.args = dit, args
         if args.grad_checkpoint:
             dit.enable_gradient_checkpointing()
-        flex = args.attention == "flex" or args.attention == "auto" and next(dit.parameters()).is_cuda
-        self.backend = "flex" if flex else "loop"
+        best = "flex" if next(dit.parameters()).is_cuda else "mask" if args.model == "tiny" else "loop"
+        self.backend = best if args.attention == "auto" else args.attention
 
     def forward(self, batch, numbers):
         """-> loss, its parts. numbers["selves"]: which of the two losses."""
@@ -864,7 +871,7 @@ def latency(args, policy):
         past = torch.zeros(policy.latent_shape(1 + i * args.chunk_size // 4), device=policy.device)
         curves["recomputed"].append(policy.recompute(past))
         frames = np.full((args.chunk_size, H, W, 3), 128, np.uint8)
-    times = [policy.bidirectional() for _ in range(2)]
+    times = [policy.bidirectional()]
     columns = {name: [row.get(name, 0.) for row in rows[3:]] for name in rows[-1]} | {"bidirectional": times}
     table = {name: {"p50": float(np.median(values)), "p95": float(np.quantile(values, .95))}
              for name, values in columns.items()}
