@@ -16,7 +16,7 @@ Differs     from upstream's training and inference code, and why:
             - padding is out of the loss; gradients are reduced in fp32 and clipped; micro-batches differ
             - weights load strictly; upstream ignores every name that does not fit
             - a timestep per frame instead of per token: equal, with 460 times less to keep
-Run         python vidar.py                                   # world, IDM, video model: 12.8 min, 2.0 GB
+Run         python vidar.py                                   # world, IDM, video model: 9.9 min, 1.9 GB
             python vidar.py --sample --num_samples 3
             python vidar.py --eval --candidates 4
             torchrun --nproc_per_node=2 vidar.py --preset 2xh200 --data_dir data/robotwin
@@ -2194,7 +2194,7 @@ def work(args):
             raise UserError(f"no checkpoint in {folder}/ckpt: first python {SCRIPT}.py --output_dir {folder}")
         if run.rank == 0:
             print(f"no checkpoint in {folder}/ckpt: training preset {args.preset} first"
-                  + (", about 13 minutes on 2 cores" if args.preset == "tiny" else ""))
+                  + (", about 10 minutes on 2 cores" if args.preset == "tiny" else ""))
     parts = prepare(args, run)
     models, data = run_stages(args, run, parts, found, only and bool(found))
     written = []

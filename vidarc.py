@@ -17,7 +17,7 @@ Differs     from upstream's training and inference code, and why:
             - the video codec is a stream: no call decodes or encodes a frame twice. Upstream's server encodes
               each chunk behind the very first observation
             - actions are shifted by what the IDM misreads now, where the joints are known (--no-calibrate)
-Run         python vidarc.py               # 7.1 min, 0.8 GB, behind stage 1's 12.8 where that is missing
+Run         python vidarc.py               # 7.2 min, 1.3 GB, behind stage 1's 9.9 where that is missing
             python vidarc.py --sample --num_samples 3
             python vidarc.py --eval --execute 4
             python vidarc.py --eta 0 --self_forcing 0 --chunk_latents 2 --output_dir runs/vidarc_ablation
@@ -592,7 +592,7 @@ def need_stage1(args, run, names):
     flags = ["--preset", "tiny", *args.stage1.split()]
     flags += ["--data_dir", args.data_dir] if "data_dir" in args.given else []
     if run.rank == 0:
-        print(f"no {own[missing[0]]}: first stage 1, about 13 minutes on 2 cores: python vidar.py "
+        print(f"no {own[missing[0]]}: first stage 1, about 10 minutes on 2 cores: python vidar.py "
               f"{' '.join(flags)}", flush=True)
     if run.world > 1:
         raise UserError("stage 1 is missing, and one process trains it: first python vidar.py --preset tiny")
