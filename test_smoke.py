@@ -3808,9 +3808,7 @@ def test_vidarc_teacher_forcing_equals_cached_chunks(k, monkeypatch):
         dit(past, 1000 * level[:, None].expand(-1, end - start), text, cache=cache)
         cache.frames = end
     steps = torch.cat(steps, dim=2)
-    assert near(v, steps)
-    for backend in ("flex", "mask"):
-        assert near(forward(x, t, text, **{**more, "backend": backend}), v)
+    assert near(v, steps) and near(forward(x, t, text, **{**more, "backend": "flex"}), v)
     error = (1 + 3 * batch["arm"][:, :, 1:]) * (steps - (noise - z)[:, :, 1:])
     mean = (error[0].square().mean() + error[1, :, :4].square().mean()) / 2        # half of one is padding
     torch.testing.assert_close(loss, mean, rtol=1e-4, atol=0)

@@ -101,9 +101,8 @@ def build_parser():
     add("--random_init", action="store_true", help="Wan's shape with random weights, to measure speed")
     add("--text_length", type=int, default=512, help="tokens of a prompt, zeros included")
     add("--chunk_latents", type=int, default=1, help="latents that are denoised together and see each other")
-    add("--attention", choices=["auto", "loop", "flex", "mask"], default="auto",
-        help="of training; loop: a call for each chunk, flex: one compiled call, mask: one that hides some "
-             "of what it computes (auto: flex with CUDA, mask for the tiny model, else loop)")
+    add("--attention", choices=["auto", "loop", "flex"], default="auto",
+        help="of training; loop: a call for each chunk, flex: one compiled call (auto: flex with CUDA)")
     add = parser.add_argument_group("loss").add_argument
     add("--any_batch", action=argparse.BooleanOptionalAction, default=False,
         help=f"do not insist on {vidar.EFFECTIVE_BATCH} a step; implied by --batch_size, --grad_accum")
@@ -200,15 +199,12 @@ def teacher_plan(bounds):
 
 
 @functools.cache
-def plan_mask(plan, count, S, device, flex):
-    """A plan over `count` latents of S tokens as FlexAttention's BlockMask, or as a bool mask of all tokens;
-    made once for each shape."""
+def block_mask(plan, count, S, device):
+    """FlexAttention's BlockMask of a plan over `count` latents of S tokens; made once for each shape."""
     seen = torch.zeros(count, count, dtype=torch.bool, device=device)
     for start, end, spans in plan:
         for left, right in spans:
             seen[start:end, left:right] = True
-    if not flex:
-        return seen.repeat_interleave(S, 0).repeat_interleave(S, 1)
     rule = lambda batch, head, query, key: seen[query // S, key // S]
     return create_block_mask(rule, None, None, count * S, count * S, device=device)
 
@@ -220,13 +216,10 @@ def attend(q, k, v, plan, S, backend):
     """Attention by a plan. q B heads N d, k and v B heads N' d -> B heads N d.
 
     "loop" calls plain attention for each row: without a mask every fused kernel will do, and what a row does
-    not see costs nothing. For passes without a cache, "flex" and "mask" are one call: compiled for the plan,
-    or with a mask that hides what it computes, less work than many calls where there are few tokens.
+    not see costs nothing. "flex" is one call, for passes without a cache.
     """
-    if backend != "loop":
-        mask = plan_mask(plan, q.shape[2] // S, S, q.device, backend == "flex")
-        if backend == "mask":
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    if backend == "flex":
+        mask = block_mask(plan, q.shape[2] // S, S, q.device)
         return (compiled_flex if q.is_cuda else flex_attention)(q, k, v, block_mask=mask)
     pieces = k.split(S, dim=2), v.split(S, dim=2)      # not slices: each one's gradient would fill a whole k
 
@@ -531,8 +524,8 @@ class CausalModel(nn.Module):
         self.dit, self.args = dit, args
         if args.grad_checkpoint:
             dit.enable_gradient_checkpointing()
-        best = "flex" if next(dit.parameters()).is_cuda else "mask" if args.model == "tiny" else "loop"
-        self.backend = best if args.attention == "auto" else args.attention
+        flex = args.attention == "flex" or args.attention == "auto" and next(dit.parameters()).is_cuda
+        self.backend = "flex" if flex else "loop"
 
     def forward(self, batch, numbers):
         """-> loss, its parts. numbers["selves"]: which of the two losses."""
