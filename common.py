@@ -214,10 +214,10 @@ def read_video(path, side=None):
         raw = ffmpeg(["-threads", 1, "-i", path, "-vf", scale, "-c:v", "ppm", "-f", "image2pipe", "-"])
         if not raw:
             raise OSError("it has no frames")
-        header = b"\n".join(raw[:32].split(b"\n", 3)[:3])                # a PPM's: P6, width and height, 255
-        width, height = map(int, header.split()[1:3])
-        rows = np.frombuffer(bytearray(raw), np.uint8).reshape(-1, len(header) + 1 + 3 * height * width)
-        frames = rows[:, len(header) + 1:].reshape(-1, height, width, 3)
+        header = re.match(rb"P6\s(\d+) (\d+)\s255\s", raw)               # each picture's, a PPM
+        width, height = map(int, header.groups())
+        rows = np.frombuffer(bytearray(raw), np.uint8).reshape(-1, header.end() + 3 * height * width)
+        frames = rows[:, header.end():].reshape(-1, height, width, 3)
         return torch.from_numpy(frames).permute(0, 3, 1, 2)
     except Exception as error:                 # every backend has its own; the user needs the file's name
         raise UserError(f"cannot read video {path}: {str(error).splitlines()[0][:100]}") from error

@@ -3556,10 +3556,7 @@ def test_vidar_idm_trains_beside_and_fails_with_a_line(trained, tmp_path, capsys
 
     flags = f"--data_dir {base.data} --output_dir {tmp_path / 'killed'} --max_steps 100000 --idm_steps 100000"
     ranks = start("vidar", f"{flags} --eval_every 0 --log_every 1", tmp_path / "log")
-    for _ in range(2000):
-        if (tmp_path / "killed/idm/metrics.jsonl").is_file() and ends(tmp_path / "killed"):
-            break
-        time.sleep(.02)
+    wait_for_step(tmp_path / "killed/idm", 2, ranks)
     ranks[0].kill()
     time.sleep(2)
     before = ends(tmp_path / "killed")

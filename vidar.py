@@ -510,8 +510,13 @@ def save_idm(path, weights, step):
     if path.suffix == ".safetensors":
         common.save_weights(path, weights)
         return
+    save_pt(path, {"model_state_dict": weights, "step": step})
+
+
+def save_pt(path, value):
+    """torch.save, whole or not at all."""
     tmp = path.with_name(f".tmp_{path.name}")
-    torch.save({"model_state_dict": weights, "step": step}, tmp)
+    torch.save(value, tmp)
     tmp.replace(path)
 
 
@@ -648,9 +653,7 @@ def save_transformer(args, stem, weights):
     dtype = torch.float32 if args.model == "tiny" else torch.bfloat16
     weights = {name: value.to(dtype) for name, value in weights.items()}
     common.save_weights(stem.with_suffix(".safetensors"), weights)
-    tmp = stem.with_name(f".tmp_{stem.name}.pt")
-    torch.save(official_names(weights), tmp)
-    tmp.replace(stem.with_suffix(".pt"))
+    save_pt(stem.with_suffix(".pt"), official_names(weights))
 
 
 def export(args, run, model, stage, folder):
@@ -859,11 +862,13 @@ class ArmWorld:
         self.rest[[6, 13]] = self.state[[6, 13]] = 1
         self.held, self.grip = [None, None], [0j, 0j]      # of each arm: number of a block, where it holds it
         self.plate = complex(*rng.normal(0, .03, 2))                       # in the middle: both arms reach it
-        hand, apart, move, near = chain(self.rest[7 * self.arm:7 * self.arm + 7], self.arm)[1], [0], 1, 0
-        while min(apart) < .27 or move > .35 or near < .2:
+        hand = chain(self.rest[7 * self.arm:7 * self.arm + 7], self.arm)[1]
+        while True:
             block, self.shifted, other = points = places(rng, [self.arm, self.arm, int(rng.integers(2))])
-            apart = [abs(p - q) for p, q in itertools.combinations([self.plate, *points], 2)]
-            move, near = abs(block - self.shifted), min(abs(block - hand), abs(self.shifted - hand))
+            apart = min(abs(p - q) for p, q in itertools.combinations([self.plate, *points], 2))
+            from_hand = min(abs(block - hand), abs(self.shifted - hand))
+            if apart >= .27 and abs(block - self.shifted) <= .35 and from_hand >= .2:
+                break
         self.blocks = [block, other]
 
     def distance(self):
@@ -1371,7 +1376,7 @@ def masks_known(parts):
 def build_cache(args, run, parts, idm):
     """Latents, text embeddings and arm masks of all windows, written once; then VAE and text encoder leave
     memory. cache/<part>_<number>.safetensors holds an episode: latents n C F h w, valid n F: latent frames
-    without padding, text L D, with an IDM or --eta also arm n 1 F h w."""
+    without padding, text L D, with an IDM, all masks or --eta also arm n 1 F h w."""
     folder = Path(args.data_dir) / "cache"
     flags = {name: getattr(args, name) for name in CACHE_FLAGS}
     known = masks_known(parts)
@@ -1979,8 +1984,7 @@ def idm_stage(args, run, frames):
         if step == last:
             same_statistics(own, run)
         own.model.mask_model.eval()
-        with torch.no_grad():
-            return (own.soft_mask(own.preprocess(x)) >= .5).float()
+        return (own.arm(x) >= .5).float()
 
     def losses(model, step, micro):
         kinds = {"frame": ("randint", len(actions)), "coin": ("rand",), "colour": ("rand", 4)}
@@ -2048,11 +2052,12 @@ class IDMBeside:
     def __init__(self, args, parts):
         self.log, self.threads = Path(args.output_dir) / "idm/log.txt", torch.get_num_threads()
         self.log.parent.mkdir(parents=True, exist_ok=True)
+        half = max(1, self.threads // 2)
         self.process = multiprocessing.get_context("spawn").Process(
-            target=self.work, args=(args, parts, max(1, self.threads // 2)), daemon=True)
+            target=self.work, args=(args, parts, half), daemon=True)
         print(f"the IDM trains beside the video model: {self.log}", flush=True)
         self.process.start()
-        torch.set_num_threads(max(1, self.threads // 2))
+        torch.set_num_threads(half)
 
     @staticmethod
     def work(args, parts, threads):

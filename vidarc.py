@@ -864,8 +864,8 @@ def latency(args, policy):
         past = torch.zeros(policy.latent_shape(1 + i * args.chunk_size // 4), device=policy.device)
         curves["recomputed"].append(policy.recompute(past))
         frames = np.full((args.chunk_size, H, W, 3), 128, np.uint8)
-    times = [policy.bidirectional()]
-    columns = {name: [row.get(name, 0.) for row in rows[3:]] for name in rows[-1]} | {"bidirectional": times}
+    columns = {name: [row.get(name, 0.) for row in rows[3:]] for name in rows[-1]}
+    columns["bidirectional"] = [policy.bidirectional()]
     table = {name: {"p50": float(np.median(values)), "p95": float(np.quantile(values, .95))}
              for name, values in columns.items()}
     return table, curves
