@@ -823,6 +823,32 @@ def test_printed_commands_are_valid(monkeypatch):
             assert re.search("there is no file", str(error)), (script, flags)
 
 
+def test_learning_rate():
+    rate = [river.get_lr(step, 2., 10, 111) for step in range(111)]
+    assert rate[:10] == pytest.approx([.2 * n for n in range(1, 11)]) and max(rate) == rate[9] == rate[10]
+    assert rate[60] == pytest.approx(2 * .505) and rate[110] == pytest.approx(.02)
+    assert rate[10:] == sorted(rate[10:], reverse=True)
+
+
+def test_readme_names_what_there_is():
+    """Each row of README's tables of features: functions and flags of that script, tests of this file."""
+    text = (HERE / "README.md").read_text().split("## What is reproduced")[1].split("\n## ")[0]
+    tests, script, rows = set(re.findall(r"^def (test_\w+)", Path(__file__).read_text(), re.MULTILINE)), None, 0
+    sources = {path.stem: path.read_text() for path in HERE.glob("*.py")}
+    for line in text.splitlines():
+        if line.startswith("### "):
+            own = [name for name in SCRIPTS if f"{name}.py" in line] or list(SCRIPTS)
+        elif line.startswith("| ") and not line.startswith("| feature"):
+            rows, (_, where, test, _) = rows + 1, line.strip("| ").split(" | ")
+            assert set(re.findall(r"`(test_\w+)", test)) <= tests, line
+            assert "`test_" in test or "none" in test, line
+            code = "\n".join(sources[name] for name in (*own, "common"))
+            for name in re.findall(r"`(?:common\.)?(\w+)\(\)`|`--(\w+)", where):
+                name, flag = name
+                assert re.search(rf"def {name}\(" if name else f'"--{flag}"', code), line
+    assert rows > 80
+
+
 def test_imports():
     """What is imported is pinned. Scripts import common.py, vidarc.py vidar.py, and no other script."""
     requirements = (HERE / "requirements.txt").read_text()
@@ -2918,6 +2944,56 @@ def test_well_modes_train_predict_and_roll_out(mode):
     assert far.shape == (2, 2, 11, 4, 16, 32) and far.isfinite().all()
     assert torch.equal(far, well.rollout(model, x[:, :args.n_in], 11, [5, 6], samples=2, **known))
     assert torch.equal(far[:, 0], far[:, 1]) == (mode not in ("native", "low"))
+
+
+class Oracle(nn.Module):
+    """In the place of a network: answers what it was given, and keeps what it was asked."""
+    def __init__(self, answer):
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, *asked, **more):
+        self.asked = asked
+        return self.answer
+
+
+def test_well_diffusion_target_is_the_velocity():
+    """eps - z has no loss, its negative four times its own square, eps alone that of z."""
+    model, x = well_native(well_args(steps=2)), well_fields()
+    z = model.latents(x)
+    noise, sigma = torch.randn_like(z), torch.tensor([.3, .95])
+    batch = {"latents": z, "condition": model.condition(x[:, 0], 9), "text": torch.randn(2, 8, 32)}
+    velocity = noise - z
+    for answer, loss in ((velocity, 0 * z), (-velocity, 4 * velocity ** 2), (noise, z ** 2)):
+        model.experts = Oracle(answer)
+        assert torch.allclose(model(batch, sigma, noise)[0], loss.mean())
+    asked, t = model.experts.asked[:2]
+    share = sigma.view(2, 1, 1, 1, 1)
+    assert torch.allclose(asked[:, :16], (1 - share) * z + share * noise, atol=1e-6)
+    assert torch.equal(asked[:, 16:], batch["condition"]) and torch.equal(t, 1000 * sigma)
+
+
+@pytest.mark.parametrize("mode", ["convlstm", "oneshot"])
+def test_well_older_modes_have_the_documents_losses(mode):
+    """True latents have no latent loss, and of the physics loss what the codec loses; others 2 x the error."""
+    args = well_args(n_in=5 if mode == "convlstm" else 1, experts="low")
+    x, adapter = well_fields(T=args.n_in + 8), well_adapter("linear")
+    codec = common.LinearCodec.fit(adapter.to_video(well_fields(4)), 16)
+    oracle, batch = Oracle(None), {"fields": x, "text": torch.randn(2, 8, 32)}
+    model = well.ConvLSTMForecast(adapter.requires_grad_(False), codec, args) if mode == "convlstm" else (
+        well.OneShot(adapter, codec, oracle, args))
+    z = model.latents(x)
+    start = model.given if mode == "convlstm" else 0               # from there on latents are guessed
+    if mode == "convlstm":
+        model.net = oracle
+    for off in (0, .5):
+        guess = z[:, :, start:] + off
+        oracle.answer = guess if mode == "convlstm" else model.latents(model.persistence(x[:, :1])) - guess
+        loss, parts = model(batch)
+        floor = adapter.error(well.decode(codec, torch.cat([z[:, :, :start], guess], dim=2)), x)
+        assert torch.allclose(parts["latent_loss"], torch.tensor(off ** 2), atol=1e-6)
+        assert torch.allclose(parts["physics_loss"], floor) and floor > 0
+        assert torch.allclose(loss, 2 * parts["latent_loss"] + floor)
 
 
 def test_well_joint_training_adds_the_documents_losses_and_spares_the_target():

@@ -1,6 +1,7 @@
 """vidar.py: a video model imagines how a robot does what it is told, a second model reads the joints off it.
 
-Papers      Vidar, and Vidarc (arXiv:2512.17661), of which this is stage 1; Wan2.2-TI2V-5B (arXiv:2503.20314).
+Papers      Vidar (arXiv:2507.12898), stage 1 of Vidarc (arXiv:2512.17661); masks and random poses: AnyPos
+            (arXiv:2507.12768); Wan2.2-TI2V-5B (arXiv:2503.20314).
 Equations   Eq. 1  x_t = t x_1 + (1 - t) x_0,  |v - (x_0 - x_1)|^2         -> add_noise, flow_loss
             The document's x_1 is data z, its x_0 noise eps, its t runs to the data. Wan's clock runs the
             other way: sigma = 1 - t, x = (1 - sigma) z + sigma eps, the network is told 1000 sigma. The

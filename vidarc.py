@@ -1,6 +1,7 @@
 """vidarc.py: Vidar made causal: it imagines a few frames, the robot acts, what it saw replaces them.
 
-Papers      Vidarc (arXiv:2512.17661), of which this is stage 2; Wan2.2-TI2V-5B (arXiv:2503.20314).
+Papers      Vidarc (arXiv:2512.17661), of which this is stage 2, on Vidar (arXiv:2507.12898); Self Forcing
+            (arXiv:2506.08009); Wan2.2-TI2V-5B (arXiv:2503.20314).
 Equations   Eq. 6  |v(x_t, t, c, x_prev) - (x_0 - x_1)|^2, x_prev clean  -> teacher_forced_loss, teacher_plan
             Eq. 7  |(1 + eta U) (v - (x_0 - x_1))|^2, eta 3               -> vidar.flow_loss
             x = (1 - sigma) z + sigma eps, a level sigma for each chunk   -> noised; signs as in vidar.py
@@ -23,6 +24,7 @@ Run         python vidarc.py               # 7.2 min, 1.3 GB, behind stage 1's 9
             python vidarc.py --eta 0 --self_forcing 0 --chunk_latents 2 --output_dir runs/vidarc_ablation
             torchrun --nproc_per_node=2 vidarc.py --preset 2xh200 --data_dir data/robotwin
             torchrun --nproc_per_node=8 vidarc.py --preset 8xh100 --data_dir data/robotwin
+            python vidarc.py --preset debug --random_init --idm idm.pt --data_dir data/robotwin
             python vidarc.py --preset 8xh100 --dry_run
 Shapes      B batch  T frames  F = (T - 1) / 4 + 1 latents in time  C latent channels  H W pixels  h w latent
             grid  S = h/2 w/2 tokens of a latent  N = F S  D width  L text tokens. Latents are B C F h w,
@@ -72,6 +74,9 @@ PRESETS = {
     "2xh200": {**PAPER, "batch_size": 8, "grad_accum": 8, "chunk_size": 8},
     "8xh100": {**PAPER, "batch_size": 8, "grad_accum": 2},
     "64xh100": {**PAPER, "batch_size": 2, "grad_accum": 1},
+    # The document's --debug: the same model on one GPU, both losses, to see that everything runs.
+    "debug": {**PAPER, "fsdp": False, "batch_size": 1, "any_batch": True, "max_steps": 100, "warmup_steps": 10,
+              "self_forcing_after": 20, "ema_decay": 0., "log_every": 1, "save_every": 0, "eval_every": 50},
 }
 # What is timed of a tiny model: the document's windows and steps instead of its own fewer ones, and pictures
 # in which the network's work is more than a call's overhead.
