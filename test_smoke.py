@@ -866,7 +866,7 @@ def test_tensor_helpers():
     assert torch.equal(common.to_uint8(common.from_uint8(levels)), levels)
     assert common.to_uint8(torch.tensor([-9., 9.])).tolist() == [0, 255]
     expected = torch.tensor([[1, 1, 0, 0], [np.cos(250), np.cos(2.5), np.sin(250), np.sin(2.5)]]).float()
-    assert torch.allclose(common.timestep_embedding(torch.tensor([0, .25]), 4), expected, atol=1e-4)
+    assert torch.allclose(river.timestep_embedding(torch.tensor([0, .25]), 4), expected, atol=1e-4)
     a, b = nn.Linear(2, 2), nn.Linear(2, 2)
     expected = .9 * a.weight.detach() + .1 * b.weight.detach()
     common.ema_update(a, b, .9)
@@ -901,7 +901,7 @@ def test_frechet_distance_of_known_gaussians():
         x = torch.randn(50, 3, generator=torch.Generator().manual_seed(seed)).double()
         x = x - x.mean(0)
         return mean + x @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T))).T @ root.T
-    zero, shift, distance = torch.zeros(3), torch.tensor([1., 2, 2]), common.frechet_distance
+    zero, shift, distance = torch.zeros(3), torch.tensor([1., 2, 2]), river.frechet_distance
     a, b = (torch.diag(torch.tensor(deviations)).double() for deviations in ([1., 2, 3], [2., 1, 4]))
     assert distance(cloud(zero, a, 1), cloud(shift, b, 2)) == pytest.approx(9 + ((a - b) ** 2).sum().item())
     root = torch.tensor([[1., 0, 0], [2, 1, 0], [1, -1, 3]]).double()              # commutes with neither
@@ -925,11 +925,11 @@ def test_video_files(tmp_path):
     (tmp_path / "b.mp4").write_bytes(b"no video")
     with pytest.raises(common.UserError, match="cannot read video .*b.mp4"):
         common.read_video(tmp_path / "b.mp4")
-    small = common.resize_video(video[None], 32)
+    small = river.resize_video(video[None], 32)
     assert small.shape == (1, 6, 3, 32, 32) and small.amin() >= video.amin() and small.amax() <= video.amax()
     middle = F.interpolate(video[..., 8:55], (32, 32), mode="area")
     assert (small[0] - middle).abs().mean() < .05
-    assert torch.equal(common.resize_video(video[..., :47], 47), video[..., :47])
+    assert torch.equal(river.resize_video(video[..., :47], 47), video[..., :47])
     grid = common.video_grid({"truth": video, "prediction": video[:, :1]}, scale=2, gap=4)
     assert grid.shape[:3] == (6, 3, 2 * 94 + 4) and torch.equal(grid[..., :94:2, -126::2], pixels)
     grid = common.video_grid({"a": video, "b": video}, scale=1, columns=True)
@@ -1267,22 +1267,11 @@ def test_lora_loads_into_the_pipeline(tmp_path):
     assert torch.equal(velocity(pipe.transformer_2), plain)
     pipe.load_lora_weights(tmp_path, load_into_transformer_2=True)
     torch.testing.assert_close(velocity(pipe.transformer_2), expected)
-    again = tiny_wan("transformer")
-    for _ in range(2):                   # the second replaces the first
-        common.load_lora(again, tmp_path)
-        torch.testing.assert_close(velocity(again), expected)
-    trainable = [{name for name, p in m.named_parameters() if p.requires_grad} for m in (again, trained)]
-    assert trainable[0] == trainable[1]
-    (tmp_path / "b").mkdir()
-    common.save_lora(tmp_path / "b", again)
-    a, b = common.load_weights(path), common.load_weights(tmp_path / "b" / path.name)
-    assert_same(a, b)
-    other = {name: value * (1.5 if "lora_B" in name else 1) for name, value in a.items()}
-    common.save_weights(tmp_path / "b" / path.name, other)
-    common.load_lora(again, tmp_path / "b")
-    assert not torch.allclose(velocity(again), expected)
-    with pytest.raises(common.UserError, match="no pytorch_lora_weights.safetensors in"):
-        common.load_lora(again, tmp_path / "none")
+    again = pipeline(tiny_wan("transformer"))
+    again.load_lora_weights(tmp_path, adapter_name="default")
+    again = again.transformer
+    torch.testing.assert_close(velocity(again), expected)
+    assert_same(common.load_weights(common.save_lora(tmp_path / "b", again)), common.load_weights(path))
 
 
 def test_state_of_what_is_trained_only():
@@ -3407,7 +3396,8 @@ def test_vidar_adapters_alone_are_trained_and_exported(tmp_path):
     frozen = {name: p for name, p in model.dit.state_dict().items() if ".lora_" not in name}
     again.dit.load_state_dict(frozen, strict=False)
     assert loss(again) != pytest.approx(loss(model), rel=1e-4)
-    common.load_lora(again.dit, tmp_path / "final")
+    again.dit.delete_adapters("default")
+    pipeline(again.dit).load_lora_weights(tmp_path / "final")
     assert loss(again) == pytest.approx(loss(model), rel=1e-5)
 
 
