@@ -6,7 +6,8 @@ Video        ffmpeg read_video write_video video_grid
 Checkpoints  save_checkpoint load_checkpoint latest_checkpoint find_checkpoint gather_state restore_state
              save_weights load_weights
 Wan          load_wan wan_encode wan_decode LinearCodec encode_text pad_text save_lora
-Run files    UserError one_line_errors write_json append_jsonl Log plot_curves provenance dry_run_report
+Run files    UserError one_line_errors write_json append_jsonl Log show_results plot_curves provenance
+             dry_run_report
 
 Shapes: B batch, T frames, C channels, H W pixels. A video is B T C H W (or T C H W) in [-1, 1] unless a name
 says otherwise.
@@ -24,6 +25,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import imageio.v3 as iio
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -201,7 +203,6 @@ def read_video(path, side=None):
 def write_video(path, x, fps=8, options=("-crf", "16", "-pix_fmt", "yuv420p")):
     """Writes x (T C H W, uint8 or [-1, 1]) by suffix: .mp4 (H.264, with ffmpeg's options), .gif, .png (the
     frames in a row). -> path."""
-    import imageio.v3 as iio
     frames = (x if x.dtype == torch.uint8 else to_uint8(x)).permute(0, 2, 3, 1).cpu().numpy()
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -438,7 +439,8 @@ def load_wan(source, *, part, config="ti2v_5b", dtype=torch.float32, device="cpu
     not read. The tokenizer is then ByT5's, a token per byte: vocab_size 259.
     expert: "transformer", or "transformer_2", A14B's low-noise one (official low_noise_model/).
     dtype: as in diffusers, in bf16 a transformer's norms, time embedder and modulation stay fp32. FSDP2 wants
-    one dtype of what is trained in a block: load in fp32 what all is trained; a frozen base may be bf16.
+    one dtype for all trained parameters of a block: load a transformer that is trained whole in fp32. What is
+    frozen may be mixed: bf16 below a LoRA in fp32.
     Raises UserError, one line, where files are missing or do not fit.
     """
     config = WAN[config] if isinstance(config, str) else config
@@ -729,12 +731,17 @@ def one_line_errors(script, work):
     return 2
 
 
+def finite(value):
+    """JSON has neither NaN nor infinity: here they become None (null), at any depth of dicts and lists."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(path, value):
-    """Writes a JSON file whole or not at all; numbers that do not exist (NaN) become null, which JSON has."""
-    def finite(v):
-        if isinstance(v, dict):
-            return {k: finite(x) for k, x in v.items()}
-        return None if isinstance(v, float) and not math.isfinite(v) else v
+    """Writes a JSON file whole or not at all, of finite() values."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".tmp_{path.name}")
@@ -743,9 +750,60 @@ def write_json(path, value):
 
 
 def append_jsonl(path, row):
-    """Appends one JSON object as one line, in one write, so that a kill leaves whole lines."""
+    """Appends one JSON object, of finite() values, as one line, in one write: a kill leaves whole lines."""
     with open(path, "a") as file:
-        file.write(json.dumps(row) + "\n")
+        file.write(json.dumps(finite(row), allow_nan=False) + "\n")
+
+
+def open_trackers(folder, tensorboard=False, wandb=None, config=None, purge_step=None):
+    """-> functions (step, {name: number, or the Path of a .png}) that show these in TensorBoard's event files
+    in `folder` and in the W&B run that is named after it, which begins here if it is not this process's yet.
+
+    purge_step: TensorBoard forgets what an earlier process showed from there on. UserError where a package is
+    missing.
+    """
+    trackers = []
+    try:
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            writer = SummaryWriter(folder, purge_step=purge_step)
+
+            def show(step, values):
+                for name, value in values.items():
+                    if isinstance(value, Path):
+                        writer.add_image(name, iio.imread(value), step, dataformats="HWC")
+                    else:
+                        writer.add_scalar(name, value, step)
+                writer.flush()
+            trackers.append(show)
+        if wandb:
+            import wandb as client
+            if client.run is None or client.run.name != str(folder):       # a stage is a run of its own
+                client.finish()
+                client.init(project=wandb, name=str(folder), config=config)
+            trackers.append(lambda step, values: client.log({"step": step, **{
+                name: client.Image(str(value)) if isinstance(value, Path) else value
+                for name, value in values.items()}}))
+    except ImportError as error:
+        raise UserError(f"{error.name} is not installed: pip install {error.name}") from error
+    return trackers
+
+
+def show_results(folder, written, tensorboard=False, wandb=None):
+    """Shows what evaluation and sampling have `written` into a run's folder (eval.json's results, every .png)
+    where Log shows its curves, at the step of the newest checkpoint. On rank 0.
+
+    The W&B run is the one whose training this process did; --sample or --eval alone begin another one.
+    """
+    folder, newest, values = Path(folder), latest_checkpoint(Path(folder) / "ckpt"), {}
+    for path in map(Path, written) if tensorboard or wandb else ():
+        if path.suffix == ".png":
+            values[str(path.relative_to(folder).with_suffix(""))] = path
+        elif path.name == "eval.json":
+            results = json.loads(path.read_text())["results"]
+            values |= {f"eval/{name}": value for name, value in results.items() if value is not None}
+    for track in open_trackers(folder, tensorboard, wandb):
+        track(int(newest.name[5:]) if newest else 0, values)
 
 
 class Log:
@@ -755,7 +813,7 @@ class Log:
     """
 
     def __init__(self, folder, name, start, total, rank=0, tensorboard=False, wandb=None, config=None):
-        self.path, self.name, self.rank, self.sinks = Path(folder) / "metrics.jsonl", name, rank, []
+        self.path, self.name, self.rank = Path(folder) / "metrics.jsonl", name, rank
         self.bar = tqdm(total=total, initial=start, desc=name, unit="step", disable=rank > 0, mininterval=1)
         if rank > 0:
             return
@@ -763,23 +821,13 @@ class Log:
         rows = self.path.read_text().splitlines() if self.path.is_file() else []
         kept = [line for line in rows if line.endswith("}") and json.loads(line)["step"] <= start]
         self.path.write_text("".join(line + "\n" for line in kept))
-        try:
-            if tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
-                writer = SummaryWriter(folder)
-                self.sinks.append(lambda step, row: [writer.add_scalar(k, v, step) for k, v in row.items()])
-            if wandb:
-                import wandb as client
-                client.run or client.init(project=wandb, name=str(folder), config=config)  # one a run
-                self.sinks.append(lambda step, row: client.log({"step": step, **row}))
-        except ImportError as error:
-            raise UserError(f"{error.name} is not installed: pip install {error.name}") from error
+        self.trackers = open_trackers(folder, tensorboard, wandb, config, purge_step=start + 1)
 
     def row(self, step, **values):
         if self.rank == 0:
             append_jsonl(self.path, {"step": step, **values})
-            for sink in self.sinks:
-                sink(step, {f"{self.name}/{key}": value for key, value in values.items()})
+            for track in self.trackers:
+                track(step, {f"{self.name}/{key}": value for key, value in values.items()})
             shown = {key: f"{value:.4g}" for key, value in values.items() if key in ("loss", "val_loss")}
             self.bar.set_postfix(shown, refresh=False)
 

@@ -1270,6 +1270,7 @@ def work(args):
     if run.rank == 0:
         if args.eval or not only:
             written += [f"{folder}/eval.json", f"{folder}/curves.png"]
+        common.show_results(folder, written, args.tensorboard, args.wandb)
         print("wrote " + ", ".join(written))
     run.barrier()
     run.close()
