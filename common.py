@@ -3,11 +3,11 @@
 Tensors      seed_all draw expand_to to_uint8 from_uint8 ema_update swapped count_params all_mean
 Metrics      mse psnr ssim fair_crps
 Video        ffmpeg read_video write_video video_grid
-Checkpoints  save_checkpoint load_checkpoint latest_checkpoint find_checkpoint gather_state restore_state
-             save_weights load_weights
+Checkpoints  save_checkpoint checkpoints latest_checkpoint load_checkpoint find_checkpoint save_weights
+             load_weights gather_state restore_state
 Wan          load_wan wan_encode wan_decode LinearCodec encode_text pad_text save_lora
-Run files    UserError one_line_errors write_json append_jsonl Log show_results plot_curves provenance
-             dry_run_report
+Run files    UserError reason one_line_errors write_json append_jsonl Log show_results plot_curves
+             provenance dry_run_report
 
 Shapes: B batch, T frames, C channels, H W pixels. A video is B T C H W (or T C H W) in [-1, 1] unless a name
 says otherwise.
@@ -439,8 +439,8 @@ def load_wan(source, *, part, config="ti2v_5b", dtype=torch.float32, device="cpu
     not read. The tokenizer is then ByT5's, a token per byte: vocab_size 259.
     expert: "transformer", or "transformer_2", A14B's low-noise one (official low_noise_model/).
     dtype: as in diffusers, in bf16 a transformer's norms, time embedder and modulation stay fp32. FSDP2 wants
-    one dtype for all trained parameters of a block: load a transformer that is trained whole in fp32. What is
-    frozen may be mixed: bf16 below a LoRA in fp32.
+    one dtype for all trained parameters of a block, so a transformer that is trained whole is loaded in fp32;
+    what is frozen may be mixed, as a bf16 base under a LoRA in fp32.
     Raises UserError, one line, where files are missing or do not fit.
     """
     config = WAN[config] if isinstance(config, str) else config
@@ -809,7 +809,7 @@ def show_results(folder, written, tensorboard=False, wandb=None):
 class Log:
     """A stage's records on rank 0: progress bar, folder/metrics.jsonl, and on request TensorBoard and W&B.
 
-    Opening it removes rows beyond step `start`: the resumed run writes them again.
+    Opening it removes rows beyond step `start`, TensorBoard's too: the resumed run writes them again.
     """
 
     def __init__(self, folder, name, start, total, rank=0, tensorboard=False, wandb=None, config=None):

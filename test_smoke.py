@@ -1038,6 +1038,8 @@ def test_a_kill_at_any_moment_of_a_save(tmp_path):
 
 
 def test_run_files(tmp_path, monkeypatch):
+    assert common.reason(ValueError("two\n  lines" + "." * 999)) == "two lines" + "." * 191
+    assert common.reason(ValueError()) == "ValueError"
     values = {"x": np.float64("nan"), "y": {"z": [math.inf, 1.5, {"v": (-math.inf, 2)}]}, "s": "NaN"}
     known = {"x": None, "y": {"z": [None, 1.5, {"v": [None, 2]}]}, "s": "NaN"}
     common.write_json(tmp_path / "a/b.json", values)
