@@ -1,13 +1,13 @@
 """common.py: tensor utilities and run files shared by the scripts. Verified once, by test_smoke.py.
 
-Tensors      seed_all draw expand_to to_uint8 from_uint8 resize_video timestep_embedding ema_update
-             swapped count_params all_mean
-Metrics      mse psnr ssim fair_crps frechet_distance
+Tensors      seed_all draw expand_to to_uint8 from_uint8 ema_update swapped count_params all_mean
+Metrics      mse psnr ssim fair_crps
 Video        ffmpeg read_video write_video video_grid
-Checkpoints  save_checkpoint load_checkpoint latest_checkpoint find_checkpoint gather_state restore_state
-             save_weights load_weights
-Wan          load_wan wan_encode wan_decode LinearCodec encode_text pad_text save_lora load_lora
-Run files    UserError one_line_errors write_json append_jsonl Log plot_curves provenance dry_run_report
+Checkpoints  save_checkpoint checkpoints latest_checkpoint load_checkpoint find_checkpoint save_weights
+             load_weights gather_state restore_state
+Wan          load_wan wan_encode wan_decode LinearCodec encode_text pad_text save_lora
+Run files    UserError reason one_line_errors write_json append_jsonl Log show_results plot_curves
+             provenance dry_run_report
 
 Shapes: B batch, T frames, C channels, H W pixels. A video is B T C H W (or T C H W) in [-1, 1] unless a name
 says otherwise.
@@ -25,6 +25,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import imageio.v3 as iio
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -35,6 +36,11 @@ from tqdm import tqdm
 
 class UserError(Exception):
     """Something the user can mend. Its message is the one line that a script prints before exit code 2."""
+
+
+def reason(error):
+    """What another library's error says, as the end of one line: its first 200 characters, or its name."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 # ---- tensors --------------------------------------------------------------------------------------------
@@ -84,25 +90,6 @@ def to_uint8(x):
 def from_uint8(x):
     """0..255 uint8 -> [-1, 1] float32 of the same shape."""
     return x.float() / 127.5 - 1
-
-
-def resize_video(x, size):
-    """... C H W floats -> ... C size size: anti-aliased bicubic, centre crop; stays in the input's range."""
-    H, W = x.shape[-2:]
-    new = max(size, round(H * size / min(H, W))), max(size, round(W * size / min(H, W)))
-    flat = x.reshape(-1, *x.shape[-3:])
-    if new != (H, W):
-        low, high = flat.amin(), flat.amax()
-        flat = F.interpolate(flat, new, mode="bicubic", antialias=True, align_corners=False).clamp(low, high)
-    top, left = (new[0] - size) // 2, (new[1] - size) // 2
-    return flat[..., top:top + size, left:left + size].reshape(*x.shape[:-2], size, size)
-
-
-def timestep_embedding(t, dim, scale=1000.0, max_period=10000.0):
-    """(B,) -> (B, dim): cos and sin of scale * t at dim / 2 geometric frequencies (Vaswani 2017, 3.5)."""
-    frequencies = torch.exp(-math.log(max_period) * torch.arange(dim // 2, device=t.device) / (dim // 2))
-    angles = scale * t.float()[:, None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
 @torch.no_grad()
@@ -183,16 +170,6 @@ def fair_crps(members, truth, dim=0):
     return (x - truth).abs().mean(0) - (rank * x).sum(0) / max(1, m * (m - 1))
 
 
-def frechet_distance(a, b):
-    """Frechet distance of the Gaussians fitted to features a, b: N D. Float64, symmetric eigenproblems."""
-    a, b = a.double(), b.double()
-    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
-    values, vectors = torch.linalg.eigh(cov_a)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
-    return ((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross).item()
-
-
 # ---- video files ----------------------------------------------------------------------------------------
 
 def ffmpeg(arguments, data=None):
@@ -220,13 +197,12 @@ def read_video(path, side=None):
         frames = rows[:, header.end():].reshape(-1, height, width, 3)
         return torch.from_numpy(frames).permute(0, 3, 1, 2)
     except Exception as error:                 # every backend has its own; the user needs the file's name
-        raise UserError(f"cannot read video {path}: {str(error).splitlines()[0][:100]}") from error
+        raise UserError(f"cannot read video {path}: {reason(error)}") from error
 
 
 def write_video(path, x, fps=8, options=("-crf", "16", "-pix_fmt", "yuv420p")):
     """Writes x (T C H W, uint8 or [-1, 1]) by suffix: .mp4 (H.264, with ffmpeg's options), .gif, .png (the
     frames in a row). -> path."""
-    import imageio.v3 as iio
     frames = (x if x.dtype == torch.uint8 else to_uint8(x)).permute(0, 2, 3, 1).cpu().numpy()
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -300,8 +276,8 @@ def save_checkpoint(folder, step, state, meta, keep_last=3):
     except Exception as error:        # a full disk is OSError, RuntimeError or SafetensorError, by who wrote
         shutil.rmtree(tmp, ignore_errors=True)
         last = latest_checkpoint(folder) or "none"
-        reason = str(error).splitlines()[0]
-        raise UserError(f"could not save {final} ({reason}); the last complete one is {last}") from error
+        raise UserError(f"could not save {final} ({reason(error)}); the last complete one is "
+                        f"{last}") from error
     for old in checkpoints(folder)[:-keep_last] if keep_last else []:
         old = old.rename(folder / f".tmp_old_{old.name}")          # first: a kill leaves no half of it
         shutil.rmtree(old)
@@ -342,7 +318,7 @@ def load_checkpoint(path, script):
     except UserError:
         raise
     except Exception as error:        # a damaged zip, json or safetensors raise their own; the answer is one
-        raise UserError(f"checkpoint {path} cannot be read ({str(error).splitlines()[0][:100]}): "
+        raise UserError(f"checkpoint {path} cannot be read ({reason(error)}): "
                         f"use an older one, --resume PATH") from error
 
 
@@ -388,7 +364,7 @@ def load_weights(path):
     try:
         return load_file(path)
     except Exception as error:        # SafetensorError, FileNotFoundError, ...: the user needs the name
-        raise UserError(f"cannot read the weights {path}: {str(error).splitlines()[0][:100]}") from error
+        raise UserError(f"cannot read the weights {path}: {reason(error)}") from error
 
 
 def gather_state(model, optimizer=None, everywhere=False, trained_only=False):
@@ -462,8 +438,10 @@ def load_wan(source, *, part, config="ti2v_5b", dtype=torch.float32, device="cpu
     random_init: random weights in `config`'s shape, made on `device` ("meta" too) and in dtype; `source` is
     not read. The tokenizer is then ByT5's, a token per byte: vocab_size 259.
     expert: "transformer", or "transformer_2", A14B's low-noise one (official low_noise_model/).
-    As in diffusers, in bf16 the norms, time embedder and modulation stay fp32; FSDP2, which wants one dtype,
-    needs fp32 here. Raises UserError, one line, where files are missing or do not fit.
+    dtype: as in diffusers, in bf16 a transformer's norms, time embedder and modulation stay fp32. FSDP2 wants
+    one dtype for all trained parameters of a block, so a transformer that is trained whole is loaded in fp32;
+    what is frozen may be mixed, as a bf16 base under a LoRA in fp32.
+    Raises UserError, one line, where files are missing or do not fit.
     """
     config = WAN[config] if isinstance(config, str) else config
     if random_init:
@@ -495,7 +473,7 @@ def load_wan(source, *, part, config="ti2v_5b", dtype=torch.float32, device="cpu
     except Exception as error:        # each reader has its own errors; the user needs file, reason, command
         repo = config.get("repo", "REPOSITORY")
         get = source if hub else f"{repo} --local-dir {source if not path.is_file() else 'weights'}"
-        raise UserError(f"cannot load Wan's {name} from {source} ({' '.join(str(error).split())[:200]}): "
+        raise UserError(f"cannot load Wan's {name} from {source} ({reason(error)}): "
                         f"hf download {get}") from error
 
 
@@ -618,12 +596,6 @@ def wan_decode(vae, z):
     return x.float().clamp(-1, 1).transpose(1, 2)
 
 
-def principal(rows, count):
-    """Rows n p around 0 -> the `count` largest principal components: their std, and unit vectors count p."""
-    values, vectors = torch.linalg.eigh((rows.T @ rows / len(rows)).double())
-    return values.flip(0)[:count].clamp(min=1e-12).sqrt().float(), vectors.T.flip(0)[:count].float()
-
-
 class LinearCodec:
     """AutoencoderKLWan's interface at a size that has no pretrained weights: linear, causal, 8 times smaller
     in space, 4 in time.
@@ -643,14 +615,16 @@ class LinearCodec:
     def fit(cls, videos, z_dim, flatness=.5):
         """videos B T C H W in [-1, 1]. A latent has the size (its component's std) ** (1 - flatness): 1 makes
         all equal, and a model of them spends itself on detail; 0 lets noise drown detail at once."""
-        rows = lambda part: part.movedim(1, -1).flatten(0, -2)
+        rows = lambda part: part.movedim(1, -1).flatten(0, -2)                   # n p
         first, later = cls.patches(videos.transpose(1, 2))
         codec = cls({"mean": rows(first).mean(0), "first": torch.zeros(z_dim, first.shape[1])})
 
-        def scaled(name, part):
-            std, basis = principal(part, z_dim)
+        def scaled(name, part):                  # z_dim principal components of rows n p around 0
+            values, vectors = torch.linalg.eigh((part.T @ part / len(part)).double())
+            std = values.flip(0)[:z_dim].clamp(min=1e-12).sqrt().float()
             scale = std ** flatness
-            codec.tensors |= {name: basis, f"{name}_scale": scale * (std / scale).square().mean().sqrt()}
+            codec.tensors |= {name: vectors.T.flip(0)[:z_dim].float(),
+                              f"{name}_scale": scale * (std / scale).square().mean().sqrt()}
 
         scaled("first", rows(first) - codec.tensors["mean"])
         scaled("later", rows(later - codec.still(codec.project("first", first), later)))
@@ -716,9 +690,6 @@ def pad_text(texts, length=512):
     return torch.stack([F.pad(text, (0, 0, 0, length - len(text))) for text in texts])
 
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
-
-
 def save_lora(folder, transformer, weights=None):
     """Writes folder/pytorch_lora_weights.safetensors, which diffusers' pipeline.load_lora_weights takes.
 
@@ -727,19 +698,11 @@ def save_lora(folder, transformer, weights=None):
     """
     from diffusers.loaders import WanLoraLoaderMixin       # the pipeline's own, without its warnings
     from peft import get_peft_model_state_dict
+    tmp, path = Path(folder, ".tmp_lora.safetensors"), Path(folder, "pytorch_lora_weights.safetensors")
     WanLoraLoaderMixin.save_lora_weights(
-        folder, get_peft_model_state_dict(transformer, weights), weight_name=f".tmp_{LORA_FILE}",
+        folder, get_peft_model_state_dict(transformer, weights), weight_name=tmp.name,
         transformer_lora_adapter_metadata=transformer.peft_config["default"].to_dict())     # rank, alpha
-    return Path(folder, f".tmp_{LORA_FILE}").replace(Path(folder, LORA_FILE))
-
-
-def load_lora(transformer, folder):
-    """Gives a WanTransformer3DModel the adapter that save_lora wrote, in place of its own if it has one."""
-    if not Path(folder, LORA_FILE).is_file():
-        raise UserError(f"no {LORA_FILE} in {folder}")
-    if "default" in getattr(transformer, "peft_config", {}):
-        transformer.delete_adapters("default")
-    transformer.load_lora_adapter(folder, adapter_name="default", prefix="transformer", weight_name=LORA_FILE)
+    return tmp.replace(path)
 
 
 # ---- run files ------------------------------------------------------------------------------------------
@@ -756,7 +719,7 @@ def one_line_errors(script, work):
     except RuntimeError as error:
         if world == 1 or not re.search("gloo|nccl|peer|connection|timed out|socket", str(error), re.I):
             raise
-        message = f"another process of this run died, so this one stops: {str(error).splitlines()[0][:150]}"
+        message = f"another process of this run died, so this one stops: {reason(error)}"
     except KeyboardInterrupt:
         message = "interrupted"
     for bar in list(getattr(tqdm, "_instances", ())):          # else the line would follow a bar
@@ -768,12 +731,17 @@ def one_line_errors(script, work):
     return 2
 
 
+def finite(value):
+    """JSON has neither NaN nor infinity: here they become None (null), at any depth of dicts and lists."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(path, value):
-    """Writes a JSON file whole or not at all; numbers that do not exist (NaN) become null, which JSON has."""
-    def finite(v):
-        if isinstance(v, dict):
-            return {k: finite(x) for k, x in v.items()}
-        return None if isinstance(v, float) and not math.isfinite(v) else v
+    """Writes a JSON file whole or not at all, of finite() values."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".tmp_{path.name}")
@@ -782,19 +750,70 @@ def write_json(path, value):
 
 
 def append_jsonl(path, row):
-    """Appends one JSON object as one line, in one write, so that a kill leaves whole lines."""
+    """Appends one JSON object, of finite() values, as one line, in one write: a kill leaves whole lines."""
     with open(path, "a") as file:
-        file.write(json.dumps(row) + "\n")
+        file.write(json.dumps(finite(row), allow_nan=False) + "\n")
+
+
+def open_trackers(folder, tensorboard=False, wandb=None, config=None, purge_step=None):
+    """-> functions (step, {name: number, or the Path of a .png}) that show these in TensorBoard's event files
+    in `folder` and in the W&B run that is named after it, which begins here if it is not this process's yet.
+
+    purge_step: TensorBoard forgets what an earlier process showed from there on. UserError where a package is
+    missing.
+    """
+    trackers = []
+    try:
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            writer = SummaryWriter(folder, purge_step=purge_step)
+
+            def show(step, values):
+                for name, value in values.items():
+                    if isinstance(value, Path):
+                        writer.add_image(name, iio.imread(value), step, dataformats="HWC")
+                    else:
+                        writer.add_scalar(name, value, step)
+                writer.flush()
+            trackers.append(show)
+        if wandb:
+            import wandb as client
+            if client.run is None or client.run.name != str(folder):       # a stage is a run of its own
+                client.finish()
+                client.init(project=wandb, name=str(folder), config=config)
+            trackers.append(lambda step, values: client.log({"step": step, **{
+                name: client.Image(str(value)) if isinstance(value, Path) else value
+                for name, value in values.items()}}))
+    except ImportError as error:
+        raise UserError(f"{error.name} is not installed: pip install {error.name}") from error
+    return trackers
+
+
+def show_results(folder, written, tensorboard=False, wandb=None):
+    """Shows what evaluation and sampling have `written` into a run's folder (eval.json's results, every .png)
+    where Log shows its curves, at the step of the newest checkpoint. On rank 0.
+
+    The W&B run is the one whose training this process did; --sample or --eval alone begin another one.
+    """
+    folder, newest, values = Path(folder), latest_checkpoint(Path(folder) / "ckpt"), {}
+    for path in map(Path, written) if tensorboard or wandb else ():
+        if path.suffix == ".png":
+            values[str(path.relative_to(folder).with_suffix(""))] = path
+        elif path.name == "eval.json":
+            results = json.loads(path.read_text())["results"]
+            values |= {f"eval/{name}": value for name, value in results.items() if value is not None}
+    for track in open_trackers(folder, tensorboard, wandb):
+        track(int(newest.name[5:]) if newest else 0, values)
 
 
 class Log:
     """A stage's records on rank 0: progress bar, folder/metrics.jsonl, and on request TensorBoard and W&B.
 
-    Opening it removes rows beyond step `start`: the resumed run writes them again.
+    Opening it removes rows beyond step `start`, TensorBoard's too: the resumed run writes them again.
     """
 
     def __init__(self, folder, name, start, total, rank=0, tensorboard=False, wandb=None, config=None):
-        self.path, self.name, self.rank, self.sinks = Path(folder) / "metrics.jsonl", name, rank, []
+        self.path, self.name, self.rank = Path(folder) / "metrics.jsonl", name, rank
         self.bar = tqdm(total=total, initial=start, desc=name, unit="step", disable=rank > 0, mininterval=1)
         if rank > 0:
             return
@@ -802,23 +821,13 @@ class Log:
         rows = self.path.read_text().splitlines() if self.path.is_file() else []
         kept = [line for line in rows if line.endswith("}") and json.loads(line)["step"] <= start]
         self.path.write_text("".join(line + "\n" for line in kept))
-        try:
-            if tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
-                writer = SummaryWriter(folder)
-                self.sinks.append(lambda step, row: [writer.add_scalar(k, v, step) for k, v in row.items()])
-            if wandb:
-                import wandb as client
-                client.run or client.init(project=wandb, name=str(folder), config=config)  # one a run
-                self.sinks.append(lambda step, row: client.log({"step": step, **row}))
-        except ImportError as error:
-            raise UserError(f"{error.name} is not installed: pip install {error.name}") from error
+        self.trackers = open_trackers(folder, tensorboard, wandb, config, purge_step=start + 1)
 
     def row(self, step, **values):
         if self.rank == 0:
             append_jsonl(self.path, {"step": step, **values})
-            for sink in self.sinks:
-                sink(step, {f"{self.name}/{key}": value for key, value in values.items()})
+            for track in self.trackers:
+                track(step, {f"{self.name}/{key}": value for key, value in values.items()})
             shown = {key: f"{value:.4g}" for key, value in values.items() if key in ("loss", "val_loss")}
             self.bar.set_postfix(shown, refresh=False)
 

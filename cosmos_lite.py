@@ -1382,7 +1382,8 @@ def fit(args, run, model, losses, validate, found):
                      public_flags(args))
     run.barrier()                                # rank 0 has removed what lies beyond `start`
     rows = (folder / "metrics.jsonl").read_text().splitlines()
-    best = min((row["val_loss"] for row in map(json.loads, rows) if "val_loss" in row), default=math.inf)
+    losses_so_far = [json.loads(line).get("val_loss") for line in rows]
+    best = min((loss for loss in losses_so_far if loss is not None), default=math.inf)
     clock, logged = time.time(), start
     run.heed_sigterm(True)
     for step in range(start, args.max_steps):
@@ -1580,6 +1581,7 @@ def work(args):
     if run.rank == 0:
         if args.eval or not only:
             written += [f"{folder}/eval.json", f"{folder}/curves.png"]
+        common.show_results(folder, written, args.tensorboard, args.wandb)
         print("wrote " + ", ".join(written))
     run.barrier()
     run.close()

@@ -46,7 +46,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import common
-from common import UserError, expand_to, from_uint8, timestep_embedding
+from common import UserError, expand_to, from_uint8
 
 SCRIPT = "river_smoke"
 SMOKE_LEVEL = 0.05                       # a pixel is smoke where its brightest channel, in [0, 1], is above
@@ -304,6 +304,13 @@ class Block(nn.Module):
         return torch.addcmul(x, gate2, self.down(F.gelu(self.up(y), approximate="tanh")))
 
 
+def timestep_embedding(t, dim, scale=1000.0, max_period=10000.0):
+    """(B,) -> (B, dim): cos and sin of scale * t at dim / 2 geometric frequencies (Vaswani 2017, 3.5)."""
+    frequencies = torch.exp(-math.log(max_period) * torch.arange(dim // 2, device=t.device) / (dim // 2))
+    angles = scale * t.float()[:, None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
 class VectorField(nn.Module):
     """v_t(z_t | z^{tau-1}, z^c, tau - c): frames stacked on one grid's channels, U-ViT skips (2209.12152)."""
     def __init__(self, args):
@@ -529,6 +536,18 @@ def write_dataset(root, clips, stats):
         shutil.rmtree(tmp, ignore_errors=True)
 
 
+def resize_video(x, size):
+    """... C H W floats -> ... C size size: anti-aliased bicubic, centre crop; stays in the input's range."""
+    H, W = x.shape[-2:]
+    new = max(size, round(H * size / min(H, W))), max(size, round(W * size / min(H, W)))
+    flat = x.reshape(-1, *x.shape[-3:])
+    if new != (H, W):
+        low, high = flat.amin(), flat.amax()
+        flat = F.interpolate(flat, new, mode="bicubic", antialias=True, align_corners=False).clamp(low, high)
+    top, left = (new[0] - size) // 2, (new[1] - size) // 2
+    return flat[..., top:top + size, left:left + size].reshape(*x.shape[:-2], size, size)
+
+
 def extract_clips(source, stats):
     """Raw videos -> clips of 64x64 smoke on black, split 80/10/10 by video; yields what write_dataset takes.
 
@@ -549,7 +568,7 @@ def extract_clips(source, stats):
         difference = (x - x.median(dim=0).values).abs().amax(dim=1, keepdim=True)
         ramp = ((difference - .04) / (.18 - .04)).clamp(0, 1)
         alpha = F.avg_pool2d(ramp * ramp * (3 - 2 * ramp), 3, 1, 1, count_include_pad=False)
-        x = common.resize_video(x * alpha * (alpha > .05), 64)
+        x = resize_video(x * alpha * (alpha > .05), 64)
         smoke, grey = x.amax(1) > SMOKE_LEVEL, x.mean(1)
         kept = .01 <= smoke.float().mean() <= .9 and grey[smoke].mean() >= .1 and grey.var() >= .001
         stats["clips_kept" if kept else "clips_dropped"] += 1
@@ -698,6 +717,16 @@ def random_3d_features(clips):
     return torch.cat(features, dim=1)
 
 
+def frechet_distance(a, b):
+    """Frechet distance of the Gaussians fitted to features a, b: N D. Float64, symmetric eigenproblems."""
+    a, b = a.double(), b.double()
+    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
+    return ((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross).item()
+
+
 def distribution_distances(fake, real, args, device):
     """{"frd_rand3d_N.._T..": ...}, and FVD with the real detector. fake, real: N T 3 H W in [0, 1].
 
@@ -709,13 +738,13 @@ def distribution_distances(fake, real, args, device):
     features = torch.stack([torch.cat([random_3d_features(p) for p in x.split(8)]) for x in (fake, real)])
     features = (features - features[1].mean(0)) / (features[1].std(0) + 1e-6)
     basis = torch.linalg.svd(features[1], full_matrices=False).Vh[:32].T
-    distances = {f"frd_rand3d_{size}": common.frechet_distance(*(features @ basis))}
+    distances = {f"frd_rand3d_{size}": frechet_distance(*(features @ basis))}
     if args.i3d:
         detector = torch.jit.load(args.i3d, map_location=device).eval()
         options = dict(rescale=False, resize=True, return_features=True)
         logits = [torch.cat([detector((p.to(device) * 2 - 1).transpose(1, 2), **options).float().cpu()
                              for p in x.split(8)]) for x in (fake, real)]
-        distances[f"fvd_i3d_{size}"] = common.frechet_distance(*logits)
+        distances[f"fvd_i3d_{size}"] = frechet_distance(*logits)
     return distances
 
 
@@ -1241,6 +1270,7 @@ def work(args):
     if run.rank == 0:
         if args.eval or not only:
             written += [f"{folder}/eval.json", f"{folder}/curves.png"]
+        common.show_results(folder, written, args.tensorboard, args.wandb)
         print("wrote " + ", ".join(written))
     run.barrier()
     run.close()

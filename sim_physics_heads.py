@@ -2258,6 +2258,7 @@ def work(args):
     if args.sample or not only:
         written += sample(args, models, data, run)
     if run.rank == 0:
+        common.show_results(folder, written, args.tensorboard, args.wandb)
         print("wrote " + ", ".join(written))
     run.barrier()
     run.close()

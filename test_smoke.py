@@ -495,6 +495,41 @@ def sigterm():
     signal.signal(signal.SIGTERM, old)
 
 
+@pytest.fixture
+def trackers(monkeypatch):
+    """Stand-ins for TensorBoard and W&B, whose packages are optional -> what they were shown, as rows of
+    ("TensorBoard" or "W&B", folder or run's name, step, name, number or shape of a picture)."""
+    shown = []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step=None):
+            self.folder = str(folder)
+
+        def add_scalar(self, name, value, step):
+            shown.append(("TensorBoard", self.folder, step, name, value))
+
+        def add_image(self, name, picture, step, dataformats):
+            assert dataformats == "HWC" and picture.dtype == np.uint8
+            shown.append(("TensorBoard", self.folder, step, name, picture.shape))
+
+        def flush(self):
+            pass
+
+    def init(project, name, config):
+        assert client.run is None and project == "project"
+        client.run = Namespace(name=name)
+
+    def log(row):
+        step = row.pop("step")
+        shown.extend(("W&B", client.run.name, step, name, value) for name, value in row.items())
+
+    client = Namespace(run=None, init=init, log=log, finish=lambda: setattr(client, "run", None),
+                       Image=lambda path: iio.imread(path).shape)
+    monkeypatch.setitem(sys.modules, "wandb", client)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", Namespace(SummaryWriter=SummaryWriter))
+    return shown
+
+
 def begun(script, run, to):
     """A run that has the first stages of another one, where no flag takes them from there."""
     for stage in () if SCRIPTS[script]["reuse"] else SCRIPTS[script]["stages"][:-1]:
@@ -646,13 +681,20 @@ def test_sample_is_a_function_of_the_seed(script, base, tmp_path, monkeypatch):
     assert all((made[0][name] == made[2][name]) == alike for name in made[0])
 
 
-def test_sample_without_checkpoint_trains_first(script, base, tmp_path, monkeypatch, capsys):
+def test_sample_without_checkpoint_trains_first(script, base, tmp_path, trackers, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     begun(script, base.run, tmp_path / "runs" / script)
-    assert launch(script, f"--sample {base.inputs} {base.reuse}", full=True) == 0
+    flags = "--sample --tensorboard --wandb project"
+    assert launch(script, f"{flags} {base.inputs} {base.reuse}", full=True) == 0
     assert re.search("no checkpoint in .*: training preset tiny first, about .* min", capsys.readouterr().out)
     made = os.listdir(tmp_path / "runs" / script)
     assert "samples" in made and "ckpt" in made and "eval.json" not in made
+    pictures = {f"samples/{path.stem}" for path in Path("runs", script, "samples").glob("*.png")}
+    for tracker in ("TensorBoard", "W&B"):       # the curves, then the pictures, in one place
+        shown = [row for row in trackers if row[:2] == (tracker, f"runs/{script}")]
+        assert [row[2] for row in shown if row[3].endswith("/loss")] == [1, 2, 3, 4]
+        assert {row[3] for row in shown if isinstance(row[4], tuple)} == pictures
+        assert {row[2] for row in shown if isinstance(row[4], tuple)} == {4}
 
 
 def test_sigterm_saves_and_stops(script, base, tmp_path, monkeypatch, capsys):
@@ -892,7 +934,7 @@ def test_tensor_helpers():
     assert torch.equal(common.to_uint8(common.from_uint8(levels)), levels)
     assert common.to_uint8(torch.tensor([-9., 9.])).tolist() == [0, 255]
     expected = torch.tensor([[1, 1, 0, 0], [np.cos(250), np.cos(2.5), np.sin(250), np.sin(2.5)]]).float()
-    assert torch.allclose(common.timestep_embedding(torch.tensor([0, .25]), 4), expected, atol=1e-4)
+    assert torch.allclose(river.timestep_embedding(torch.tensor([0, .25]), 4), expected, atol=1e-4)
     a, b = nn.Linear(2, 2), nn.Linear(2, 2)
     expected = .9 * a.weight.detach() + .1 * b.weight.detach()
     common.ema_update(a, b, .9)
@@ -927,7 +969,7 @@ def test_frechet_distance_of_known_gaussians():
         x = torch.randn(50, 3, generator=torch.Generator().manual_seed(seed)).double()
         x = x - x.mean(0)
         return mean + x @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T))).T @ root.T
-    zero, shift, distance = torch.zeros(3), torch.tensor([1., 2, 2]), common.frechet_distance
+    zero, shift, distance = torch.zeros(3), torch.tensor([1., 2, 2]), river.frechet_distance
     a, b = (torch.diag(torch.tensor(deviations)).double() for deviations in ([1., 2, 3], [2., 1, 4]))
     assert distance(cloud(zero, a, 1), cloud(shift, b, 2)) == pytest.approx(9 + ((a - b) ** 2).sum().item())
     root = torch.tensor([[1., 0, 0], [2, 1, 0], [1, -1, 3]]).double()              # commutes with neither
@@ -951,11 +993,11 @@ def test_video_files(tmp_path):
     (tmp_path / "b.mp4").write_bytes(b"no video")
     with pytest.raises(common.UserError, match="cannot read video .*b.mp4"):
         common.read_video(tmp_path / "b.mp4")
-    small = common.resize_video(video[None], 32)
+    small = river.resize_video(video[None], 32)
     assert small.shape == (1, 6, 3, 32, 32) and small.amin() >= video.amin() and small.amax() <= video.amax()
     middle = F.interpolate(video[..., 8:55], (32, 32), mode="area")
     assert (small[0] - middle).abs().mean() < .05
-    assert torch.equal(common.resize_video(video[..., :47], 47), video[..., :47])
+    assert torch.equal(river.resize_video(video[..., :47], 47), video[..., :47])
     grid = common.video_grid({"truth": video, "prediction": video[:, :1]}, scale=2, gap=4)
     assert grid.shape[:3] == (6, 3, 2 * 94 + 4) and torch.equal(grid[..., :94:2, -126::2], pixels)
     grid = common.video_grid({"a": video, "b": video}, scale=1, columns=True)
@@ -1022,9 +1064,15 @@ def test_a_kill_at_any_moment_of_a_save(tmp_path):
 
 
 def test_run_files(tmp_path, monkeypatch):
-    common.write_json(tmp_path / "a/b.json", {"x": math.nan, "y": {"z": math.inf, "v": 1.5}, "s": "NaN"})
-    read = json.loads((tmp_path / "a/b.json").read_text())
-    assert read == {"x": None, "y": {"z": None, "v": 1.5}, "s": "NaN"}
+    assert common.reason(ValueError("two\n  lines" + "." * 999)) == "two lines" + "." * 191
+    assert common.reason(ValueError()) == "ValueError"
+    values = {"x": np.float64("nan"), "y": {"z": [math.inf, 1.5, {"v": (-math.inf, 2)}]}, "s": "NaN"}
+    known = {"x": None, "y": {"z": [None, 1.5, {"v": [None, 2]}]}, "s": "NaN"}
+    common.write_json(tmp_path / "a/b.json", values)
+    assert json.loads((tmp_path / "a/b.json").read_text()) == known
+    common.append_jsonl(tmp_path / "a/b.jsonl", values)
+    common.append_jsonl(tmp_path / "a/b.jsonl", {})
+    assert (tmp_path / "a/b.jsonl").read_text() == json.dumps(known) + "\n{}\n"
     for step in range(1, 6):
         common.append_jsonl(tmp_path / "metrics.jsonl", {"step": step})
     with open(tmp_path / "metrics.jsonl", "a") as file:
@@ -1036,11 +1084,40 @@ def test_run_files(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(common.UserError, match="pip install wandb"):
         common.Log(tmp_path, "flow", 3, 9, wandb="project")
+    with pytest.raises(common.UserError, match="pip install wandb"):
+        common.show_results(tmp_path, [], wandb="project")
     common.save_weights(tmp_path / "w.safetensors", {"a": torch.arange(3.)})
     assert_same(common.load_weights(tmp_path / "w.safetensors"), {"a": torch.arange(3.)})
     cut(tmp_path / "w.safetensors")
     with pytest.raises(common.UserError, match="w.safetensors"):
         common.load_weights(tmp_path / "w.safetensors")
+
+
+def test_curves_and_results_are_shown_in_one_place(tmp_path, trackers):
+    """A stage is a W&B run of its own, named after its folder; results go to their folder's."""
+    folder, both = tmp_path / "run", dict(tensorboard=True, wandb="project")
+    for stage in (folder / "autoencoder", folder):
+        log = common.Log(stage, "flow", 0, 9, **both, config={"lr": 1})
+        log.row(4, loss=.5, grad_norm=math.nan)
+        log.bar.close()
+    common.save_checkpoint(folder / "ckpt", 7, {}, {"script": "s"})
+    common.write_json(folder / "eval.json", {"results": {"psnr": 20., "none": math.nan}})
+    film = torch.zeros(2, 3, 16, 16)
+    files = [common.write_video(folder / f"samples/a{suffix}", film) for suffix in (".png", ".mp4", ".gif")]
+    common.plot_curves(folder / "curves.png", [{"title": "", "xlabel": "", "ylabel": "", "lines": {
+        "loss": ((1, 2), (.5, None))}}])         # a null of metrics.jsonl leaves a gap
+    common.show_results(folder, [*files, f"{folder}/eval.json", f"{folder}/curves.png"], **both)
+    for tracker in ("TensorBoard", "W&B"):
+        shown = [row[1:] for row in trackers if row[0] == tracker]
+        assert [row[:3] for row in shown] == [
+            *((str(folder / stage), 4, f"flow/{name}") for stage in ("autoencoder", "")
+              for name in ("loss", "grad_norm")),
+            *((str(folder), 7, name) for name in ("samples/a", "eval/psnr", "curves"))]
+        assert [row[3] for row in shown if row[2] in ("flow/loss", "eval/psnr")] == [.5, .5, 20.]
+    assert [row["step"] for row in rows(folder)] == [4] and rows(folder)[0]["grad_norm"] is None
+    trackers.clear()
+    common.show_results(folder, files)
+    assert not trackers
 
 
 # ---- common.py: Wan --------------------------------------------------------------------------------------
@@ -1293,22 +1370,11 @@ def test_lora_loads_into_the_pipeline(tmp_path):
     assert torch.equal(velocity(pipe.transformer_2), plain)
     pipe.load_lora_weights(tmp_path, load_into_transformer_2=True)
     torch.testing.assert_close(velocity(pipe.transformer_2), expected)
-    again = tiny_wan("transformer")
-    for _ in range(2):                   # the second replaces the first
-        common.load_lora(again, tmp_path)
-        torch.testing.assert_close(velocity(again), expected)
-    trainable = [{name for name, p in m.named_parameters() if p.requires_grad} for m in (again, trained)]
-    assert trainable[0] == trainable[1]
-    (tmp_path / "b").mkdir()
-    common.save_lora(tmp_path / "b", again)
-    a, b = common.load_weights(path), common.load_weights(tmp_path / "b" / path.name)
-    assert_same(a, b)
-    other = {name: value * (1.5 if "lora_B" in name else 1) for name, value in a.items()}
-    common.save_weights(tmp_path / "b" / path.name, other)
-    common.load_lora(again, tmp_path / "b")
-    assert not torch.allclose(velocity(again), expected)
-    with pytest.raises(common.UserError, match="no pytorch_lora_weights.safetensors in"):
-        common.load_lora(again, tmp_path / "none")
+    again = pipeline(tiny_wan("transformer"))
+    again.load_lora_weights(tmp_path, adapter_name="default")
+    again = again.transformer
+    torch.testing.assert_close(velocity(again), expected)
+    assert_same(common.load_weights(common.save_lora(tmp_path / "b", again)), common.load_weights(path))
 
 
 def test_state_of_what_is_trained_only():
@@ -2862,6 +2928,19 @@ def test_well_sampling_and_exports_are_the_pipelines(steps, cfg, tmp_path):
     assert torch.equal(model.sample_latents(cond, noise, text), ours)              # LoRA is on again
 
 
+def test_well_trained_loras_load_into_the_pipeline(trained):
+    """The files of a whole run: final/high and final/low, on the base that it has trained."""
+    from diffusers import WanTransformer3DModel
+    run = trained("well_i2v").run
+    base = [WanTransformer3DModel.from_pretrained(run / "base/final") for _ in ("high", "low")]
+    plain, pipe = velocity(base[0]), pipeline(*base)
+    pipe.load_lora_weights(run / "final/high")
+    pipe.load_lora_weights(run / "final/low", load_into_transformer_2=True)
+    high, low = velocity(pipe.transformer), velocity(pipe.transformer_2)
+    assert not torch.allclose(high, plain) and not torch.allclose(low, plain)
+    assert not torch.allclose(high, low)
+
+
 @pytest.mark.parametrize("solver", ["euler", "unipc"])
 def test_well_oracle_velocity_recovers_x0(solver):
     x0, eps = torch.randn(2, 2, 16, 3, 4, 6)
@@ -3202,6 +3281,29 @@ def test_well_other_2d_sets(tmp_path):
     assert np.array_equal(window[1, 2, :, 7], b[2, :, 1])
 
 
+def test_well_simulated_files_suit_the_wells_reader(simulated_set):
+    """All that the_well 1.2's WellDataset takes from a file: names, attributes, axes."""
+    with h5py.File(train_file(simulated_set)) as file:
+        known = {"dataset_name": well.DATASET, "grid_type": "cartesian", "n_spatial_dims": 2,
+                 "n_trajectories": 2}
+        assert {name: file.attrs[name] for name in known} == known
+        assert [len(file["dimensions"][name]) for name in ("time", "x", "y")] == [13, 16, 48]
+        assert list(file["dimensions"].attrs["spatial_dims"]) == ["x", "y"]
+        assert not any(file["dimensions"][name].attrs["sample_varying"] for name in ("time", "x", "y"))
+        assert list(file["scalars"].attrs["field_names"]) == ["tcool"] and file["scalars/tcool"].shape == ()
+        assert not file["scalars/tcool"].attrs["time_varying"]
+        for order, names in enumerate((["density", "pressure"], ["velocity"], [])):
+            group = file[f"t{order}_fields"]
+            assert list(group.attrs["field_names"]) == names
+            for field in (group[name] for name in names):
+                assert field.shape == (2, 13, 16, 48, *[2] * order) and field.dtype == np.float32
+                assert field.attrs["sample_varying"] and field.attrs["time_varying"]
+                assert list(field.attrs["dim_varying"]) == [True, True]
+        edges = {(*bc.attrs["associated_dims"], bc.attrs["bc_type"], bc["mask"][()].sum())
+                 for bc in file["boundary_conditions"].values()}
+        assert edges == {("x", "PERIODIC", 2), ("y", "OPEN", 2)}
+
+
 def test_well_windows_are_even(simulated_set):
     files = well.open_set(simulated_set, well.DATASET, "train")
     every = well.list_windows(files, 9)
@@ -3483,7 +3585,8 @@ def test_vidar_adapters_alone_are_trained_and_exported(tmp_path):
     frozen = {name: p for name, p in model.dit.state_dict().items() if ".lora_" not in name}
     again.dit.load_state_dict(frozen, strict=False)
     assert loss(again) != pytest.approx(loss(model), rel=1e-4)
-    common.load_lora(again.dit, tmp_path / "final")
+    again.dit.delete_adapters("default")
+    pipeline(again.dit).load_lora_weights(tmp_path / "final")
     assert loss(again) == pytest.approx(loss(model), rel=1e-5)
 
 

@@ -2080,10 +2080,10 @@ class IDMBeside:
         torch.set_num_threads(self.threads)
 
     def wait(self, args):
-        """-> the IDM. UserError with the process's last words where it failed."""
+        """-> the IDM. UserError with the process's last error where it failed."""
         self.process.join()
         if self.process.exitcode:
-            last = self.log.read_text().strip().splitlines()[-1:] or ["killed"]
+            last = re.findall(".*error.*", self.log.read_text(), re.I)[-1:] or ["killed"]   # W&B says more
             raise UserError(f"the IDM beside it was not trained, the same command goes on: {last[0][-200:]}")
         return load_idm(self.log.parent / "final/idm.pt", idm_config(args))
 
@@ -2210,6 +2210,7 @@ def work(args):
     if args.sample or not only:
         written += sample(args, run, models, parts, data)
     if run.rank == 0:
+        common.show_results(folder, written, args.tensorboard, args.wandb)
         print("wrote " + ", ".join(written))
     run.barrier()
     run.close()

@@ -1331,6 +1331,7 @@ def work(args):
     if args.sample or not only:
         written += sample(args, run, model, idm, parts, data)
     if run.rank == 0:
+        common.show_results(folder, written, args.tensorboard, args.wandb)
         print("wrote " + ", ".join(written))
     run.barrier()
     run.close()
