@@ -875,7 +875,7 @@ def test_learning_rate():
 def test_readme_names_what_there_is():
     """Each row of README's tables of features: functions and flags of that script, tests of this file."""
     text = (HERE / "README.md").read_text().split("## What is reproduced")[1].split("\n## ")[0]
-    tests, script, rows = set(re.findall(r"^def (test_\w+)", Path(__file__).read_text(), re.MULTILINE)), None, 0
+    tests, rows = set(re.findall(r"^def (test_\w+)", Path(__file__).read_text(), re.MULTILINE)), 0
     sources = {path.stem: path.read_text() for path in HERE.glob("*.py")}
     for line in text.splitlines():
         if line.startswith("### "):
@@ -3025,7 +3025,7 @@ def test_well_modes_train_predict_and_roll_out(mode):
     assert torch.equal(far[:, 0], far[:, 1]) == (mode not in ("native", "low"))
 
 
-class Oracle(nn.Module):
+class Answers(nn.Module):
     """In the place of a network: answers what it was given, and keeps what it was asked."""
     def __init__(self, answer):
         super().__init__()
@@ -3044,7 +3044,7 @@ def test_well_diffusion_target_is_the_velocity():
     batch = {"latents": z, "condition": model.condition(x[:, 0], 9), "text": torch.randn(2, 8, 32)}
     velocity = noise - z
     for answer, loss in ((velocity, 0 * z), (-velocity, 4 * velocity ** 2), (noise, z ** 2)):
-        model.experts = Oracle(answer)
+        model.experts = Answers(answer)
         assert torch.allclose(model(batch, sigma, noise)[0], loss.mean())
     asked, t = model.experts.asked[:2]
     share = sigma.view(2, 1, 1, 1, 1)
@@ -3054,18 +3054,18 @@ def test_well_diffusion_target_is_the_velocity():
 
 @pytest.mark.parametrize("mode", ["convlstm", "oneshot"])
 def test_well_older_modes_have_the_documents_losses(mode):
-    """True latents have no latent loss, and of the physics loss what the codec loses; others 2 x the error."""
+    """True latents have no latent loss, and as physics loss what the codec loses; others 2 x the error."""
     args = well_args(n_in=5 if mode == "convlstm" else 1, experts="low")
     x, adapter = well_fields(T=args.n_in + 8), well_adapter("linear")
     codec = common.LinearCodec.fit(adapter.to_video(well_fields(4)), 16)
-    oracle, batch = Oracle(None), {"fields": x, "text": torch.randn(2, 8, 32)}
+    oracle, batch = Answers(None), {"fields": x, "text": torch.randn(2, 8, 32)}
     model = well.ConvLSTMForecast(adapter.requires_grad_(False), codec, args) if mode == "convlstm" else (
         well.OneShot(adapter, codec, oracle, args))
     z = model.latents(x)
     start = model.given if mode == "convlstm" else 0               # from there on latents are guessed
     if mode == "convlstm":
         model.net = oracle
-    for off in (0, .5):
+    for off in (0., .5):
         guess = z[:, :, start:] + off
         oracle.answer = guess if mode == "convlstm" else model.latents(model.persistence(x[:, :1])) - guess
         loss, parts = model(batch)

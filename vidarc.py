@@ -75,8 +75,9 @@ PRESETS = {
     "8xh100": {**PAPER, "batch_size": 8, "grad_accum": 2},
     "64xh100": {**PAPER, "batch_size": 2, "grad_accum": 1},
     # The document's --debug: the same model on one GPU, both losses, to see that everything runs.
-    "debug": {**PAPER, "fsdp": False, "batch_size": 1, "any_batch": True, "max_steps": 100, "warmup_steps": 10,
-              "self_forcing_after": 20, "ema_decay": 0., "log_every": 1, "save_every": 0, "eval_every": 50},
+    "debug": {**PAPER, "fsdp": False, "batch_size": 1, "any_batch": True, "max_steps": 100,
+              "warmup_steps": 10, "self_forcing_after": 20, "ema_decay": 0., "log_every": 1, "save_every": 0,
+              "eval_every": 50},
 }
 # What is timed of a tiny model: the document's windows and steps instead of its own fewer ones, and pictures
 # in which the network's work is more than a call's overhead.
