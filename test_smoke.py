@@ -149,14 +149,23 @@ SCRIPTS = {
             ("--steps 0", "--steps must be at least 1", None),
             ("--heads 3", "multiple of --heads", None),
             ("--heads 0", "heads", None),
-            ("--seed -1", "seed", None),
+            ("--ae_width 12", "--ae_width must be a multiple of 8, not 12", None),
+            ("--fsq_levels 1", "--fsq_levels must be at least 2, not 1", None),
             ("--width 0", "--width must be at least 1", None),
+            ("--sim_frames 0", "--sim_frames must be at least 1", None),
             ("--latent_channels 0", "--latent_channels must be at least 1", None),
+            *[(f"--{name} -1", f"--{name} must not be negative, but is -1", None) for name in (
+                "seed", "lr", "ae_lr", "warmup_steps", "weight_decay", "grad_clip", "log_every", "eval_every",
+                "save_every", "keep_last", "depth", "gan", "smoke_weight", "past_horizon")],
+            ("--lr nan", "--lr must not be negative, but is nan", None),
+            ("--ema_decay 2", "--ema_decay must be in .0, 1., not 2", None),
+            ("--masked_finetune 2", "--masked_finetune must be in .0, 1., not 2", None),
             ("--output_dir {run} --eval --eval_clips 0", "--eval_clips must be at least 1", None),
             ("--autoencoder {data}/none.safetensors", "none.safetensors", None),
             ("--latent_channels 8 --autoencoder {run}/autoencoder/autoencoder.safetensors", "not fit", None),
             ("--output_dir {run} --eval --width 64", "--width 64 does not fit .* trained with 32", None),
-            ("--output_dir {run} --eval --i3d {data}/none.pt", "none.pt", None),
+            ("--output_dir {run} --eval --i3d {data}/none.pt", "none.pt cannot be read as TorchScript", None),
+            ("--i3d {data}/train_files.txt", "train_files.txt cannot be read as TorchScript", None),
             ("--extract {run} --data_dir {data}", "exists already", None),
             ("--extract {data} --data_dir {new}", "no videos in", None),
             ("--extract {data}/none.mp4 --data_dir {new}", "no videos in", None),
@@ -1542,6 +1551,23 @@ def test_simulated_smoke():
     for clip in (*a, *c):
         assert (clip == 0).mean() > .3 and clip.max() > 60 and clip[-1].mean() > .5    # exact black, smoke
         assert np.abs(np.diff(clip.astype(float), axis=0)).mean(axis=(1, 2, 3)).min() > .1     # that moves
+
+
+def test_simulated_clips_are_made_once(trained, capsys):
+    """What other --sim_* flags made is not taken for what these ask for, nor are clips of another origin."""
+    base = trained("river_smoke")
+    with contextlib.chdir(base.root):
+        for flags, message in (("--sim_clips 9", "was made with --sim_clips 8, not 9"),
+                               ("--sim_frames 15", "was made with --sim_frames 14, not 15")):
+            assert launch("river_smoke", f"--output_dir new {flags}") == 2
+            assert message in the_error(capsys, "river_smoke")
+    args = river_args(f"--data_dir {base.data}")
+    before = files(base.data)
+    river.simulate(args)
+    assert files(base.data) == before
+    args.data_dir = str(base.root / "runs")
+    with pytest.raises(common.UserError, match="runs holds other clips: remove it, or name what you want"):
+        river.simulate(args)
 
 
 def test_extract(tmp_path, capsys):
