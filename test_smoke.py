@@ -190,12 +190,22 @@ SCRIPTS = {
             ("--encoder vgg", "invalid choice: 'vgg'", None),
             ("--encoder dinov2_vits14", "no weights for --encoder dinov2_vits14.*--encoder_weights", None),
             ("--encoder resnet50 --encoder_weights {data}", "no weights for --encoder resnet50", None),
+            ("--split 80/-10/30", "--split takes three shares", None),
+            ("--freeze_encoder", "--freeze_encoder is for pretrained encoders, not for --encoder cnn", None),
             ("--video_idx 2", "--video_idx 2: the test split has the videos 0 to 1", None),
+            ("--video_idx -2", "--video_idx must be a test video's number or -1, not -2", None),
             ("--num_predict 301", "--num_predict must be from 1 to 300", None),
             ("--latent_dim 20", "multiple of 8", None),
+            ("--world_model transformer --latent_dim 104", "3 heads, which do not divide --latent_dim 104", None),
             ("--lr nan", "--lr must not be negative", None),
-            ("--seed -1", "seed", None),
+            *[(f"--{name} -1", f"--{name} must not be negative, but is -1", None) for name in (
+                "seed", "lr", "warmup_steps", "weight_decay", "grad_clip", "log_every", "eval_every",
+                "save_every", "keep_last", "foreground", "brightness", "temporal_weight")],
+            ("--ema_decay 2", "--ema_decay must be in .0, 1., not 2", None),
+            ("--beta2 1", "--beta2 must be in .0, 1., not 1", None),
+            ("--best --eval_every 0", "--best needs validations", None),
             ("--vgg_weights {data}/none.pth", "none.pth: no such file", None),
+            ("--vgg_weights {data}/split.json", "split.json cannot be read", None),
             ("--output_dir {run} --eval --world_model lstm", "lstm does not fit .* with gru", None),
             ("--output_dir {run} --sample --latent vector", "--latent vector does not fit", None),
             ("--output_dir {run} --eval --best", "best/world_model.safetensors", lambda data, run: cut(
@@ -1961,13 +1971,13 @@ def test_own_videos(tmp_path, capsys):
     assert data.frames[0].float().mean() > 10 and data.frames[0, :, 0, 0].max() < 20
     before = (tmp_path / "cache/index.json").stat().st_mtime_ns
     args = cosmos_args(f"{flags} --batch_size 2")
-    cosmos.prepare_data(args)
+    cosmos.build_cache(args)
     assert (tmp_path / "cache/index.json").stat().st_mtime_ns == before
     name = data.names[0]
     common.write_video(raw / name, torch.full((20, 3, 96, 128), 90, dtype=torch.uint8))
     common.write_video(raw / "late.mp4", torch.full((20, 3, 96, 128), 90, dtype=torch.uint8))
     capsys.readouterr()
-    cosmos.prepare_data(args)
+    cosmos.build_cache(args)
     assert "1 videos of" in capsys.readouterr().out        # the late one is in no split
     data = cosmos.load_split(args, "train")
     assert data.length[0] == 20 and abs(data.frames[0].float().mean() - 90) < 3
