@@ -196,7 +196,7 @@ SCRIPTS = {
             ("--video_idx -2", "--video_idx must be a test video's number or -1, not -2", None),
             ("--num_predict 301", "--num_predict must be from 1 to 300", None),
             ("--latent_dim 20", "multiple of 8", None),
-            ("--world_model transformer --latent_dim 104", "3 heads, which do not divide --latent_dim 104", None),
+            ("--world_model transformer --latent_dim 104", "3 heads, which do not divide --latent", None),
             ("--lr nan", "--lr must not be negative", None),
             *[(f"--{name} -1", f"--{name} must not be negative, but is -1", None) for name in (
                 "seed", "lr", "warmup_steps", "weight_decay", "grad_clip", "log_every", "eval_every",
