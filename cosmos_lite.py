@@ -57,7 +57,8 @@ from common import UserError, expand_to, from_uint8
 SCRIPT = "cosmos_lite"
 SIZE, FPS = 64, 30                       # pixels of a side that the model sees; frames per second
 KINDS = ("bouncing", "pendulum", "falling", "projectile")
-HORIZONS = (1, 5, 10, 20, 30)
+PARTS = ("train", "val", "test")
+HORIZONS = (1, 5, 10, 20, 30)            # frames ahead that tables show
 
 # ---- args -----------------------------------------------------------------------------------------------
 
@@ -228,6 +229,17 @@ class CNNEncoder(nn.Module):
         return self.project(pooled.view(len(x), -1, 512 * self.tau))[..., None, None]
 
 
+class ImageNet(nn.Module):
+    """Frames in [-1, 1], ... 3 H W, as networks take them that were trained on ImageNet."""
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor([.485, .456, .406]).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor([.229, .224, .225]).view(3, 1, 1), persistent=False)
+
+    def forward(self, x):
+        return ((x + 1) / 2 - self.mean) / self.std
+
+
 # name -> hub id, transformers class and configuration, width of its features, width of its pooled output
 PRETRAINED = {
     "resnet50": ("microsoft/resnet-50", "ResNet", dict(depths=[3, 4, 6, 3]), 512, 2048),
@@ -269,8 +281,7 @@ class PretrainedEncoder(nn.Module):
             self.project, self.block = nn.Conv2d(self.tau * (features + 192), D, 1), ResBlock(D)
         else:
             self.project = nn.Sequential(nn.Linear(self.tau * pooled, 512), nn.ReLU(), nn.Linear(512, D))
-        self.register_buffer("mean", torch.tensor([.485, .456, .406]).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor([.229, .224, .225]).view(3, 1, 1), persistent=False)
+        self.normalise = ImageNet()
 
     def train(self, mode=True):
         super().train(mode)
@@ -280,7 +291,7 @@ class PretrainedEncoder(nn.Module):
 
     def forward(self, x, pictures):
         """x: differences to the background, pictures: the frames themselves in [-1, 1]; both B T 3 H W."""
-        y = ((pictures.flatten(0, 1) + 1) / 2 - self.mean) / self.std
+        y = self.normalise(pictures.flatten(0, 1))
         if self.side != SIZE:
             y = F.interpolate(y, (self.side, self.side), mode="bilinear", align_corners=False)
         with torch.no_grad() if self.frozen else contextlib.nullcontext():
@@ -537,13 +548,11 @@ class VGGFeatures(nn.Module):
         for width in (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512):
             layers += [nn.Conv2d(c, width, 3, padding=1), nn.ReLU()] if width else [nn.MaxPool2d(2)]
             c = width or c
-        self.features = nn.Sequential(*layers)
-        self.register_buffer("mean", torch.tensor([.485, .456, .406]).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor([.229, .224, .225]).view(3, 1, 1), persistent=False)
+        self.features, self.normalise = nn.Sequential(*layers), ImageNet()
 
     def forward(self, x):
         """N 3 H W in [-1, 1] -> four feature maps."""
-        x, taps = ((x + 1) / 2 - self.mean) / self.std, []
+        x, taps = self.normalise(x), []
         for i, layer in enumerate(self.features):
             x = layer(x)
             if i in self.TAPS:
@@ -676,45 +685,50 @@ def split_videos(names, split, seed=42):
     order = sorted(place, key=place.get)
     a = int(len(order) * train + 1e-9)
     b = a + int(len(order) * val + 1e-9)
-    parts = {"train": sorted(order[:a]), "val": sorted(order[a:b]), "test": sorted(order[b:])}
+    parts = dict(zip(PARTS, (sorted(order[:a]), sorted(order[a:b]), sorted(order[b:]))))
     for part, own in parts.items():
         if not own:
             raise UserError(f"{len(names)} videos leave none for {part}: give more videos or another --split")
     return parts
 
 
-def build_cache(args):
-    """raw/ -> split.json -> cache/: every video is decoded once, to SIZE x SIZE uint8.
+def make_split(args):
+    """split.json: {"shares", "train", "val", "test"}, names of videos. Made once, whatever --seed says, and
+    anew only for another --split: else what was trained on would be tested on."""
+    file, names = Path(args.data_dir) / "split.json", find_videos(args.data_dir)
+    split = json.loads(file.read_text()) if file.is_file() else {"shares": None}
+    if split["shares"] is None or "split" in args.given and split["shares"] != args.split:
+        split = {"shares": args.split, **split_videos(names, args.split)}
+        common.write_json(file, split)
+    unused = set(names).difference(*(split[part] for part in PARTS))
+    if unused:
+        print(f"{len(unused)} videos of {args.data_dir}/raw are in no split and not used: remove {file} to "
+              f"split anew")
+    return split
 
-    The split is made once and stays, whatever --seed says: else what was trained on would be tested on.
-    """
-    root = Path(args.data_dir)
-    file, names = root / "split.json", find_videos(root)
-    if not file.is_file() or "split" in args.given and json.loads(file.read_text())["shares"] != args.split:
-        common.write_json(file, {"shares": args.split, **split_videos(names, args.split)})
-    split = json.loads(file.read_text())
-    listed = [name for part in ("train", "val", "test") for name in split[part]]
-    if set(names) - set(listed):
-        print(f"{len(set(names) - set(listed))} videos of {root / 'raw'} are in no split and not used: "
-              f"remove {file} to split anew")
-    stamp = [[name, (root / "raw" / name).stat().st_size, (root / "raw" / name).stat().st_mtime_ns]
-             if name in names else [name, 0, 0] for name in listed]
-    index = root / "cache/index.json"
-    if index.is_file() and json.loads(index.read_text())["made_of"] == [SIZE, split, stamp]:
+
+def build_cache(args):
+    """raw/ -> split.json -> cache/: a video is decoded once, to SIZE x SIZE uint8, and when it changes."""
+    split, folder = make_split(args), Path(args.data_dir) / "cache"
+    paths = {name: Path(args.data_dir) / "raw" / name for part in PARTS for name in split[part]}
+    files = {name: path.stat() if path.is_file() else None for name, path in paths.items()}
+    made_of = [SIZE, split, [[name, file.st_size if file else 0, file.st_mtime_ns if file else 0]
+                             for name, file in files.items()]]
+    index = folder / "index.json"
+    if index.is_file() and json.loads(index.read_text())["made_of"] == made_of:
         return
     index.unlink(missing_ok=True)
     with ThreadPoolExecutor() as pool:
-        films = pool.map(lambda name: decode(root / "raw" / name), listed)
-        films = list(tqdm(films, "decode", len(listed), unit="video"))
-    record = {"made_of": [SIZE, split, stamp], "skipped": []}
-    (root / "cache").mkdir(exist_ok=True)
-    for part in ("train", "val", "test"):
-        own = [(name, film) for name, film in zip(listed, films) if name in split[part]]
-        record["skipped"] += [[name, film] for name, film in own if isinstance(film, str)]
-        own = [(name, film) for name, film in own if not isinstance(film, str)]
-        record[part] = [[name, len(film)] for name, film in own]
-        frames = np.concatenate([film for _, film in own]) if own else np.zeros((0, 3, SIZE, SIZE), np.uint8)
-        np.save(root / "cache" / f"{part}.npy", frames)
+        films = pool.map(decode, paths.values())
+        films = dict(zip(paths, tqdm(films, "decode", len(paths), unit="video")))
+    record = {"made_of": made_of,
+              "skipped": [[name, film] for name, film in films.items() if isinstance(film, str)]}
+    none = np.zeros((0, 3, SIZE, SIZE), np.uint8)
+    folder.mkdir(exist_ok=True)
+    for part in PARTS:
+        own = {name: films[name] for name in split[part] if not isinstance(films[name], str)}
+        record[part] = [[name, len(film)] for name, film in own.items()]
+        np.save(folder / f"{part}.npy", np.concatenate([none, *own.values()]))
     common.write_json(index, record)
 
 
@@ -727,7 +741,7 @@ def decode(path):
 
 
 def load_split(args, part):
-    """What prepare_data wrote of a split: frames F 3 H W uint8, a memory map; names, first rows and lengths
+    """What build_cache wrote of a split: frames F 3 H W uint8, a memory map; names, first rows and lengths
     of its videos; usable: indices of those long enough; starts: first rows of all their clips; skipped: why
     videos are left out."""
     folder = Path(args.data_dir) / "cache"
@@ -772,7 +786,7 @@ def augment(x, numbers, background, args):
     return x
 
 
-# ---- data: simulation -----------------------------------------------------------------------------------
+# ---- data: simulated videos -----------------------------------------------------------------------------
 
 def simulate(kind, frames, seed):
     """One video's physics -> its exact state: {"size", "g", "pos" and "vel" T N 2 (x to the right, y down, in
@@ -934,6 +948,12 @@ def generate_videos(args):
 
 # ---- evaluate and sample --------------------------------------------------------------------------------
 
+def moments(amount):
+    """... H W -> ... 2: the sums of amount times x and of amount times y, in pixels."""
+    axis = torch.arange(SIZE) + .5
+    return torch.stack([(amount.sum(-2) * axis).sum(-1), (amount.sum(-1) * axis).sum(-1)], dim=-1)
+
+
 def locate(x, colours):
     """Finds objects by their colours. x T 3 H W in [0, 1] on white, colours n 3 -> centres T n 2 in pixels
     (x, y), their ink T n in pixels, and the index of each pixel's object, T H W (n: none of them).
@@ -949,9 +969,8 @@ def locate(x, colours):
     owner = (amount * square * (amount - 2 * projection)).argmin(1)
     mine = amount[:, :-1] * (owner[:, None] == torch.arange(len(own))[:, None, None])
     strong = (mine - mine.amax((-1, -2), keepdim=True).clamp(min=.3) / 2).clamp(min=0).square()
-    axis, total = torch.arange(SIZE) + .5, strong.sum((-1, -2)).clamp(min=1e-6)[..., None]
-    centre = torch.stack([(strong.sum(-2) * axis).sum(-1), (strong.sum(-1) * axis).sum(-1)], dim=-1)
-    return centre / total, (mine - .15).clamp(min=0).sum((-1, -2)), owner
+    centre = moments(strong) / strong.sum((-1, -2)).clamp(min=1e-6)[..., None]
+    return centre, (mine - .15).clamp(min=0).sum((-1, -2)), owner
 
 
 def count_blobs(x):
@@ -1020,11 +1039,8 @@ def frame_scores(x, truth):
     """x, truth N T 3 H W in [0, 1] -> {metric: N T}. mse: on the scale 0 to 255, of rounded pixels. com_px:
     distance of the centres of all ink. ink and ink_true: amount of ink, pale ink left out."""
     ink = [(1 - v).clamp(min=0).sum(2).sub(.15).clamp(min=0) for v in (x, truth)]
-    axis, centres = torch.arange(SIZE) + .5, []
-    for amount in ink:
-        moments = torch.stack([(amount.sum(-2) * axis).sum(-1), (amount.sum(-1) * axis).sum(-1)], dim=-1)
-        mass = amount.sum((-1, -2))[..., None]             # where all ink is gone, the picture's centre
-        centres.append((moments + 1e-3 * SIZE / 2) / (mass + 1e-3))
+    centres = [(moments(amount) + 1e-3 * SIZE / 2) / (amount.sum((-1, -2))[..., None] + 1e-3)
+               for amount in ink]                          # where all ink is gone, the picture's centre
     return {"mse": common.mse((x * 255).round(), (truth * 255).round()), "psnr": common.psnr(x, truth),
             "ssim": common.ssim(x, truth), "com_px": (centres[0] - centres[1]).norm(dim=-1),
             "ink": ink[0].sum((-1, -2)), "ink_true": ink[1].sum((-1, -2))}
@@ -1482,7 +1498,7 @@ def prepare(args, run):
             generate_videos(args)
         build_cache(args)
     run.barrier()
-    data = {part: load_split(args, part) for part in ("train", "val", "test")}
+    data = {part: load_split(args, part) for part in PARTS}
     for part, clips in data.items() if run.rank == 0 else ():
         print(f"{part}: {len(clips.usable)} videos, {len(clips.starts)} clips" + (
             f"; skipped {len(clips.skipped)} videos: {'; '.join(clips.skipped)}" if clips.skipped else ""))
@@ -1577,8 +1593,8 @@ def work(args):
         check_args(args)
         generate_videos(args)
         build_cache(args)
-        counts = {part: len(names) for part, names in json.loads(
-            (Path(args.data_dir) / "split.json").read_text()).items() if part != "shares"}
+        split = json.loads((Path(args.data_dir) / "split.json").read_text())
+        counts = {part: len(split[part]) for part in PARTS}
         return print(f"{args.data_dir}: {counts}; now python {SCRIPT}.py --data_dir {args.data_dir}")
     found = common.find_checkpoint(folder / "ckpt", SCRIPT, args.resume)
     if found:

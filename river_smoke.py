@@ -69,10 +69,9 @@ PRESETS = {
                   batch_size=32, max_steps=300_000, lr=1e-4, warmup_steps=1000, weight_decay=5e-6,
                   ema_decay=0.9999, eval_every=5000, save_every=5000, log_every=100, eval_clips=256),
 }
-AE_FLAGS = ("quantizer", "latent_channels", "codes", "fsq_levels", "ae_width", "ae_depth")
 # What shapes the weights or gives them their meaning: a checkpoint's own values hold.
-MODEL_FLAGS = (*AE_FLAGS, "width", "depth", "mid_depth", "heads", "history", "path", "sigma", "bridge_noise",
-               "num_observations")
+MODEL_FLAGS = ("quantizer", "latent_channels", "codes", "fsq_levels", "ae_width", "ae_depth", "width",
+               "depth", "mid_depth", "heads", "history", "path", "sigma", "bridge_noise", "num_observations")
 
 
 def build_parser():
@@ -905,13 +904,6 @@ def autoencoder_report(args, autoencoder, frames, folder):
     common.write_video(folder / "reconstruction.png", strip)
 
 
-def describe_data(root):
-    """Where the clips come from, as their dataset_stats.json says."""
-    stats = Path(root) / "dataset_stats.json"
-    stats = json.loads(stats.read_text()) if stats.is_file() else {}
-    return f"{root} ({stats.get('source', 'frames as found')})"
-
-
 # ---- shared:flags (identical in all scripts, checked by test_smoke.py) ----------------------------------
 
 class Parser(argparse.ArgumentParser):
@@ -1257,6 +1249,13 @@ def dry_run(args):
 
 
 # ---- main -----------------------------------------------------------------------------------------------
+
+def describe_data(root):
+    """Where the clips come from, as their dataset_stats.json says."""
+    stats = Path(root) / "dataset_stats.json"
+    stats = json.loads(stats.read_text()) if stats.is_file() else {}
+    return f"{root} ({stats.get('source', 'frames as found')})"
+
 
 def work(args):
     if args.extract:

@@ -1571,8 +1571,8 @@ def test_simulated_clips_are_made_once(trained, capsys):
                                ("--sim_frames 15", "was made with --sim_frames 14, not 15")):
             assert launch("river_smoke", f"--output_dir new {flags}") == 2
             assert message in the_error(capsys, "river_smoke")
-    args = river_args(f"--data_dir {base.data}")
-    before = files(base.data)
+    args, before = river_args(), files(base.data)
+    args.data_dir = str(base.data)
     river.simulate(args)
     assert files(base.data) == before
     args.data_dir = str(base.root / "runs")
@@ -1985,6 +1985,19 @@ def test_own_videos(tmp_path, capsys):
         path.write_bytes(b"")
     assert launch("cosmos_lite", flags) == 2
     assert re.search("split .* has 0 clips of 10 frames.*skipped", the_error(capsys, "cosmos_lite"))
+
+
+@pytest.mark.parametrize("script,made_by_others", [
+    ("river_smoke", lambda data: edit(data / "train_files.txt", r"\Z", "\n")),
+    ("cosmos_lite", lambda data: (data / "raw/generated.json").unlink())], ids=["river_smoke", "cosmos_lite"])
+def test_a_resumed_run_stays_with_its_data(script, made_by_others, trained, tmp_path):
+    """A checkpoint's data_dir holds where no --data_dir is given: nothing is simulated into it."""
+    data, module = shutil.copytree(trained(script).data, tmp_path / "data"), importlib.import_module(script)
+    made_by_others(data)
+    args, before = module.parse_args(shlex.split(SCRIPTS[script]["tiny"])), files(data)
+    module.adopt(args, {"data_dir": str(data)}, (), "a checkpoint")
+    module.prepare(args, CPU)
+    assert set(files(data)) == set(before)
 
 
 def test_generated_videos(trained, tmp_path, capsys):
