@@ -6,8 +6,10 @@ Equations   z_t = E(x_t), a latent for tau frames          -> GridEncoder, CNNEn
             z_{t+1} = z_t + f(h_t), h_t = GRU(z_t, h_{t-1}), or LSTM    -> GridDynamics, VectorDynamics
             the same with attention over z_{<=t}           -> Transformer
             x_t = background - 2 D(z_t)                    -> GridDecoder, CNNDecoder
-            reconstruction + one step + rollout + perceptual + temporal -> WorldModelLoss, curriculum()
-Differs     from chenli-git/cosmo_video_world_model, and why:
+            reconstruction + one step + rollout + perceptual + temporal -> WorldModelLoss, curriculum
+            its videos and their physics                   -> simulate, collide, render
+            MSE, PSNR, SSIM; what a forecast does to the objects   -> frame_scores, physics
+Differs     from the document and chenli-git/cosmo_video_world_model, and why:
             - the latent is a 16x16 grid: a pooled vector forgets where things are (--latent vector keeps it)
             - a latent stands for two frames: half the steps, and it shows how fast things move
             - the network predicts the difference to the background, which is 97 % of the pixels
@@ -16,6 +18,8 @@ Differs     from chenli-git/cosmo_video_world_model, and why:
             - group norm, no dropout inside rollouts, the last latent of the context is not fed twice
             - the transformer is causal and keeps keys and values; the original starts over at each frame
             - contacts are simulated in substeps, without random kicks, and edges are drawn soft
+            - the split is a list, by kind, and not copies of videos: a second split would mix old with new
+            - steps, not epochs: a video of 60 frames is one clip of 30 + 30, not the document's 5
 Run         python cosmos_lite.py                                # videos, training, evaluation: 10 min, 2 GB
             python cosmos_lite.py --sample --num_predict 60 --video_idx 5
             python cosmos_lite.py --eval                         # 1 min
@@ -28,11 +32,11 @@ Shapes      B batch  T frames  D latent channels  H W pixels (64 64)  h w latent
 """
 import argparse
 import contextlib
-import copy
 import itertools
 import json
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -53,7 +57,8 @@ from common import UserError, expand_to, from_uint8
 SCRIPT = "cosmos_lite"
 SIZE, FPS = 64, 30                       # pixels of a side that the model sees; frames per second
 KINDS = ("bouncing", "pendulum", "falling", "projectile")
-HORIZONS = (1, 5, 10, 20, 30)
+PARTS = ("train", "val", "test")
+HORIZONS = (1, 5, 10, 20, 30)            # frames ahead that tables show
 
 # ---- args -----------------------------------------------------------------------------------------------
 
@@ -94,7 +99,7 @@ def build_parser():
     add("--encoder", choices=["cnn", *PRETRAINED], default="cnn", help="pretrained ones come from the hub")
     add("--encoder_weights", metavar="FOLDER", help="read the pretrained encoder from this folder")
     add("--freeze_encoder", action="store_true", help="do not train the pretrained encoder")
-    add("--random_init", action="store_true", help="its shape with random weights, to measure speed")
+    add("--random_init", action="store_true", help="that encoder with random weights, to measure speed")
     add("--world_model", choices=["gru", "lstm", "transformer"], default="gru", help="latent dynamics")
     add("--decoder", choices=["auto", "simple", "enhanced"], default="auto", help="enhanced: with attention")
     add("--latent", choices=["grid", "vector"], default="grid", help="of a frame: cells, or one vector")
@@ -125,21 +130,38 @@ def build_parser():
 
 def check_args(args):
     """One clear line for values that no run can mean."""
-    args.no_perceptual &= "vgg_weights" not in args.given
     for name in ("T_in", "T_out", "stride", "tau", "context", "rollout", "window", "batch_size", "grad_accum",
                  "max_steps", "num_videos", "num_frames", "hidden_dim"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
-    for name in ("seed", "data_seed", "latent_dim", "num_layers", "eval_clips", "lr", "foreground_end"):
+    for name in ("seed", "data_seed", "lr", "warmup_steps", "weight_decay", "grad_clip", "log_every",
+                 "eval_every", "save_every", "keep_last", "latent_dim", "num_layers", "eval_clips",
+                 "brightness", "foreground", "foreground_end", "recon_weight", "perceptual_weight",
+                 "temporal_weight"):
         if not getattr(args, name) >= 0:
             raise UserError(f"--{name} must not be negative, but is {getattr(args, name)}")
+    if not 0 <= args.ema_decay <= 1:
+        raise UserError(f"--ema_decay must be in [0, 1], not {args.ema_decay}")
+    if not 0 <= args.beta2 < 1:
+        raise UserError(f"--beta2 must be in [0, 1), not {args.beta2}")
     if not 1 <= args.num_predict <= 300:
         raise UserError(f"--num_predict must be from 1 to 300, not {args.num_predict}")
+    if args.video_idx < -1:
+        raise UserError(f"--video_idx must be a test video's number or -1, not {args.video_idx}")
+    shares(args.split)
     if args.latent_dim % 8:
         raise UserError(f"--latent_dim must be a multiple of 8, not {args.latent_dim}")
+    if args.world_model == "transformer" and args.latent_dim % heads(args.latent_dim):
+        raise UserError(f"--world_model transformer has {heads(args.latent_dim)} heads, which do not divide "
+                        f"--latent_dim {args.latent_dim}: take a multiple of 32")
     if args.T_in + args.T_out < 2 * args.tau:
         raise UserError(f"--T_in {args.T_in} and --T_out {args.T_out} leave no room for two latents of --tau "
                         f"{args.tau} frames")
+    for name in ("encoder_weights", "freeze_encoder", "random_init"):
+        if getattr(args, name) and args.encoder == "cnn":
+            raise UserError(f"--{name} is for pretrained encoders, not for --encoder cnn")
+    if args.best and not args.eval_every:
+        raise UserError("--best needs validations, which --eval_every 0 leaves out")
 
 
 # ---- model: encoders ------------------------------------------------------------------------------------
@@ -207,6 +229,17 @@ class CNNEncoder(nn.Module):
         return self.project(pooled.view(len(x), -1, 512 * self.tau))[..., None, None]
 
 
+class ImageNet(nn.Module):
+    """Frames in [-1, 1], ... 3 H W, as networks take them that were trained on ImageNet."""
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor([.485, .456, .406]).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor([.229, .224, .225]).view(3, 1, 1), persistent=False)
+
+    def forward(self, x):
+        return ((x + 1) / 2 - self.mean) / self.std
+
+
 # name -> hub id, transformers class and configuration, width of its features, width of its pooled output
 PRETRAINED = {
     "resnet50": ("microsoft/resnet-50", "ResNet", dict(depths=[3, 4, 6, 3]), 512, 2048),
@@ -248,8 +281,7 @@ class PretrainedEncoder(nn.Module):
             self.project, self.block = nn.Conv2d(self.tau * (features + 192), D, 1), ResBlock(D)
         else:
             self.project = nn.Sequential(nn.Linear(self.tau * pooled, 512), nn.ReLU(), nn.Linear(512, D))
-        self.register_buffer("mean", torch.tensor([.485, .456, .406]).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor([.229, .224, .225]).view(3, 1, 1), persistent=False)
+        self.normalise = ImageNet()
 
     def train(self, mode=True):
         super().train(mode)
@@ -259,7 +291,7 @@ class PretrainedEncoder(nn.Module):
 
     def forward(self, x, pictures):
         """x: differences to the background, pictures: the frames themselves in [-1, 1]; both B T 3 H W."""
-        y = ((pictures.flatten(0, 1) + 1) / 2 - self.mean) / self.std
+        y = self.normalise(pictures.flatten(0, 1))
         if self.side != SIZE:
             y = F.interpolate(y, (self.side, self.side), mode="bilinear", align_corners=False)
         with torch.no_grad() if self.frozen else contextlib.nullcontext():
@@ -325,12 +357,17 @@ class GridDynamics(nn.Module):
         return h + update * (fresh - h),
 
 
+def heads(D):
+    """Attention heads of a latent of width D."""
+    return max(1, D // 32)
+
+
 class CausalBlock(nn.Module):
     """Attention of each cell over its own past (a learned bias per head and distance), then a convolution
     over space. On a 1x1 grid both are the layers of an ordinary causal transformer."""
     def __init__(self, D, window, grid):
         super().__init__()
-        self.heads, self.window = max(1, D // 32), window
+        self.heads, self.window = heads(D), window
         self.norm1, self.norm2 = nn.GroupNorm(1, D), nn.GroupNorm(1, D)
         self.qkv, self.out = nn.Conv2d(D, 3 * D, 1), nn.Conv2d(D, D, 1)
         self.bias = nn.Parameter(torch.zeros(self.heads, window))
@@ -511,13 +548,11 @@ class VGGFeatures(nn.Module):
         for width in (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512):
             layers += [nn.Conv2d(c, width, 3, padding=1), nn.ReLU()] if width else [nn.MaxPool2d(2)]
             c = width or c
-        self.features = nn.Sequential(*layers)
-        self.register_buffer("mean", torch.tensor([.485, .456, .406]).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor([.229, .224, .225]).view(3, 1, 1), persistent=False)
+        self.features, self.normalise = nn.Sequential(*layers), ImageNet()
 
     def forward(self, x):
         """N 3 H W in [-1, 1] -> four feature maps."""
-        x, taps = ((x + 1) / 2 - self.mean) / self.std, []
+        x, taps = self.normalise(x), []
         for i, layer in enumerate(self.features):
             x = layer(x)
             if i in self.TAPS:
@@ -530,7 +565,11 @@ def load_vgg(args, device):
     if args.no_perceptual:
         return None, "off (--no_perceptual)"
     if Path(args.vgg_weights).is_file():
-        weights = torch.load(args.vgg_weights, map_location="cpu", weights_only=True)
+        try:
+            weights = torch.load(args.vgg_weights, map_location="cpu", weights_only=True)
+        except Exception as error:       # damaged zips and foreign pickles raise their own
+            raise UserError(f"--vgg_weights {args.vgg_weights} cannot be read: it takes torchvision's "
+                            f"vgg16-397923af.pth") from error
     elif not args.vgg_weights.startswith("http"):
         raise UserError(f"--vgg_weights {args.vgg_weights}: no such file; --no_perceptual goes on without")
     else:
@@ -614,7 +653,140 @@ def curriculum(args, step):
     return c, k, last, shown, args.foreground_end + (args.foreground - args.foreground_end) * fade
 
 
-# ---- data: simulation -----------------------------------------------------------------------------------
+# ---- data: videos ---------------------------------------------------------------------------------------
+
+def find_videos(root):
+    folder = Path(root) / "raw"
+    found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*")
+                   if path.suffix.lower() in (".mp4", ".avi", ".mov") and ".tmp." not in path.name)
+    if not found:
+        raise UserError(f"no videos in {folder}: put .mp4 files there, or make some with python {SCRIPT}.py "
+                        f"--generate --data_dir {root}")
+    return found
+
+
+def shares(split):
+    """--split -> the shares of train, val and test, which sum to 1."""
+    if not re.fullmatch(r"\d+(\.\d+)?(/\d+(\.\d+)?){2}", split) or not re.search("[1-9]", split):
+        raise UserError(f"--split takes three shares such as 80/10/10, not {split}")
+    parts = [float(share) for share in split.split("/")]
+    return [part / sum(parts) for part in parts]
+
+
+def split_videos(names, split, seed=42):
+    """names -> {"train", "val", "test"}: disjoint, stratified by folder, in the document's totals (512 ->
+    409, 51, 52). A function of the sorted names. UserError for shares that leave one of them empty."""
+    train, val, _ = shares(split)
+    rng, place = np.random.default_rng(seed), {}
+    for kind in sorted({os.path.dirname(name) for name in names}):
+        own = [name for name in sorted(names) if os.path.dirname(name) == kind]
+        for i, j in enumerate(rng.permutation(len(own))):  # evenly spread over [0, 1) within each kind
+            place[own[j]] = (i + .5) / len(own), kind
+    order = sorted(place, key=place.get)
+    a = int(len(order) * train + 1e-9)
+    b = a + int(len(order) * val + 1e-9)
+    parts = dict(zip(PARTS, (sorted(order[:a]), sorted(order[a:b]), sorted(order[b:]))))
+    for part, own in parts.items():
+        if not own:
+            raise UserError(f"{len(names)} videos leave none for {part}: give more videos or another --split")
+    return parts
+
+
+def make_split(args):
+    """split.json: {"shares", "train", "val", "test"}, names of videos. Made once, whatever --seed says, and
+    anew only for another --split: else what was trained on would be tested on."""
+    file, names = Path(args.data_dir) / "split.json", find_videos(args.data_dir)
+    split = json.loads(file.read_text()) if file.is_file() else {"shares": None}
+    if split["shares"] is None or "split" in args.given and split["shares"] != args.split:
+        split = {"shares": args.split, **split_videos(names, args.split)}
+        common.write_json(file, split)
+    unused = set(names).difference(*(split[part] for part in PARTS))
+    if unused:
+        print(f"{len(unused)} videos of {args.data_dir}/raw are in no split and not used: remove {file} to "
+              f"split anew")
+    return split
+
+
+def build_cache(args):
+    """raw/ -> split.json -> cache/: a video is decoded once, to SIZE x SIZE uint8, and when it changes."""
+    split, folder = make_split(args), Path(args.data_dir) / "cache"
+    paths = {name: Path(args.data_dir) / "raw" / name for part in PARTS for name in split[part]}
+    files = {name: path.stat() if path.is_file() else None for name, path in paths.items()}
+    made_of = [SIZE, split, [[name, file.st_size if file else 0, file.st_mtime_ns if file else 0]
+                             for name, file in files.items()]]
+    index = folder / "index.json"
+    if index.is_file() and json.loads(index.read_text())["made_of"] == made_of:
+        return
+    index.unlink(missing_ok=True)
+    with ThreadPoolExecutor() as pool:
+        films = pool.map(decode, paths.values())
+        films = dict(zip(paths, tqdm(films, "decode", len(paths), unit="video")))
+    record = {"made_of": made_of,
+              "skipped": [[name, film] for name, film in films.items() if isinstance(film, str)]}
+    none = np.zeros((0, 3, SIZE, SIZE), np.uint8)
+    folder.mkdir(exist_ok=True)
+    for part in PARTS:
+        own = {name: films[name] for name in split[part] if not isinstance(films[name], str)}
+        record[part] = [[name, len(film)] for name, film in own.items()]
+        np.save(folder / f"{part}.npy", np.concatenate([none, *own.values()]))
+    common.write_json(index, record)
+
+
+def decode(path):
+    """-> T 3 SIZE SIZE uint8, or the reason why not."""
+    try:
+        return np.ascontiguousarray(common.read_video(path, SIZE))
+    except (UserError, OSError) as error:
+        return str(error)
+
+
+def load_split(args, part):
+    """What build_cache wrote of a split: frames F 3 H W uint8, a memory map; names, first rows and lengths
+    of its videos; usable: indices of those long enough; starts: first rows of all their clips; skipped: why
+    videos are left out."""
+    folder = Path(args.data_dir) / "cache"
+    record = json.loads((folder / "index.json").read_text())
+    frames = torch.from_numpy(np.load(folder / f"{part}.npy", mmap_mode="c"))
+    names, length = [name for name, _ in record[part]], [frames for _, frames in record[part]]
+    first, T = np.cumsum([0, *length]).tolist(), args.T_in + args.T_out
+    usable = [v for v, n in enumerate(length) if n >= T]
+    starts = [first[v] + s for v in usable for s in range(0, length[v] - T + 1, args.stride)]
+    short = [f"{name} has {n} frames, fewer than {T}" for name, n in zip(names, length) if n < T]
+    skipped = short + [reason for name, reason in record["skipped"] if name in record["made_of"][1][part]]
+    least = args.batch_size * args.grad_accum * int(os.environ.get("WORLD_SIZE", 1)) if part == "train" else 1
+    if len(starts) < least:
+        why = f"; skipped {len(skipped)} videos: {'; '.join(skipped[:3])}" if skipped else ""
+        raise UserError(f"split {part} has {len(starts)} clips of {T} frames, a batch needs {least}: give "
+                        f"more videos, another --split or a smaller --batch_size{why}")
+    return argparse.Namespace(frames=frames, names=names, first=first, length=length, usable=usable,
+                              starts=torch.tensor(starts), skipped=skipped)
+
+
+def held_out_clips(data, args):
+    """The first clip of each video that is long enough: N T 3 H W uint8."""
+    rows = torch.tensor(data.first)[data.usable][:, None] + torch.arange(args.T_in + args.T_out)
+    return data.frames[rows]
+
+
+def load_state(args, name):
+    """The exact state beside a simulated video, or None."""
+    path = (Path(args.data_dir) / "raw" / name).with_suffix(".npz")
+    return dict(np.load(path)) if path.is_file() else None
+
+
+def augment(x, numbers, background, args):
+    """x B T 3 H W: mirrored, contrast and colours changed, each alike in all frames of a clip."""
+    x = torch.where(expand_to(numbers["flip"], x) > 0, x.flip(-1), x)
+    if args.brightness:
+        factor = expand_to(1 + args.brightness * (2 * numbers["contrast"] - 1), x)
+        x = (background + factor * (x - background)).clamp(-1, 1)
+    if args.permute_colours:
+        order = torch.tensor(list(itertools.permutations(range(3))), device=x.device)[numbers["order"]]
+        x = x.gather(2, order[:, None, :, None, None].expand_as(x))
+    return x
+
+
+# ---- data: simulated videos -----------------------------------------------------------------------------
 
 def simulate(kind, frames, seed):
     """One video's physics -> its exact state: {"size", "g", "pos" and "vel" T N 2 (x to the right, y down, in
@@ -774,131 +946,13 @@ def generate_videos(args):
     common.write_json(record, {"complete": True, **flags})
 
 
-# ---- data: videos ---------------------------------------------------------------------------------------
-
-def find_videos(root):
-    folder = Path(root) / "raw"
-    found = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*")
-                   if path.suffix.lower() in (".mp4", ".avi", ".mov") and ".tmp." not in path.name)
-    if not found:
-        raise UserError(f"no videos in {folder}: put .mp4 files there, or make some with python {SCRIPT}.py "
-                        f"--generate --data_dir {root}")
-    return found
-
-
-def split_videos(names, shares, seed=42):
-    """names -> {"train", "val", "test"}: disjoint, stratified by folder, in the document's totals (512 ->
-    409, 51, 52). A function of the sorted names. UserError for shares that leave one of them empty."""
-    try:
-        shares = [float(share) for share in shares.split("/")]
-        assert len(shares) == 3 and min(shares) >= 0 and sum(shares) > 0
-    except (ValueError, AssertionError):
-        raise UserError(f"--split takes three shares such as 80/10/10, not {shares}") from None
-    rng, place = np.random.default_rng(seed), {}
-    for kind in sorted({os.path.dirname(name) for name in names}):
-        own = [name for name in sorted(names) if os.path.dirname(name) == kind]
-        for i, j in enumerate(rng.permutation(len(own))):  # evenly spread over [0, 1) within each kind
-            place[own[j]] = (i + .5) / len(own), kind
-    order = sorted(place, key=place.get)
-    a = int(len(order) * shares[0] / sum(shares) + 1e-9)
-    b = a + int(len(order) * shares[1] / sum(shares) + 1e-9)
-    parts = {"train": sorted(order[:a]), "val": sorted(order[a:b]), "test": sorted(order[b:])}
-    for part, own in parts.items():
-        if not own:
-            raise UserError(f"{len(names)} videos leave none for {part}: give more videos or another --split")
-    return parts
-
-
-def prepare_data(args):
-    """raw/ -> split.json -> cache/: every video is decoded once, to SIZE x SIZE uint8.
-
-    The split is made once and stays, whatever --seed says: else what was trained on would be tested on.
-    """
-    root = Path(args.data_dir)
-    file, names = root / "split.json", find_videos(root)
-    if not file.is_file() or "split" in args.given and json.loads(file.read_text())["shares"] != args.split:
-        common.write_json(file, {"shares": args.split, **split_videos(names, args.split)})
-    split = json.loads(file.read_text())
-    listed = [name for part in ("train", "val", "test") for name in split[part]]
-    if set(names) - set(listed):
-        print(f"{len(set(names) - set(listed))} videos of {root / 'raw'} are in no split and not used: "
-              f"remove {file} to split anew")
-    stamp = [[name, (root / "raw" / name).stat().st_size, (root / "raw" / name).stat().st_mtime_ns]
-             if name in names else [name, 0, 0] for name in listed]
-    index = root / "cache/index.json"
-    if index.is_file() and json.loads(index.read_text())["made_of"] == [SIZE, split, stamp]:
-        return
-    index.unlink(missing_ok=True)
-    with ThreadPoolExecutor() as pool:
-        films = pool.map(lambda name: decode(root / "raw" / name), listed)
-        films = list(tqdm(films, "decode", len(listed), unit="video"))
-    record = {"made_of": [SIZE, split, stamp], "skipped": []}
-    (root / "cache").mkdir(exist_ok=True)
-    for part in ("train", "val", "test"):
-        own = [(name, film) for name, film in zip(listed, films) if name in split[part]]
-        record["skipped"] += [[name, film] for name, film in own if isinstance(film, str)]
-        own = [(name, film) for name, film in own if not isinstance(film, str)]
-        record[part] = [[name, len(film)] for name, film in own]
-        frames = np.concatenate([film for _, film in own]) if own else np.zeros((0, 3, SIZE, SIZE), np.uint8)
-        np.save(root / "cache" / f"{part}.npy", frames)
-    common.write_json(index, record)
-
-
-def decode(path):
-    """-> T 3 SIZE SIZE uint8, or the reason why not."""
-    try:
-        return np.ascontiguousarray(common.read_video(path, SIZE))
-    except (UserError, OSError) as error:
-        return str(error)
-
-
-def load_split(args, part):
-    """What prepare_data wrote of a split: frames F 3 H W uint8, a memory map; names, first rows and lengths
-    of its videos; usable: indices of those long enough; starts: first rows of all their clips; skipped: why
-    videos are left out."""
-    folder = Path(args.data_dir) / "cache"
-    record = json.loads((folder / "index.json").read_text())
-    frames = torch.from_numpy(np.load(folder / f"{part}.npy", mmap_mode="c"))
-    names, length = [name for name, _ in record[part]], [frames for _, frames in record[part]]
-    first, T = np.cumsum([0, *length]).tolist(), args.T_in + args.T_out
-    usable = [v for v, n in enumerate(length) if n >= T]
-    starts = [first[v] + s for v in usable for s in range(0, length[v] - T + 1, args.stride)]
-    short = [f"{name} has {n} frames, fewer than {T}" for name, n in zip(names, length) if n < T]
-    skipped = short + [reason for name, reason in record["skipped"] if name in record["made_of"][1][part]]
-    least = args.batch_size * args.grad_accum * int(os.environ.get("WORLD_SIZE", 1)) if part == "train" else 1
-    if len(starts) < least:
-        why = f"; skipped {len(skipped)} videos: {'; '.join(skipped[:3])}" if skipped else ""
-        raise UserError(f"split {part} has {len(starts)} clips of {T} frames, a batch needs {least}: give "
-                        f"more videos, another --split or a smaller --batch_size{why}")
-    return argparse.Namespace(frames=frames, names=names, first=first, length=length, usable=usable,
-                              starts=torch.tensor(starts), skipped=skipped)
-
-
-def held_out_clips(data, args):
-    """The first clip of each video that is long enough: N T 3 H W uint8."""
-    rows = torch.tensor(data.first)[data.usable][:, None] + torch.arange(args.T_in + args.T_out)
-    return data.frames[rows]
-
-
-def load_state(args, name):
-    """The exact state beside a simulated video, or None."""
-    path = (Path(args.data_dir) / "raw" / name).with_suffix(".npz")
-    return dict(np.load(path)) if path.is_file() else None
-
-
-def augment(x, numbers, background, args):
-    """x B T 3 H W: mirrored, contrast and colours changed, each alike in all frames of a clip."""
-    x = torch.where(expand_to(numbers["flip"], x) > 0, x.flip(-1), x)
-    if args.brightness:
-        factor = expand_to(1 + args.brightness * (2 * numbers["contrast"] - 1), x)
-        x = (background + factor * (x - background)).clamp(-1, 1)
-    if args.permute_colours:
-        order = torch.tensor(list(itertools.permutations(range(3))), device=x.device)[numbers["order"]]
-        x = x.gather(2, order[:, None, :, None, None].expand_as(x))
-    return x
-
-
 # ---- evaluate and sample --------------------------------------------------------------------------------
+
+def moments(amount):
+    """... H W -> ... 2: the sums of amount times x and of amount times y, in pixels."""
+    axis = torch.arange(SIZE) + .5
+    return torch.stack([(amount.sum(-2) * axis).sum(-1), (amount.sum(-1) * axis).sum(-1)], dim=-1)
+
 
 def locate(x, colours):
     """Finds objects by their colours. x T 3 H W in [0, 1] on white, colours n 3 -> centres T n 2 in pixels
@@ -915,9 +969,8 @@ def locate(x, colours):
     owner = (amount * square * (amount - 2 * projection)).argmin(1)
     mine = amount[:, :-1] * (owner[:, None] == torch.arange(len(own))[:, None, None])
     strong = (mine - mine.amax((-1, -2), keepdim=True).clamp(min=.3) / 2).clamp(min=0).square()
-    axis, total = torch.arange(SIZE) + .5, strong.sum((-1, -2)).clamp(min=1e-6)[..., None]
-    centre = torch.stack([(strong.sum(-2) * axis).sum(-1), (strong.sum(-1) * axis).sum(-1)], dim=-1)
-    return centre / total, (mine - .15).clamp(min=0).sum((-1, -2)), owner
+    centre = moments(strong) / strong.sum((-1, -2)).clamp(min=1e-6)[..., None]
+    return centre, (mine - .15).clamp(min=0).sum((-1, -2)), owner
 
 
 def count_blobs(x):
@@ -986,11 +1039,8 @@ def frame_scores(x, truth):
     """x, truth N T 3 H W in [0, 1] -> {metric: N T}. mse: on the scale 0 to 255, of rounded pixels. com_px:
     distance of the centres of all ink. ink and ink_true: amount of ink, pale ink left out."""
     ink = [(1 - v).clamp(min=0).sum(2).sub(.15).clamp(min=0) for v in (x, truth)]
-    axis, centres = torch.arange(SIZE) + .5, []
-    for amount in ink:
-        moments = torch.stack([(amount.sum(-2) * axis).sum(-1), (amount.sum(-1) * axis).sum(-1)], dim=-1)
-        mass = amount.sum((-1, -2))[..., None]             # where all ink is gone, the picture's centre
-        centres.append((moments + 1e-3 * SIZE / 2) / (mass + 1e-3))
+    centres = [(moments(amount) + 1e-3 * SIZE / 2) / (amount.sum((-1, -2))[..., None] + 1e-3)
+               for amount in ink]                          # where all ink is gone, the picture's centre
     return {"mse": common.mse((x * 255).round(), (truth * 255).round()), "psnr": common.psnr(x, truth),
             "ssim": common.ssim(x, truth), "com_px": (centres[0] - centres[1]).norm(dim=-1),
             "ink": ink[0].sum((-1, -2)), "ink_true": ink[1].sum((-1, -2))}
@@ -1017,15 +1067,15 @@ def summarise(tables, kinds):
 
 
 @torch.no_grad()
-def evaluate(args, model, run):
+def evaluate(args, run, model, data):
     """Forecasts the first clip of every test video, writes eval.json and curves.png, prints the tables."""
     if run.rank > 0:
         return
-    began, data, T_in, T_out = time.time(), load_split(args, "test"), args.T_in, args.T_out
-    clips = held_out_clips(data, args)[:args.eval_clips or None]
-    states = [load_state(args, data.names[v]) for v in data.usable[:len(clips)]]
-    kinds = [os.path.dirname(data.names[v]) for v in data.usable[:len(clips)]]
-    mean_frame = load_split(args, "train").frames[::10].float().mean(0) / 255
+    began, test, T_in, T_out = time.time(), data["test"], args.T_in, args.T_out
+    clips = held_out_clips(test, args)[:args.eval_clips or None]
+    states = [load_state(args, test.names[v]) for v in test.usable[:len(clips)]]
+    kinds = [os.path.dirname(test.names[v]) for v in test.usable[:len(clips)]]
+    mean_frame = data["train"].frames[::10].float().mean(0) / 255
     scores = {name: [] for name in ("model", "copy_last", "mean_frame", "linear_motion", "codec")}
     for first in tqdm(range(0, len(clips), 16), "evaluate", unit="x16 clips"):
         x = clips[first:first + 16].float() / 255
@@ -1092,11 +1142,7 @@ def show_report(report, curves, best, args):
                     for key in ("model", "copy_last", "linear_motion")]
             print(f"{what:>32}: " + "; ".join(rows))
     print(f"{r['ms_per_frame']:.2f} ms per predicted frame")
-    panels, file = [], Path(args.output_dir) / "metrics.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-    lines = {key: ([row["step"] for row in rows if key in row], [row[key] for row in rows if key in row])
-             for key in ("loss", "recon_loss", "one_step_loss", "rollout_loss")}
-    panels.append(dict(title="training loss", xlabel="step", ylabel="loss", log=True, lines=lines))
+    panels = [loss_panel(Path(args.output_dir), "training loss")]
     for name, label in (("mse", "MSE (0 to 255)"), ("com_px", "centre of ink off by, px"),
                         ("ink_ratio", "ink, of the true amount")):
         lines = {key: (list(range(1, args.T_out + 1)), curve[name].tolist()) for key, curve in curves.items()
@@ -1105,76 +1151,73 @@ def show_report(report, curves, best, args):
     common.plot_curves(Path(args.output_dir) / "curves.png", panels)
 
 
+def loss_panel(folder, title):
+    """What a run's metrics.jsonl says of losses -> a panel for common.plot_curves."""
+    path = folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    lines = {key: tuple(zip(*points)) for key in ("loss", "recon_loss", "one_step_loss", "rollout_loss")
+             if (points := [(r["step"], r[key]) for r in rows if key in r])}
+    return {"title": title, "xlabel": "step", "ylabel": "loss", "log": True, "lines": lines}
+
+
 @torch.no_grad()
-def sample(args, model, run):
+def sample(args, run, model, data):
     """The rollout demo: for --video_idx, or one test video of each kind, samples/rollout_video_<i>.mp4,
     rollout_grid_<i>.png and, where the exact state is known, rollout_positions_<i>.png."""
     if run.rank > 0:
         return []
-    data, written, n = load_split(args, "test"), [], args.num_predict
-    kinds = [os.path.dirname(data.names[v]) for v in data.usable]
+    test, written, n = data["test"], [], args.num_predict
+    kinds = [os.path.dirname(test.names[v]) for v in test.usable]
     chosen = sorted({kinds.index(kind) for kind in kinds})[:4] if args.video_idx < 0 else [args.video_idx]
-    if chosen[0] >= len(kinds):
-        raise UserError(f"--video_idx {args.video_idx}: the test split has the videos 0 to {len(kinds) - 1}")
     for i in chosen:
-        v = data.usable[i]
-        film = data.frames[data.first[v]:data.first[v] + data.length[v]]
+        v = test.usable[i]
+        film = test.frames[test.first[v]:test.first[v] + test.length[v]]
         context, truth = film[:args.T_in], film[args.T_in:args.T_in + n]
         with run.autocast():
             y = model(from_uint8(context[None].to(run.device)), n)[0][0]
         y = common.to_uint8(y).cpu()
         blank = torch.full((n - len(truth), 3, SIZE, SIZE), 200, dtype=torch.uint8)    # beyond the video
         error = 255 - (y[:len(truth)].int() - truth.int()).abs().byte()
-        mse = common.mse(y[:len(truth)].float(), truth.float()).tolist() + [math.nan] * len(blank)
+        films = {"truth": torch.cat([truth, blank]), "prediction": y, "error": torch.cat([error, blank])}
+        texts = [f"MSE {e:.0f}" for e in common.mse(y[:len(truth)].float(), truth.float())]
+        texts += ["no truth"] * len(blank)
         stem = f"{args.output_dir}/samples/rollout"
-        written += [demo_video(f"{stem}_video_{i}.mp4", context, torch.cat([truth, blank]), y,
-                               torch.cat([error, blank]), mse),
-                    demo_grid(f"{stem}_grid_{i}.png", torch.cat([truth, blank]), y, mse, data.names[v])]
-        state = load_state(args, data.names[v])
+        written += [demo_video(f"{stem}_video_{i}.mp4", context, films, texts),
+                    demo_grid(f"{stem}_grid_{i}.png", films, texts)]
+        state = load_state(args, test.names[v])
         if state:
             written.append(demo_positions(f"{stem}_positions_{i}.png", y.float() / 255, state, args))
     return written
 
 
-def demo_video(path, context, truth, y, error, mse):
-    """Truth, prediction and error side by side, the context first; the frame and its error written below."""
+def captioned(picture, texts, left=0):
+    """A picture 3 H W uint8 with texts in a strip below it, evenly spaced from column `left` on."""
     from PIL import Image, ImageDraw, ImageFont
-    font, pages = ImageFont.load_default(size=13), []
-    white = torch.full_like(context, 255)
-    films = {"truth": torch.cat([context, truth]), "prediction": torch.cat([context, y]),
-             "error": torch.cat([white, error])}
-    grid = common.video_grid({name: from_uint8(film) for name, film in films.items()}, scale=4, columns=True)
-    for t, page in enumerate(F.pad(grid, (0, 0, 0, 22), value=220)):
-        ahead = t - len(context)
-        text = f"frame {t + 1}  " + ("context" if ahead < 0 else f"{ahead + 1} ahead, " + (
-            "beyond the video" if math.isnan(mse[ahead]) else f"MSE {mse[ahead]:.0f}"))
-        image = Image.fromarray(page.permute(1, 2, 0).numpy())
-        middle = image.width // 2, image.height - 11
-        ImageDraw.Draw(image).text(middle, text, fill="black", font=font, anchor="mm")
-        pages.append(torch.from_numpy(np.array(image)).permute(2, 0, 1))
+    image = Image.fromarray(F.pad(picture, (0, 0, 0, 22), value=220).permute(1, 2, 0).numpy())
+    for i, text in enumerate(texts):
+        middle = left + (i + .5) * (image.width - left) / len(texts), image.height - 11
+        ImageDraw.Draw(image).text(middle, text, "black", ImageFont.load_default(size=13), anchor="mm")
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def demo_video(path, context, films, texts):
+    """Truth, prediction and error (T 3 H W uint8) side by side, the context first; below, frame and error."""
+    before = {"truth": context, "prediction": context, "error": torch.full_like(context, 255)}
+    films = {name: from_uint8(torch.cat([before[name], film])) for name, film in films.items()}
+    texts = ["context"] * len(context) + [f"{k} ahead, {text}" for k, text in enumerate(texts, 1)]
+    pages = [captioned(page, [f"frame {t}  {text}"]) for t, (page, text) in enumerate(
+        zip(common.video_grid(films, scale=4, columns=True), texts), 1)]
     return common.write_video(path, torch.stack(pages), FPS // 2)
 
 
-def demo_grid(path, truth, y, mse, name):
-    """Ten frames of truth over ten of the prediction, with their errors."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    times = np.unique(np.linspace(0, len(y) - 1, 10).round().astype(int))
-    figure, axes = plt.subplots(2, len(times), figsize=(1.3 * len(times), 3.1), squeeze=False)
-    for column, t in enumerate(times):
-        for axis, film in zip(axes[:, column], (truth, y)):
-            axis.imshow(film[t].permute(1, 2, 0).numpy())
-            axis.set(xticks=[], yticks=[])
-        axes[0, column].set_title(f"+{t + 1}", fontsize=9)
-        axes[1, column].set_xlabel("no truth" if math.isnan(mse[t]) else f"MSE {mse[t]:.0f}", fontsize=8)
-    axes[0, 0].set_ylabel("truth")
-    axes[1, 0].set_ylabel("prediction")
-    figure.suptitle(name, fontsize=9)
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-    return path
+def demo_grid(path, films, texts):
+    """Ten frames of truth over ten of the prediction, and below how far ahead they are and their errors."""
+    times = np.unique(np.linspace(0, len(texts) - 1, 10).round().astype(int)).tolist()
+    rows = {name: from_uint8(torch.cat(list(films[name][times]), dim=-1))[None]
+            for name in ("truth", "prediction")}
+    grid = common.video_grid(rows)[0]
+    texts = [f"+{t + 1}  {texts[t]}" for t in times]
+    return common.write_video(path, captioned(grid, texts, grid.shape[-1] - 2 * SIZE * len(times))[None])
 
 
 def demo_positions(path, y, state, args):
@@ -1200,11 +1243,6 @@ def demo_positions(path, y, state, args):
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return path
-
-
-def describe_data(args, states):
-    simulated = sum(state is not None for state in states)
-    return f"{args.data_dir} ({simulated} of {len(states)} test videos are SIMULATED by {SCRIPT}.py)"
 
 
 # ---- shared:flags (identical in all scripts, checked by test_smoke.py) ----------------------------------
@@ -1349,35 +1387,35 @@ def wrap(loss, args, run):
         mesh = init_device_mesh(run.device.type, (run.world,))
         for layer in [m for m in loss.modules() if type(m).__name__ in ("Dinov2Layer", "ResNetStage")]:
             fully_shard(layer, mesh=mesh)
-        return fully_shard(loss, mesh=mesh, reshard_after_forward=True)      # the EMA has no backward
-    if run.world > 1 and any(p.requires_grad for p in loss.parameters()):      # the EMA is equal on all ranks
+        # else the root stays gathered until a backward, and a step after validation has the averages
+        return fully_shard(loss, mesh=mesh, reshard_after_forward=True)
+    if run.world > 1:
         ids = [run.device] if run.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(loss, device_ids=ids, broadcast_buffers=False)
+        return nn.parallel.DistributedDataParallel(loss, device_ids=ids, forward_sync_buffers=False)
     return loss
 
 
 # ---- train ----------------------------------------------------------------------------------------------
 
 def fit(args, run, model, losses, validate, found):
-    """Trains the loss module `model` to max_steps, on from checkpoint `found`. -> the EMA's weights.
+    """Trains what requires grad of `model` to max_steps, on from checkpoint `found`. -> averaged weights.
 
-    losses(model, step, micro) -> loss of one micro-batch and its parts; validate(ema) -> {name: number}, of
+    losses(model, step, micro) -> loss of a micro-batch and its parts; validate(model) -> {name: number}, of
     which val_loss decides what is best. Call it on all ranks.
     """
     folder = Path(args.output_dir)
-    ema = wrap(copy.deepcopy(model).requires_grad_(False), args, run).eval()
     model = wrap(model, args, run)
     trained = [p for p in model.parameters() if p.requires_grad]
+    averages = [p.detach().clone() for p in trained]
     optimizer = torch.optim.AdamW(trained, args.lr, betas=(.9, args.beta2), weight_decay=args.weight_decay,
                                   fused=True)
     start = 0
     if found:
         path, state, saved = found
-        common.restore_state(model, state["model"], optimizer, state["optimizer"], source=str(path))
-        common.restore_state(ema, state["ema"], source=str(path))
+        common.restore_state(model, state["ema"], source=str(path))
+        averages = [p.detach().clone() for p in trained]
+        common.restore_state(model, state["model"], optimizer, state["optimizer"], str(path))
         start = saved["step"]
-    if start >= args.max_steps:
-        return common.gather_state(ema, everywhere=True)[0]
     log = common.Log(folder, SCRIPT, start, args.max_steps, run.rank, args.tensorboard, args.wandb,
                      public_flags(args))
     run.barrier()                                # rank 0 has removed what lies beyond `start`
@@ -1411,7 +1449,9 @@ def fit(args, run, model, losses, validate, found):
                             f"{last or 'none'}; go on from there with a lower --lr")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        common.ema_update(ema, model, min(args.ema_decay, (1 + step) / (10 + step)))
+        decay = min(args.ema_decay, (1 + step) / (10 + step))
+        with torch.no_grad():
+            torch._foreach_lerp_(averages, [p.detach() for p in trained], 1 - decay)
         if logging:
             log.row(done, **{name: common.all_mean(value).item() for name, value in sums.items()},
                     lr=optimizer.param_groups[0]["lr"], grad_norm=norm.item(),
@@ -1420,7 +1460,8 @@ def fit(args, run, model, losses, validate, found):
         log.bar.update()
         if saving:                               # before validation: what fails there loses nothing
             weights, moments = common.gather_state(model, optimizer)
-            averaged, _ = common.gather_state(ema)
+            with common.swapped(trained, averages):
+                averaged, _ = common.gather_state(model)
             if run.rank == 0:
                 state = {"model": weights, "ema": averaged, "optimizer": moments}
                 meta = {"script": SCRIPT, "args": public_flags(args)}
@@ -1429,18 +1470,21 @@ def fit(args, run, model, losses, validate, found):
         if stop:
             raise UserError(f"stopped by SIGTERM after step {done}, which is saved: the same command goes on")
         if args.eval_every and (done % args.eval_every == 0 or done == args.max_steps):
-            with torch.no_grad(), run.autocast():
-                values = validate(ema)
+            with common.swapped(trained, averages), torch.no_grad(), run.autocast():
+                model.eval()
+                values = validate(model)
+                averaged, _ = common.gather_state(model)
             log.row(done, **values)
             if values["val_loss"] < best:
-                best, averaged = values["val_loss"], common.gather_state(ema)[0]
+                best = values["val_loss"]
                 if run.rank == 0:
                     (folder / "best").mkdir(exist_ok=True)
                     common.save_weights(folder / "best/world_model.safetensors", strip(averaged))
             clock = time.time()
     run.heed_sigterm(False)
     log.bar.close()
-    return common.gather_state(ema, everywhere=True)[0]
+    with common.swapped(trained, averages):
+        return common.gather_state(model, everywhere=True)[0]
 
 
 def strip(weights):
@@ -1449,26 +1493,27 @@ def strip(weights):
 
 
 def prepare(args, run):
-    """Videos, split and cache, on rank 0; says what is left out."""
+    """Videos (simulated for the tiny preset's own folder), split and cache -> {part: load_split}."""
     if run.rank == 0:
-        if args.preset == "tiny" and "data_dir" not in args.given:
+        if "data_dir" not in args.given and args.data_dir == PRESETS["tiny"]["data_dir"]:
             generate_videos(args)
-        prepare_data(args)
-        for part in ("train", "val", "test"):
-            data = load_split(args, part)
-            print(f"{part}: {len(data.usable)} videos, {len(data.starts)} clips" + (
-                f"; skipped {len(data.skipped)} videos: {'; '.join(data.skipped)}" if data.skipped else ""))
+        build_cache(args)
     run.barrier()
+    data = {part: load_split(args, part) for part in PARTS}
+    for part, clips in data.items() if run.rank == 0 else ():
+        print(f"{part}: {len(clips.usable)} videos, {len(clips.starts)} clips" + (
+            f"; skipped {len(clips.skipped)} videos: {'; '.join(clips.skipped)}" if clips.skipped else ""))
+    count = len(data["test"].usable)
+    if args.video_idx >= count:
+        raise UserError(f"--video_idx {args.video_idx}: the test split has the videos 0 to {count - 1}")
+    return data
 
 
-def train(args, run, found):
+def train(args, run, found, data, vgg):
     """-> the averaged model, trained as far as --max_steps says."""
     if run.rank == 0:
         common.write_json(Path(args.output_dir) / "args.json", {**public_flags(args), **common.provenance()})
-    data, held = load_split(args, "train"), held_out_clips(load_split(args, "val"), args)[:64]
-    vgg, why = load_vgg(args, run.device)
-    if run.rank == 0:
-        print(f"perceptual loss {why}")
+    data, held = data["train"], held_out_clips(data["val"], args)[:64]
     torch.manual_seed(args.seed)                 # equal initial weights on all ranks and after any restart
     model = VideoWorldModel(args, load=not found and not args.random_init).to(run.device)
     some = data.frames[torch.linspace(0, len(data.frames) - 1, min(999, len(data.frames))).long()]
@@ -1489,11 +1534,11 @@ def train(args, run, found):
         numbers = {name: value.to(run.device) for name, value in numbers.items()}
         return model(augment(x, numbers, background, args), plan, vgg)
 
-    def validate(ema):
+    def validate(model):
         errors = []
         for part in held.split(16):
             x = part.to(run.device)
-            y = common.to_uint8(ema(from_uint8(x[:, :args.T_in])))
+            y = common.to_uint8(model(from_uint8(x[:, :args.T_in])))
             errors.append(common.mse(y, x[:, args.T_in:]))
         mean = torch.cat(errors).mean(0)
         return {"val_loss": float(mean.mean()),
@@ -1538,20 +1583,25 @@ def dry_run(args):
 
 # ---- main -----------------------------------------------------------------------------------------------
 
+def describe_data(args, states):
+    simulated = sum(state is not None for state in states)
+    return f"{args.data_dir} ({simulated} of {len(states)} test videos are SIMULATED by {SCRIPT}.py)"
+
+
 def work(args):
     folder = Path(args.output_dir)
-    ckpt = folder / "ckpt"
     if args.generate:
         check_args(args)
         generate_videos(args)
-        prepare_data(args)
-        counts = {part: len(names) for part, names in json.loads(
-            (Path(args.data_dir) / "split.json").read_text()).items() if part != "shares"}
+        build_cache(args)
+        split = json.loads((Path(args.data_dir) / "split.json").read_text())
+        counts = {part: len(split[part]) for part in PARTS}
         return print(f"{args.data_dir}: {counts}; now python {SCRIPT}.py --data_dir {args.data_dir}")
-    found = common.find_checkpoint(ckpt, SCRIPT, args.resume)
+    found = common.find_checkpoint(folder / "ckpt", SCRIPT, args.resume)
     if found:
         adopt(args, found[2]["args"], ("preset", *MODEL_FLAGS), str(found[0]))
     check_args(args)
+    args.no_perceptual &= "vgg_weights" not in args.given              # who names them wants the loss
     if args.dry_run:
         return dry_run(args)
     run, only = Run(args), args.sample or args.eval
@@ -1559,28 +1609,34 @@ def work(args):
         f"{args.encoder} with " + ("RANDOM weights" if args.random_init else "pretrained weights"))
     if run.rank == 0:
         there = "" if Path(args.data_dir).exists() else " (not there yet)"
+        going_on = f", going on from {found[0]}" if found else ""
         print(f"{SCRIPT}: preset {args.preset} ({args.why_preset}), data {args.data_dir}{there}, weights "
-              f"{found[0] if found else args.weights}, {run.world} x {run.device.type} {str(run.dtype)[6:]}")
+              f"{args.weights}{going_on}, {run.world} x {run.device.type} {str(run.dtype)[6:]}")
     if only and not found:
         if "output_dir" in args.given:
-            raise UserError(f"no checkpoint in {ckpt}: first python {SCRIPT}.py --output_dir {folder}")
+            raise UserError(f"no checkpoint in {folder}/ckpt: first python {SCRIPT}.py --output_dir {folder}")
         if run.rank == 0:
-            print(f"no checkpoint in {ckpt}: training preset {args.preset} first"
-                  + (", about 9 minutes on 2 cores" if args.preset == "tiny" else ""))
-    prepare(args, run)
-    if args.video_idx >= len(load_split(args, "test").usable):
-        raise UserError(f"--video_idx {args.video_idx}: the test split has the videos 0 to "
-                        f"{len(load_split(args, 'test').usable) - 1}")
-    model = frozen(args, strip(found[1]["ema"]), run, found[0]) if only and found else train(args, run, found)
+            print(f"no checkpoint in {folder}/ckpt: training preset {args.preset} first"
+                  + (", about 10 minutes on 2 cores" if args.preset == "tiny" else ""))
+    if only and found:
+        data = prepare(args, run)
+        model = frozen(args, strip(found[1]["ema"]), run, found[0])
+    else:
+        vgg, why = load_vgg(args, run.device)    # a file that cannot be read is noticed before the videos
+        if run.rank == 0:
+            print(f"perceptual loss {why}")
+        data = prepare(args, run)
+        model = train(args, run, found, data, vgg)
     if args.best:
         path = folder / "best/world_model.safetensors"
         model = frozen(args, common.load_weights(path), run, path)
+    written = []
     if args.eval or not only:
-        evaluate(args, model, run)
-    written = sample(args, model, run) if args.sample or not only else []
+        evaluate(args, run, model, data)
+        written = [f"{folder}/eval.json", f"{folder}/curves.png"]
+    if args.sample or not only:
+        written += sample(args, run, model, data)
     if run.rank == 0:
-        if args.eval or not only:
-            written += [f"{folder}/eval.json", f"{folder}/curves.png"]
         common.show_results(folder, written, args.tensorboard, args.wandb)
         print("wrote " + ", ".join(written))
     run.barrier()

@@ -2,15 +2,22 @@
 
 Paper       Davtyan, Sameni, Favaro: Efficient Video Prediction via Sparsely Conditioned Flow Matching,
             ICCV 2023, arXiv:2211.14575. FSQ: arXiv:2309.15505. Fair CRPS: Ferro 2014, doi:10.1002/qj.2270.
-Equations   training algorithm, steps 1-9 -> river_loss()         p_t(z | z^tau) and u_t -> probability_path()
-            inference, warm start z'_s ~ p_s(z | z^{T-1}) -> generate()
-Differs     from Araachie/river, and why:
+Equations   z = encoder(x), x = decoder(nearest code of z)          -> Autoencoder, FSQ, VQ
+            training algorithm, steps 1 and 2: load, encode         -> load_clips, encode_clips
+            steps 3 to 9: tau, t, z_t, u_t, c, v_t, |v_t - u_t|^2   -> river_loss, probability_path
+            v_t(z_t | z^{tau-1}, z^c, tau - c)                      -> VectorField
+            inference, with a warm start z'_s ~ p_s(z | z^{T-1})    -> generate
+            PSNR, MSE, SSIM, CRPS; FVD                  -> forecast_scores, distribution_distances
+Differs     from the document and from Araachie/river, and why:
             - frames are encoded once and normalised; the original runs encoder and decoder at every step
-            - u_t = z^tau - (1 - sigma) eps directly; the original's equal form divides by zero at t = 1
+            - u_t = z^tau - (1 - sigma) eps directly; the original's equal form divides by zero at t = 1,
+              against which the document has sigma = 1e-7: here it is 0
             - tau may be the second frame, with a learned "no context": starts from one frame are trained
             - the distance is tau - c as in the paper; contexts stay within the distances that were trained
+            - 10 frames are observed, as the document's inference has it; its configuration says 1
             - steps counts network calls (midpoint); the original's steps = 50 makes 196 calls of rk4
             - the smoke weight is measured in pixels; a threshold on latent norms is 1 everywhere
+            - FVD only with its real detector (--i3d); beside it the CRPS, which an ensemble cannot cheat
             - tiny: FSQ (a better picture than VQ in the same seconds) and 3 reference frames
 Run         python river_smoke.py                           # simulate, train, evaluate: 8 min, 2 GB
             python river_smoke.py --sample --warm_start 0.2 # seconds; without a checkpoint trains tiny first
@@ -24,7 +31,6 @@ Shapes      B batch  T frames  C latent channels  H W pixels  h w latent grid (8
 """
 import argparse
 import contextlib
-import copy
 import hashlib
 import json
 import math
@@ -63,10 +69,9 @@ PRESETS = {
                   batch_size=32, max_steps=300_000, lr=1e-4, warmup_steps=1000, weight_decay=5e-6,
                   ema_decay=0.9999, eval_every=5000, save_every=5000, log_every=100, eval_clips=256),
 }
-AE_FLAGS = ("quantizer", "latent_channels", "codes", "fsq_levels", "ae_width", "ae_depth")
 # What shapes the weights or gives them their meaning: a checkpoint's own values hold.
-MODEL_FLAGS = (*AE_FLAGS, "width", "depth", "mid_depth", "heads", "history", "path", "sigma", "bridge_noise",
-               "num_observations")
+MODEL_FLAGS = ("quantizer", "latent_channels", "codes", "fsq_levels", "ae_width", "ae_depth", "width",
+               "depth", "mid_depth", "heads", "history", "path", "sigma", "bridge_noise", "num_observations")
 
 
 def build_parser():
@@ -109,9 +114,9 @@ def build_parser():
     add("--solver", choices=["euler", "midpoint", "ab2"], default="midpoint", help="ab2: Adams-Bashforth")
     add("--warm_start", type=float, default=0.0, help="s in [0, 1): start at t = s, near the frame before")
     add("--past_horizon", type=int, default=0, help="contexts from the last K frames (0: as trained)")
-    add("--num_samples", type=int, default=8, help="ensemble members E")
+    add("--num_samples", type=int, default=8, help="members m of the ensemble")
     add("--eval_clips", type=int, default=24, help="held-out clips to evaluate, at most")
-    add("--i3d", metavar="PATH", help="StyleGAN-V's i3d_torchscript.pt: report FVD with it")
+    add("--i3d", metavar="FILE", help="StyleGAN-V's i3d_torchscript.pt: report FVD with it")
     return parser
 
 
@@ -119,20 +124,30 @@ def check_args(args):
     """One clear line for values that no run can mean."""
     for name in ("steps", "batch_size", "grad_accum", "max_steps", "ae_steps", "ae_batch_size", "history",
                  "heads", "frames_to_generate", "condition_frames", "num_samples", "eval_clips", "sim_clips",
-                 "width", "ae_width", "latent_channels", "codes"):
+                 "sim_frames", "width", "ae_width", "latent_channels", "codes"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
-    if args.seed < 0 or args.past_horizon < 0:
-        raise UserError("--seed and --past_horizon must not be negative")
-    if args.i3d and not Path(args.i3d).is_file():
-        raise UserError(f"--i3d {args.i3d}: no such file")
+    for name in ("seed", "lr", "ae_lr", "warmup_steps", "weight_decay", "grad_clip", "log_every",
+                 "eval_every", "save_every", "keep_last", "depth", "mid_depth", "ae_depth", "gan", "sigma",
+                 "bridge_noise", "smoke_weight", "past_horizon"):
+        if not getattr(args, name) >= 0:
+            raise UserError(f"--{name} must not be negative, but is {getattr(args, name)}")
+    for name in ("ema_decay", "masked_finetune"):
+        if not 0 <= getattr(args, name) <= 1:
+            raise UserError(f"--{name} must be in [0, 1], not {getattr(args, name)}")
     if not 0 <= args.warm_start < 1:
         raise UserError(f"--warm_start must be in [0, 1), not {args.warm_start}: 1 is the old frame itself")
     if args.num_observations < 3:
         raise UserError(f"--num_observations must be at least 3 (context, reference, target), "
                         f"not {args.num_observations}")
-    if args.width % args.heads or args.ae_width % 8:
-        raise UserError("--width must be a multiple of --heads, and --ae_width of 8")
+    if args.fsq_levels < 2:
+        raise UserError(f"--fsq_levels must be at least 2, not {args.fsq_levels}")
+    if args.width % args.heads:
+        raise UserError(f"--width must be a multiple of --heads {args.heads}, not {args.width}")
+    if args.ae_width % 8:
+        raise UserError(f"--ae_width must be a multiple of 8, not {args.ae_width}")
+    if args.i3d:                                 # one that cannot be read is noticed here, not hours later
+        load_detector(args.i3d)
 
 
 # ---- model: autoencoder ---------------------------------------------------------------------------------
@@ -576,8 +591,24 @@ def extract_clips(source, stats):
             yield split_of[path], path.stem, (x * 255).round().byte().permute(0, 2, 3, 1).numpy()
 
 
+def simulate(args):
+    """Writes the simulated twin of the data to data_dir, once: another --seed trains on the same clips.
+    UserError where clips are there that other flags made, or that were not simulated."""
+    root, listing = Path(args.data_dir), Path(args.data_dir, "train_files.txt")
+    if not root.exists():
+        return write_dataset(root, simulated_clips(args.sim_clips, args.sim_frames, args.seed), {
+            "source": "SIMULATED by river_smoke.py, 2-D stable fluids, not filmed", "seed": args.seed})
+    last = re.search(r"/sim0(\d+)_frame_(\d+)\.png 1\n$", listing.read_text() if listing.is_file() else "")
+    if not last:
+        raise UserError(f"{root} holds other clips: remove it, or name what you want with --data_dir")
+    for name, made in ("sim_clips", int(last[1]) + 1), ("sim_frames", int(last[2])):
+        if getattr(args, name) != made:
+            raise UserError(f"{root} was made with --{name} {made}, not {getattr(args, name)}: leave that "
+                            f"flag out, or remove the folder")
+
+
 def simulated_clips(train_clips, frames, seed):
-    """The simulated twin of the data: yields what write_dataset takes, in batches of 32 with a seed each."""
+    """Yields what write_dataset takes, in batches of 32 with a seed each."""
     counts = {"train": train_clips, "val": max(2, train_clips // 8), "test": max(2, train_clips // 8)}
     with tqdm(total=sum(counts.values()), desc="simulate", unit="clip") as bar:
         for part, (split, count) in enumerate(counts.items()):
@@ -727,6 +758,15 @@ def frechet_distance(a, b):
     return ((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross).item()
 
 
+def load_detector(path, device="cpu"):
+    """StyleGAN-V's I3D for FVD, a TorchScript file. UserError where it is absent or something else."""
+    try:
+        return torch.jit.load(path, map_location=device).eval()
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"--i3d {path} cannot be read as TorchScript: it takes StyleGAN-V's "
+                        f"i3d_torchscript.pt") from error
+
+
 def distribution_distances(fake, real, args, device):
     """{"frd_rand3d_N.._T..": ...}, and FVD with the real detector. fake, real: N T 3 H W in [0, 1].
 
@@ -740,7 +780,7 @@ def distribution_distances(fake, real, args, device):
     basis = torch.linalg.svd(features[1], full_matrices=False).Vh[:32].T
     distances = {f"frd_rand3d_{size}": frechet_distance(*(features @ basis))}
     if args.i3d:
-        detector = torch.jit.load(args.i3d, map_location=device).eval()
+        detector = load_detector(args.i3d, device)
         options = dict(rescale=False, resize=True, return_features=True)
         logits = [torch.cat([detector((p.to(device) * 2 - 1).transpose(1, 2), **options).float().cpu()
                              for p in x.split(8)]) for x in (fake, real)]
@@ -766,14 +806,13 @@ def predict(autoencoder, field, x, args, members, seed, warm_start=None):
 
 
 @torch.no_grad()
-def evaluate(args, autoencoder, field, run):
-    """Forecasts the held-out clips, writes eval.json and curves.png and prints the tables.
+def evaluate(args, run, autoencoder, field, windows):
+    """Forecasts the held-out windows N T 3 H W, writes eval.json and curves.png and prints the tables.
 
     All ranks share the windows, in groups of four that carry their own noise: the figures do not depend on
     the number of processes. The table of warm starts uses the first four windows.
     """
-    began, P, m = time.time(), args.condition_frames, args.num_samples
-    windows, parts = held_out_windows(args), []
+    began, P, m, parts = time.time(), args.condition_frames, args.num_samples, []
     groups = range(0, len(windows), 4)[run.rank::run.world]
     for first in tqdm(groups, "evaluate", disable=run.rank > 0, unit="x4 clips"):
         x = from_uint8(windows[first:first + 4].to(run.device))
@@ -831,13 +870,8 @@ def show_report(report, args):
         calls, seconds, quality, crps, spread = (r[f"warm_{s}_{key}"] for key in (
             "calls", "seconds", "psnr_ensemble_mean", "crps", "spread_skill"))
         print(f"{s:15.1f}{calls:7d}{seconds:9.2f}{quality:14.2f}{crps:8.4f}{spread:14.2f}")
-    panels = []
-    for name, file in (("autoencoder", "autoencoder/metrics.jsonl"), ("flow matching", "metrics.jsonl")):
-        file = Path(args.output_dir) / file
-        rows = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-        lines = {key: ([row["step"] for row in rows if key in row], [row[key] for row in rows if key in row])
-                 for key in ("loss", "val_loss")}
-        panels.append(dict(title=f"{name} loss", xlabel="step", ylabel="loss", log=True, lines=lines))
+    folder = Path(args.output_dir)
+    panels = [loss_panel(folder / "autoencoder", "autoencoder"), loss_panel(folder, "flow matching")]
     errors = {"CRPS": series(r, "crps"), "persistence MAE": series(b["persistence"], "mae"),
               "black MAE": series(b["black"], "mae")}
     panels += [dict(title="PSNR", xlabel="horizon (frames)", ylabel="dB", lines=psnr),
@@ -845,11 +879,20 @@ def show_report(report, args):
     common.plot_curves(Path(args.output_dir) / "curves.png", panels)
 
 
-def sample(args, autoencoder, field, run, count=3):
-    """Writes samples/clip_*.{mp4,gif,png} of the test clips that move most: truth, forecast, error, ..."""
+def loss_panel(folder, title):
+    """What a run's metrics.jsonl says of losses -> a panel for common.plot_curves."""
+    path = folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    lines = {key: tuple(zip(*points)) for key in ("loss", "val_loss")
+             if (points := [(r["step"], r[key]) for r in rows if key in r])}
+    return {"title": title, "xlabel": "step", "ylabel": "loss", "log": True, "lines": lines}
+
+
+def sample(args, run, autoencoder, field, windows, count=3):
+    """Writes samples/clip_*.{mp4,gif,png} of the windows that move most: truth, forecast, error, ..."""
     if run.rank > 0:
         return []
-    windows, P, m = held_out_windows(args), args.condition_frames, max(3, args.num_samples)
+    P, m = args.condition_frames, max(3, args.num_samples)
     chosen = windows.float().diff(dim=1).abs().mean(dim=(1, 2, 3, 4)).argsort(descending=True)[:count]
     x, written, began = from_uint8(windows[chosen].to(run.device)), [], time.time()
     members = predict(autoencoder, field, x[:, :P], args, m, common.seed_all(args.seed, 4))
@@ -888,13 +931,6 @@ def autoencoder_report(args, autoencoder, frames, folder):
     rows = {"truth": x[some], "decoded": y[some], "error": (x[some] - y[some]).abs() - 1}
     strip = common.video_grid({name: torch.cat(list(v), dim=-1)[None] for name, v in rows.items()}, scale=1)
     common.write_video(folder / "reconstruction.png", strip)
-
-
-def describe_data(root):
-    """Where the clips come from, as their dataset_stats.json says."""
-    stats = Path(root) / "dataset_stats.json"
-    stats = json.loads(stats.read_text()) if stats.is_file() else {}
-    return f"{root} ({stats.get('source', 'frames as found')})"
 
 
 # ---- shared:flags (identical in all scripts, checked by test_smoke.py) ----------------------------------
@@ -1037,33 +1073,33 @@ def wrap(model, args, run):
         mesh = init_device_mesh(run.device.type, (run.world,))
         for block in [m for m in model.modules() if isinstance(m, (Block, ResBlock))]:
             fully_shard(block, mesh=mesh)
-        return fully_shard(model, mesh=mesh, reshard_after_forward=True)     # the EMA has no backward
-    if run.world > 1 and any(p.requires_grad for p in model.parameters()):     # the EMA is equal on all ranks
+        # else the root stays gathered until a backward, and a step after validation has the averages
+        return fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    if run.world > 1:
         ids = [run.device] if run.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+        return nn.parallel.DistributedDataParallel(model, device_ids=ids, forward_sync_buffers=False)
     return model
 
 
 # ---- train ----------------------------------------------------------------------------------------------
 
-def fit(args, run, folder, tag, model, losses, validate, steps, lr, found, extra):
-    """The loop of both stages: trains `model` to `steps`, on from checkpoint `found`. -> the EMA's weights.
+def fit(args, run, folder, tag, model, losses, validate, found, steps, lr, extra):
+    """The loop of both stages: trains `model` to `steps`, on from checkpoint `found`. -> averaged weights.
 
-    losses(model, step, micro) -> loss of one micro-batch; validate(ema) -> loss; extra: {name: state dict}
-    that goes into every checkpoint. Call it on all ranks.
+    losses(model, step, micro) -> loss of a micro-batch; validate(model) -> its loss on held-out data; extra:
+    {name: state dict} that goes into every checkpoint. Call it on all ranks.
     """
-    ema = wrap(copy.deepcopy(model).requires_grad_(False), args, run).eval()
     model = wrap(model, args, run)
-    optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(.9, .95), weight_decay=args.weight_decay,
-                                  fused=True)
+    trained = list(model.parameters())
+    averages = [p.detach().clone() for p in trained]
+    optimizer = torch.optim.AdamW(trained, lr, betas=(.9, .95), weight_decay=args.weight_decay, fused=True)
     start = 0
     if found:
         path, state, saved = found
-        common.restore_state(model, state["model"], optimizer, state["optimizer"], source=str(path))
-        common.restore_state(ema, state["ema"], source=str(path))
+        common.restore_state(model, state["ema"], source=str(path))
+        averages = [p.detach().clone() for p in trained]
+        common.restore_state(model, state["model"], optimizer, state["optimizer"], str(path))
         start = saved["step"]
-    if start >= steps:
-        return common.gather_state(ema, everywhere=True)[0]
     log = common.Log(folder, tag.split("/")[-1], start, steps, run.rank, args.tensorboard, args.wandb,
                      public_flags(args))
     clock, logged = time.time(), start
@@ -1080,7 +1116,7 @@ def fit(args, run, folder, tag, model, losses, validate, steps, lr, found, extra
                     loss = losses(model, step, micro) / args.grad_accum
                 loss.backward()
             total += loss.detach()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
+        norm = nn.utils.clip_grad_norm_(trained, args.grad_clip or math.inf)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         done, stop = step + 1, run.stopping()
         logging = args.log_every and done % args.log_every == 0
@@ -1092,15 +1128,18 @@ def fit(args, run, folder, tag, model, losses, validate, steps, lr, found, extra
                             f"{last or 'none'}; go on from there with a lower --lr")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        common.ema_update(ema, model, min(args.ema_decay, (1 + step) / (10 + step)))
+        decay = min(args.ema_decay, (1 + step) / (10 + step))
+        with torch.no_grad():
+            torch._foreach_lerp_(averages, [p.detach() for p in trained], 1 - decay)
         if logging:
-            log.row(done, loss=common.all_mean(total).item(), lr=get_lr(step, lr, args.warmup_steps, steps),
+            log.row(done, loss=common.all_mean(total).item(), lr=optimizer.param_groups[0]["lr"],
                     grad_norm=norm.item(), seconds_per_step=(time.time() - clock) / (done - logged))
             clock, logged = time.time(), done
         log.bar.update()
         if saving:                               # before validation: what fails there loses nothing
             weights, moments = common.gather_state(model, optimizer)
-            averaged, _ = common.gather_state(ema)
+            with common.swapped(trained, averages):
+                averaged, _ = common.gather_state(model)
             if run.rank == 0:
                 state = {"model": weights, "ema": averaged, "optimizer": moments, **extra}
                 meta = {"script": tag, "args": public_flags(args)}
@@ -1109,11 +1148,14 @@ def fit(args, run, folder, tag, model, losses, validate, steps, lr, found, extra
         if stop:
             raise UserError(f"stopped by SIGTERM after step {done}, which is saved: the same command goes on")
         if args.eval_every and (done % args.eval_every == 0 or done == steps):
-            with torch.no_grad(), run.autocast():
-                log.row(done, val_loss=float(validate(ema)))
+            with common.swapped(trained, averages), torch.no_grad(), run.autocast():
+                model.eval()
+                log.row(done, val_loss=float(validate(model)))
+            clock = time.time()
     run.heed_sigterm(False)
     log.bar.close()
-    return common.gather_state(ema, everywhere=True)[0]
+    with common.swapped(trained, averages):
+        return common.gather_state(model, everywhere=True)[0]
 
 
 def train_autoencoder(args, run, data):
@@ -1132,13 +1174,13 @@ def train_autoencoder(args, run, data):
         x = torch.where(expand_to(numbers["flip"], x) > 0, x.flip(-1), x)
         return model(x, float(step >= (1 - args.masked_finetune) * args.ae_steps))
 
-    def validate(ema):
-        return ema(from_uint8(few(held, 64)), 0.0)
+    def validate(model):
+        return model(from_uint8(few(held, 64)), 0.0)
 
     found = common.find_checkpoint(folder / "ckpt", tag, "none" if args.resume == "none" else "auto")
     torch.manual_seed(args.seed)                 # equal initial weights on all ranks and after any restart
     model = AutoencoderLoss(args).to(run.device)
-    averaged = fit(args, run, folder, tag, model, losses, validate, args.ae_steps, args.ae_lr, found, {})
+    averaged = fit(args, run, folder, tag, model, losses, validate, found, args.ae_steps, args.ae_lr, {})
     weights = {name.removeprefix("autoencoder."): value for name, value in averaged.items()
                if name.startswith("autoencoder.")}
     autoencoder = frozen(Autoencoder(args), weights, run, "this run")
@@ -1183,30 +1225,33 @@ def train_flow(args, run, data, autoencoder, found):
         return loss_on("train", model, common.seed_all(args.seed, 2, step), args.batch_size, rank=run.rank,
                        world=run.world, micro=micro, grad_accum=args.grad_accum)
 
-    def validate(ema):                           # the same windows, times and noises each time
-        return loss_on("val", ema, common.seed_all(args.seed, 5), 128)
+    def validate(model):                         # the same windows, times and noises each time
+        return loss_on("val", model, common.seed_all(args.seed, 5), 128)
 
     torch.manual_seed(args.seed)
     field = VectorField(args).to(run.device)
-    averaged = fit(args, run, folder, SCRIPT, field, losses, validate, args.max_steps, args.lr, found,
+    averaged = fit(args, run, folder, SCRIPT, field, losses, validate, found, args.max_steps, args.lr,
                    {"autoencoder": autoencoder.state_dict()})
     if run.rank == 0:
         common.save_weights(folder / "vector_field.safetensors", averaged)
     return frozen(VectorField(args), averaged, run, "this run")
 
 
-def train(args, run, found):
-    """All stages of the document, each from where it stands: data, autoencoder, latents, flow."""
-    if run.rank == 0:
-        if args.preset == "tiny" and not Path(args.data_dir).exists() and "data_dir" not in args.given:
-            write_dataset(args.data_dir, simulated_clips(args.sim_clips, args.sim_frames, args.seed), {
-                "source": "SIMULATED by river_smoke.py, 2-D stable fluids, not filmed", "seed": args.seed})
-        common.write_json(Path(args.output_dir) / "args.json", {**public_flags(args), **common.provenance()})
+def prepare(args, run):
+    """Clips (simulated ones in the tiny preset's own folder) -> the held-out windows."""
+    if run.rank == 0 and "data_dir" not in args.given and args.data_dir == PRESETS["tiny"]["data_dir"]:
+        simulate(args)
     run.barrier()
+    return held_out_windows(args)
+
+
+def train(args, run, found):
+    """Stages 2 and 3 of the document, each from where it stands -> autoencoder and vector field."""
+    if run.rank == 0:
+        common.write_json(Path(args.output_dir) / "args.json", {**public_flags(args), **common.provenance()})
     data = {split: load_clips(args.data_dir, split) for split in ("train", "val")}
     for split in data:                           # too short a clip should show now, not after a stage
         window_starts(data[split][1], args.num_observations, args.drop_short)
-    held_out_windows(args)
     exported = Path(args.autoencoder or Path(args.output_dir) / "autoencoder/autoencoder.safetensors")
     if found:                                    # a checkpoint holds the autoencoder whose latents it speaks
         autoencoder = frozen(Autoencoder(args), found[1]["autoencoder"], run, found[0])
@@ -1234,14 +1279,20 @@ def dry_run(args):
 
 # ---- main -----------------------------------------------------------------------------------------------
 
+def describe_data(root):
+    """Where the clips come from, as their dataset_stats.json says."""
+    stats = Path(root) / "dataset_stats.json"
+    stats = json.loads(stats.read_text()) if stats.is_file() else {}
+    return f"{root} ({stats.get('source', 'frames as found')})"
+
+
 def work(args):
     if args.extract:
         stats = {"source": f"extracted from {args.extract}", "clips_kept": 0, "clips_dropped": 0}
         write_dataset(args.data_dir, extract_clips(Path(args.extract), stats), stats)
         return print(f"wrote {args.data_dir}: {stats['clips_kept']} clips, {stats['clips_dropped']} dropped")
     folder = Path(args.output_dir)
-    ckpt = folder / "ckpt"
-    found = common.find_checkpoint(ckpt, SCRIPT, args.resume)
+    found = common.find_checkpoint(folder / "ckpt", SCRIPT, args.resume)
     if found:
         adopt(args, found[2]["args"], ("preset", *MODEL_FLAGS), str(found[0]))
     check_args(args)
@@ -1251,25 +1302,28 @@ def work(args):
     args.weights = "trained from scratch"
     if run.rank == 0:
         there = "" if Path(args.data_dir).exists() else " (not there yet)"
+        going_on = f", going on from {found[0]}" if found else ""
         print(f"{SCRIPT}: preset {args.preset} ({args.why_preset}), data {args.data_dir}{there}, weights "
-              f"{found[0] if found else args.weights}, {run.world} x {run.device.type} {str(run.dtype)[6:]}")
+              f"{args.weights}{going_on}, {run.world} x {run.device.type} {str(run.dtype)[6:]}")
     if only and not found:
         if "output_dir" in args.given:
-            raise UserError(f"no checkpoint in {ckpt}: first python {SCRIPT}.py --output_dir {folder}")
+            raise UserError(f"no checkpoint in {folder}/ckpt: first python {SCRIPT}.py --output_dir {folder}")
         if run.rank == 0:
-            print(f"no checkpoint in {ckpt}: training preset {args.preset} first"
+            print(f"no checkpoint in {folder}/ckpt: training preset {args.preset} first"
                   + (", about 8 minutes on 2 cores" if args.preset == "tiny" else ""))
+    windows = prepare(args, run)
     if only and found:
         autoencoder = frozen(Autoencoder(args), found[1]["autoencoder"], run, found[0])
         field = frozen(VectorField(args), found[1]["ema"], run, found[0])
     else:
         autoencoder, field = train(args, run, found)
+    written = []
     if args.eval or not only:
-        evaluate(args, autoencoder, field, run)
-    written = sample(args, autoencoder, field, run) if args.sample or not only else []
+        evaluate(args, run, autoencoder, field, windows)
+        written = [f"{folder}/eval.json", f"{folder}/curves.png"]
+    if args.sample or not only:
+        written += sample(args, run, autoencoder, field, windows)
     if run.rank == 0:
-        if args.eval or not only:
-            written += [f"{folder}/eval.json", f"{folder}/curves.png"]
         common.show_results(folder, written, args.tensorboard, args.wandb)
         print("wrote " + ", ".join(written))
     run.barrier()

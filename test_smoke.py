@@ -149,14 +149,23 @@ SCRIPTS = {
             ("--steps 0", "--steps must be at least 1", None),
             ("--heads 3", "multiple of --heads", None),
             ("--heads 0", "heads", None),
-            ("--seed -1", "seed", None),
+            ("--ae_width 12", "--ae_width must be a multiple of 8, not 12", None),
+            ("--fsq_levels 1", "--fsq_levels must be at least 2, not 1", None),
             ("--width 0", "--width must be at least 1", None),
+            ("--sim_frames 0", "--sim_frames must be at least 1", None),
             ("--latent_channels 0", "--latent_channels must be at least 1", None),
+            *[(f"--{name} -1", f"--{name} must not be negative, but is -1", None) for name in (
+                "seed", "lr", "ae_lr", "warmup_steps", "weight_decay", "grad_clip", "log_every", "eval_every",
+                "save_every", "keep_last", "depth", "gan", "smoke_weight", "past_horizon")],
+            ("--lr nan", "--lr must not be negative, but is nan", None),
+            ("--ema_decay 2", "--ema_decay must be in .0, 1., not 2", None),
+            ("--masked_finetune 2", "--masked_finetune must be in .0, 1., not 2", None),
             ("--output_dir {run} --eval --eval_clips 0", "--eval_clips must be at least 1", None),
             ("--autoencoder {data}/none.safetensors", "none.safetensors", None),
             ("--latent_channels 8 --autoencoder {run}/autoencoder/autoencoder.safetensors", "not fit", None),
             ("--output_dir {run} --eval --width 64", "--width 64 does not fit .* trained with 32", None),
-            ("--output_dir {run} --eval --i3d {data}/none.pt", "none.pt", None),
+            ("--output_dir {run} --eval --i3d {data}/none.pt", "none.pt cannot be read as TorchScript", None),
+            ("--i3d {data}/train_files.txt", "train_files.txt cannot be read as TorchScript", None),
             ("--extract {run} --data_dir {data}", "exists already", None),
             ("--extract {data} --data_dir {new}", "no videos in", None),
             ("--extract {data}/none.mp4 --data_dir {new}", "no videos in", None),
@@ -181,12 +190,22 @@ SCRIPTS = {
             ("--encoder vgg", "invalid choice: 'vgg'", None),
             ("--encoder dinov2_vits14", "no weights for --encoder dinov2_vits14.*--encoder_weights", None),
             ("--encoder resnet50 --encoder_weights {data}", "no weights for --encoder resnet50", None),
+            ("--split 80/-10/30", "--split takes three shares", None),
+            ("--freeze_encoder", "--freeze_encoder is for pretrained encoders, not for --encoder cnn", None),
             ("--video_idx 2", "--video_idx 2: the test split has the videos 0 to 1", None),
+            ("--video_idx -2", "--video_idx must be a test video's number or -1, not -2", None),
             ("--num_predict 301", "--num_predict must be from 1 to 300", None),
             ("--latent_dim 20", "multiple of 8", None),
+            ("--world_model transformer --latent_dim 104", "3 heads, which do not divide --latent", None),
             ("--lr nan", "--lr must not be negative", None),
-            ("--seed -1", "seed", None),
+            *[(f"--{name} -1", f"--{name} must not be negative, but is -1", None) for name in (
+                "seed", "lr", "warmup_steps", "weight_decay", "grad_clip", "log_every", "eval_every",
+                "save_every", "keep_last", "foreground", "brightness", "temporal_weight")],
+            ("--ema_decay 2", "--ema_decay must be in .0, 1., not 2", None),
+            ("--beta2 1", "--beta2 must be in .0, 1., not 1", None),
+            ("--best --eval_every 0", "--best needs validations", None),
             ("--vgg_weights {data}/none.pth", "none.pth: no such file", None),
+            ("--vgg_weights {data}/split.json", "split.json cannot be read", None),
             ("--output_dir {run} --eval --world_model lstm", "lstm does not fit .* with gru", None),
             ("--output_dir {run} --sample --latent vector", "--latent vector does not fit", None),
             ("--output_dir {run} --eval --best", "best/world_model.safetensors", lambda data, run: cut(
@@ -1636,6 +1655,23 @@ def test_simulated_smoke():
         assert np.abs(np.diff(clip.astype(float), axis=0)).mean(axis=(1, 2, 3)).min() > .1     # that moves
 
 
+def test_simulated_clips_are_made_once(trained, capsys):
+    """What other --sim_* flags made is not taken for what these ask for, nor are clips of another origin."""
+    base = trained("river_smoke")
+    with contextlib.chdir(base.root):
+        for flags, message in (("--sim_clips 9", "was made with --sim_clips 8, not 9"),
+                               ("--sim_frames 15", "was made with --sim_frames 14, not 15")):
+            assert launch("river_smoke", f"--output_dir new {flags}") == 2
+            assert message in the_error(capsys, "river_smoke")
+    args, before = river_args(), files(base.data)
+    args.data_dir = str(base.data)
+    river.simulate(args)
+    assert files(base.data) == before
+    args.data_dir = str(base.root / "runs")
+    with pytest.raises(common.UserError, match="runs holds other clips: remove it, or name what you want"):
+        river.simulate(args)
+
+
 def test_extract(tmp_path, capsys):
     """A soft white blob drifts over a static texture; in a third video there is none."""
     y, x = torch.meshgrid(torch.arange(96.), torch.arange(128.), indexing="ij")
@@ -2027,13 +2063,13 @@ def test_own_videos(tmp_path, capsys):
     assert data.frames[0].float().mean() > 10 and data.frames[0, :, 0, 0].max() < 20
     before = (tmp_path / "cache/index.json").stat().st_mtime_ns
     args = cosmos_args(f"{flags} --batch_size 2")
-    cosmos.prepare_data(args)
+    cosmos.build_cache(args)
     assert (tmp_path / "cache/index.json").stat().st_mtime_ns == before
     name = data.names[0]
     common.write_video(raw / name, torch.full((20, 3, 96, 128), 90, dtype=torch.uint8))
     common.write_video(raw / "late.mp4", torch.full((20, 3, 96, 128), 90, dtype=torch.uint8))
     capsys.readouterr()
-    cosmos.prepare_data(args)
+    cosmos.build_cache(args)
     assert "1 videos of" in capsys.readouterr().out        # the late one is in no split
     data = cosmos.load_split(args, "train")
     assert data.length[0] == 20 and abs(data.frames[0].float().mean() - 90) < 3
@@ -2041,6 +2077,19 @@ def test_own_videos(tmp_path, capsys):
         path.write_bytes(b"")
     assert launch("cosmos_lite", flags) == 2
     assert re.search("split .* has 0 clips of 10 frames.*skipped", the_error(capsys, "cosmos_lite"))
+
+
+@pytest.mark.parametrize("script,made_by_others", [
+    ("river_smoke", lambda data: edit(data / "train_files.txt", r"\Z", "\n")),
+    ("cosmos_lite", lambda data: (data / "raw/generated.json").unlink())], ids=["river_smoke", "cosmos_lite"])
+def test_a_resumed_run_stays_with_its_data(script, made_by_others, trained, tmp_path):
+    """A checkpoint's data_dir holds where no --data_dir is given: nothing is simulated into it."""
+    data, module = shutil.copytree(trained(script).data, tmp_path / "data"), importlib.import_module(script)
+    made_by_others(data)
+    args, before = module.parse_args(shlex.split(SCRIPTS[script]["tiny"])), files(data)
+    module.adopt(args, {"data_dir": str(data)}, (), "a checkpoint")
+    module.prepare(args, CPU)
+    assert set(files(data)) == set(before)
 
 
 def test_generated_videos(trained, tmp_path, capsys):
