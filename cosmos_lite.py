@@ -1395,53 +1395,63 @@ def wrap(loss, args, run):
     return loss
 
 
-# ---- train ----------------------------------------------------------------------------------------------
+# ---- shared:fit (identical in all scripts, checked by test_smoke.py) ------------------------------------
 
-def fit(args, run, model, losses, validate, found):
-    """Trains what requires grad of `model` to max_steps, on from checkpoint `found`. -> averaged weights.
+def fill_moments(optimizer):
+    """Gives AdamW the moments that it makes at a parameter's first gradient. A checkpoint from before that
+    gradient would lack them, and torch's loader would then count the parameter one step too far."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if not optimizer.state[p]:
+                optimizer.state[p] = {"step": torch.zeros((), device=p.device),
+                                      "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
 
-    losses(model, step, micro) -> loss of a micro-batch and its parts; validate(model) -> {name: number}, of
-    which val_loss decides what is best. Call it on all ranks.
+
+def fit(args, run, folder, model, losses, validate, found, steps, lr, whole=False, **more):
+    """Trains what requires grad of `model` to `steps`, on from checkpoint `found`; then it has the averages.
+
+    losses(model, step, micro) -> loss of a micro-batch and parts of it, {name: number or NaN for none}, whose
+    means since the last row go to metrics.jsonl. validate(model) -> {name: number}, of the averages.
+    Checkpoints hold what is trained (a LoRA's 1 GB, not its model's 29), or with `whole` what is frozen too,
+    and `more`, {name: state dict}. Call it on all ranks.
     """
-    folder = Path(args.output_dir)
+    part = not whole
     model = wrap(model, args, run)
     trained = [p for p in model.parameters() if p.requires_grad]
-    averages = [p.detach().clone() for p in trained]
-    optimizer = torch.optim.AdamW(trained, args.lr, betas=(.9, args.beta2), weight_decay=args.weight_decay,
+    keep = (lambda p: p.detach().clone()) if args.ema_decay else (lambda p: p.detach())
+    averages = [keep(p) for p in trained]
+    optimizer = torch.optim.AdamW(trained, lr, betas=(.9, args.beta2), weight_decay=args.weight_decay,
                                   fused=True)
+    fill_moments(optimizer)
     start = 0
     if found:
         path, state, saved = found
-        common.restore_state(model, state["ema"], source=str(path))
-        averages = [p.detach().clone() for p in trained]
-        common.restore_state(model, state["model"], optimizer, state["optimizer"], str(path))
+        common.restore_state(model, state["ema"], source=str(path), trained_only=part)
+        averages = [keep(p) for p in trained]
+        common.restore_state(model, state["model"], optimizer, state["optimizer"], str(path), part)
         start = saved["step"]
-    log = common.Log(folder, SCRIPT, start, args.max_steps, run.rank, args.tensorboard, args.wandb,
-                     public_flags(args))
+    name = SCRIPT if folder == Path(args.output_dir) else f"{SCRIPT} {folder.name}"
+    log = common.Log(folder, name, start, steps, run.rank, args.tensorboard, args.wandb, public_flags(args))
     run.barrier()                                # rank 0 has removed what lies beyond `start`
-    rows = (folder / "metrics.jsonl").read_text().splitlines()
-    losses_so_far = [json.loads(line).get("val_loss") for line in rows]
-    best = min((loss for loss in losses_so_far if loss is not None), default=math.inf)
-    clock, logged = time.time(), start
+    clock, logged, sums = time.time(), start, {}
     run.heed_sigterm(True)
-    for step in range(start, args.max_steps):
+    for step in range(start, steps):
         for group in optimizer.param_groups:
-            group["lr"] = get_lr(step, args.lr, args.warmup_steps, args.max_steps)
+            group["lr"] = get_lr(step, lr, args.warmup_steps, steps)
         model.train()
-        sums = {}
         for micro in range(args.grad_accum):     # processes average their gradients at the last one only
             hold = micro < args.grad_accum - 1 and hasattr(model, "no_sync")
             with model.no_sync() if hold else contextlib.nullcontext():
-                with run.autocast():
-                    loss, parts = losses(model, step, micro)
+                loss, parts = losses(model, step, micro)
                 (loss / args.grad_accum).backward()
             for name, value in {"loss": loss.detach(), **parts}.items():
-                sums[name] = sums.get(name, 0) + value / args.grad_accum
+                none = value.isnan()
+                sums[name] = sums.get(name, 0) + torch.stack([value.masked_fill(none, 0), (~none).to(value)])
         norm = nn.utils.clip_grad_norm_(trained, args.grad_clip or math.inf)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         done, stop = step + 1, run.stopping()
         logging = args.log_every and done % args.log_every == 0
-        saving = stop or done == args.max_steps or args.save_every and done % args.save_every == 0
+        saving = stop or done == steps or args.save_every and done % args.save_every == 0
         # All processes see the same norm, so they stop together. CUDA looks only where it has to wait anyway.
         if (logging or saving or run.device.type != "cuda") and not torch.isfinite(norm):
             last = common.latest_checkpoint(folder / "ckpt")
@@ -1453,39 +1463,37 @@ def fit(args, run, model, losses, validate, found):
         with torch.no_grad():
             torch._foreach_lerp_(averages, [p.detach() for p in trained], 1 - decay)
         if logging:
-            log.row(done, **{name: common.all_mean(value).item() for name, value in sums.items()},
+            means = {name: common.all_mean(pair).tolist() for name, pair in sums.items()}
+            log.row(done, **{name: total / count for name, (total, count) in means.items() if count},
                     lr=optimizer.param_groups[0]["lr"], grad_norm=norm.item(),
                     seconds_per_step=(time.time() - clock) / (done - logged))
-            clock, logged = time.time(), done
+            clock, logged, sums = time.time(), done, {}
         log.bar.update()
         if saving:                               # before validation: what fails there loses nothing
-            weights, moments = common.gather_state(model, optimizer)
+            weights, moments = common.gather_state(model, optimizer, trained_only=part)
             with common.swapped(trained, averages):
-                averaged, _ = common.gather_state(model)
+                averaged, _ = common.gather_state(model, trained_only=part)
             if run.rank == 0:
-                state = {"model": weights, "ema": averaged, "optimizer": moments}
-                meta = {"script": SCRIPT, "args": public_flags(args)}
-                common.save_checkpoint(folder / "ckpt", done, state, meta, args.keep_last)
+                state = {"model": weights, "ema": averaged, "optimizer": moments, **more}
+                common.save_checkpoint(folder / "ckpt", done, state,
+                                       {"script": SCRIPT, "args": public_flags(args)}, args.keep_last)
             run.barrier()
         if stop:
             raise UserError(f"stopped by SIGTERM after step {done}, which is saved: the same command goes on")
-        if args.eval_every and (done % args.eval_every == 0 or done == args.max_steps):
-            with common.swapped(trained, averages), torch.no_grad(), run.autocast():
+        if args.eval_every and (done % args.eval_every == 0 or done == steps):
+            with common.swapped(trained, averages), torch.no_grad():
                 model.eval()
-                values = validate(model)
-                averaged, _ = common.gather_state(model)
-            log.row(done, **values)
-            if values["val_loss"] < best:
-                best = values["val_loss"]
-                if run.rank == 0:
-                    (folder / "best").mkdir(exist_ok=True)
-                    common.save_weights(folder / "best/world_model.safetensors", strip(averaged))
+                log.row(done, **validate(model))
             clock = time.time()
     run.heed_sigterm(False)
     log.bar.close()
-    with common.swapped(trained, averages):
-        return common.gather_state(model, everywhere=True)[0]
+    with torch.no_grad():
+        for p, average in zip(trained, averages):
+            p.copy_(average)
+# end shared:fit
 
+
+# ---- train ----------------------------------------------------------------------------------------------
 
 def strip(weights):
     """The loss module's weights as the model names them."""
@@ -1511,8 +1519,9 @@ def prepare(args, run):
 
 def train(args, run, found, data, vgg):
     """-> the averaged model, trained as far as --max_steps says."""
+    folder = Path(args.output_dir)
     if run.rank == 0:
-        common.write_json(Path(args.output_dir) / "args.json", {**public_flags(args), **common.provenance()})
+        common.write_json(folder / "args.json", {**public_flags(args), **common.provenance()})
     data, held = data["train"], held_out_clips(data["val"], args)[:64]
     torch.manual_seed(args.seed)                 # equal initial weights on all ranks and after any restart
     model = VideoWorldModel(args, load=not found and not args.random_init).to(run.device)
@@ -1532,21 +1541,36 @@ def train(args, run, found, data, vgg):
         rows = (data.starts[numbers["clip"]] + shift)[:, None] + torch.arange(length)
         x = from_uint8(frames[rows.to(frames.device)])
         numbers = {name: value.to(run.device) for name, value in numbers.items()}
-        return model(augment(x, numbers, background, args), plan, vgg)
+        with run.autocast():
+            return model(augment(x, numbers, background, args), plan, vgg)
 
     def validate(model):
+        """Free rollouts; the weights with the least error so far go to best/."""
+        nonlocal best
         errors = []
         for part in held.split(16):
             x = part.to(run.device)
-            y = common.to_uint8(model(from_uint8(x[:, :args.T_in])))
+            with run.autocast():
+                y = common.to_uint8(model(from_uint8(x[:, :args.T_in])))
             errors.append(common.mse(y, x[:, args.T_in:]))
         mean = torch.cat(errors).mean(0)
-        return {"val_loss": float(mean.mean()),
+        value, averaged = float(mean.mean()), strip(common.gather_state(model)[0])
+        if value < best:
+            best = value
+            if run.rank == 0:
+                (folder / "best").mkdir(exist_ok=True)
+                common.save_weights(folder / "best/world_model.safetensors", averaged)
+        return {"val_loss": value,
                 **{f"val_mse_h{h:02d}": float(mean[h - 1]) for h in HORIZONS if h <= args.T_out}}
 
-    averaged = strip(fit(args, run, WorldModelLoss(model, args), losses, validate, found))
+    rows = (folder / "metrics.jsonl").read_text().splitlines() if found else []
+    rows = [row for row in map(json.loads, rows) if row["step"] <= found[2]["step"]]
+    best = min((row["val_loss"] for row in rows if row.get("val_loss") is not None), default=math.inf)
+    loss = WorldModelLoss(model, args)
+    fit(args, run, folder, loss, losses, validate, found, args.max_steps, args.lr, whole=True)
+    averaged = strip(common.gather_state(loss, everywhere=True)[0])
     if run.rank == 0:
-        common.save_weights(Path(args.output_dir) / "world_model.safetensors", averaged)
+        common.save_weights(folder / "world_model.safetensors", averaged)
     return frozen(args, averaged, run, "this run")
 
 

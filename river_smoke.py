@@ -107,6 +107,7 @@ def build_parser():
     add("--mid_depth", type=int, default=2, help="layers in the middle")
     add("--heads", type=int, default=4, help="attention heads")
     add("--history", type=int, default=3, help="reference frames z^{tau-1}, z^{tau-2}, ... (the document: 1)")
+    add("--beta2", type=float, default=.95, help="AdamW's, of both stages")
     add = parser.add_argument_group("sampling and evaluation").add_argument
     add("--condition_frames", type=int, default=10, help="observed frames to start from, 1 or more")
     add("--frames_to_generate", type=int, default=10, help="frames to predict after them")
@@ -1081,41 +1082,58 @@ def wrap(model, args, run):
     return model
 
 
-# ---- train ----------------------------------------------------------------------------------------------
+# ---- shared:fit (identical in all scripts, checked by test_smoke.py) ------------------------------------
 
-def fit(args, run, folder, tag, model, losses, validate, found, steps, lr, extra):
-    """The loop of both stages: trains `model` to `steps`, on from checkpoint `found`. -> averaged weights.
+def fill_moments(optimizer):
+    """Gives AdamW the moments that it makes at a parameter's first gradient. A checkpoint from before that
+    gradient would lack them, and torch's loader would then count the parameter one step too far."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if not optimizer.state[p]:
+                optimizer.state[p] = {"step": torch.zeros((), device=p.device),
+                                      "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
 
-    losses(model, step, micro) -> loss of a micro-batch; validate(model) -> its loss on held-out data; extra:
-    {name: state dict} that goes into every checkpoint. Call it on all ranks.
+
+def fit(args, run, folder, model, losses, validate, found, steps, lr, whole=False, **more):
+    """Trains what requires grad of `model` to `steps`, on from checkpoint `found`; then it has the averages.
+
+    losses(model, step, micro) -> loss of a micro-batch and parts of it, {name: number or NaN for none}, whose
+    means since the last row go to metrics.jsonl. validate(model) -> {name: number}, of the averages.
+    Checkpoints hold what is trained (a LoRA's 1 GB, not its model's 29), or with `whole` what is frozen too,
+    and `more`, {name: state dict}. Call it on all ranks.
     """
+    part = not whole
     model = wrap(model, args, run)
-    trained = list(model.parameters())
-    averages = [p.detach().clone() for p in trained]
-    optimizer = torch.optim.AdamW(trained, lr, betas=(.9, .95), weight_decay=args.weight_decay, fused=True)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    keep = (lambda p: p.detach().clone()) if args.ema_decay else (lambda p: p.detach())
+    averages = [keep(p) for p in trained]
+    optimizer = torch.optim.AdamW(trained, lr, betas=(.9, args.beta2), weight_decay=args.weight_decay,
+                                  fused=True)
+    fill_moments(optimizer)
     start = 0
     if found:
         path, state, saved = found
-        common.restore_state(model, state["ema"], source=str(path))
-        averages = [p.detach().clone() for p in trained]
-        common.restore_state(model, state["model"], optimizer, state["optimizer"], str(path))
+        common.restore_state(model, state["ema"], source=str(path), trained_only=part)
+        averages = [keep(p) for p in trained]
+        common.restore_state(model, state["model"], optimizer, state["optimizer"], str(path), part)
         start = saved["step"]
-    log = common.Log(folder, tag.split("/")[-1], start, steps, run.rank, args.tensorboard, args.wandb,
-                     public_flags(args))
-    clock, logged = time.time(), start
+    name = SCRIPT if folder == Path(args.output_dir) else f"{SCRIPT} {folder.name}"
+    log = common.Log(folder, name, start, steps, run.rank, args.tensorboard, args.wandb, public_flags(args))
+    run.barrier()                                # rank 0 has removed what lies beyond `start`
+    clock, logged, sums = time.time(), start, {}
     run.heed_sigterm(True)
     for step in range(start, steps):
         for group in optimizer.param_groups:
             group["lr"] = get_lr(step, lr, args.warmup_steps, steps)
         model.train()
-        total = torch.zeros((), device=run.device)
         for micro in range(args.grad_accum):     # processes average their gradients at the last one only
             hold = micro < args.grad_accum - 1 and hasattr(model, "no_sync")
             with model.no_sync() if hold else contextlib.nullcontext():
-                with run.autocast():
-                    loss = losses(model, step, micro) / args.grad_accum
-                loss.backward()
-            total += loss.detach()
+                loss, parts = losses(model, step, micro)
+                (loss / args.grad_accum).backward()
+            for name, value in {"loss": loss.detach(), **parts}.items():
+                none = value.isnan()
+                sums[name] = sums.get(name, 0) + torch.stack([value.masked_fill(none, 0), (~none).to(value)])
         norm = nn.utils.clip_grad_norm_(trained, args.grad_clip or math.inf)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         done, stop = step + 1, run.stopping()
@@ -1132,36 +1150,42 @@ def fit(args, run, folder, tag, model, losses, validate, found, steps, lr, extra
         with torch.no_grad():
             torch._foreach_lerp_(averages, [p.detach() for p in trained], 1 - decay)
         if logging:
-            log.row(done, loss=common.all_mean(total).item(), lr=optimizer.param_groups[0]["lr"],
-                    grad_norm=norm.item(), seconds_per_step=(time.time() - clock) / (done - logged))
-            clock, logged = time.time(), done
+            means = {name: common.all_mean(pair).tolist() for name, pair in sums.items()}
+            log.row(done, **{name: total / count for name, (total, count) in means.items() if count},
+                    lr=optimizer.param_groups[0]["lr"], grad_norm=norm.item(),
+                    seconds_per_step=(time.time() - clock) / (done - logged))
+            clock, logged, sums = time.time(), done, {}
         log.bar.update()
         if saving:                               # before validation: what fails there loses nothing
-            weights, moments = common.gather_state(model, optimizer)
+            weights, moments = common.gather_state(model, optimizer, trained_only=part)
             with common.swapped(trained, averages):
-                averaged, _ = common.gather_state(model)
+                averaged, _ = common.gather_state(model, trained_only=part)
             if run.rank == 0:
-                state = {"model": weights, "ema": averaged, "optimizer": moments, **extra}
-                meta = {"script": tag, "args": public_flags(args)}
-                common.save_checkpoint(folder / "ckpt", done, state, meta, args.keep_last)
+                state = {"model": weights, "ema": averaged, "optimizer": moments, **more}
+                common.save_checkpoint(folder / "ckpt", done, state,
+                                       {"script": SCRIPT, "args": public_flags(args)}, args.keep_last)
             run.barrier()
         if stop:
             raise UserError(f"stopped by SIGTERM after step {done}, which is saved: the same command goes on")
         if args.eval_every and (done % args.eval_every == 0 or done == steps):
-            with common.swapped(trained, averages), torch.no_grad(), run.autocast():
+            with common.swapped(trained, averages), torch.no_grad():
                 model.eval()
-                log.row(done, val_loss=float(validate(model)))
+                log.row(done, **validate(model))
             clock = time.time()
     run.heed_sigterm(False)
     log.bar.close()
-    with common.swapped(trained, averages):
-        return common.gather_state(model, everywhere=True)[0]
+    with torch.no_grad():
+        for p, average in zip(trained, averages):
+            p.copy_(average)
+# end shared:fit
 
+
+# ---- train ----------------------------------------------------------------------------------------------
 
 def train_autoencoder(args, run, data):
     """Stage 2 of the document: the autoencoder, frozen afterwards. Trains what is missing, measures its
     latents, reports on held-out frames and exports autoencoder/autoencoder.safetensors."""
-    folder, tag = Path(args.output_dir) / "autoencoder", f"{SCRIPT}/autoencoder"
+    folder = Path(args.output_dir) / "autoencoder"
     few = lambda x, n: x[torch.linspace(0, len(x) - 1, min(n, len(x))).long()].to(run.device)
     frames, held = data["train"][0].to(run.device), few(data["val"][0], 256)
     kinds = {"frame": ("randint", len(frames)), "flip": ("randint", 2)}
@@ -1172,15 +1196,18 @@ def train_autoencoder(args, run, data):
                               run.device)
         x = from_uint8(frames[numbers["frame"]])
         x = torch.where(expand_to(numbers["flip"], x) > 0, x.flip(-1), x)
-        return model(x, float(step >= (1 - args.masked_finetune) * args.ae_steps))
+        with run.autocast():
+            return model(x, float(step >= (1 - args.masked_finetune) * args.ae_steps)), {}
 
     def validate(model):
-        return model(from_uint8(few(held, 64)), 0.0)
+        with run.autocast():
+            return {"val_loss": model(from_uint8(few(held, 64)), 0.0).item()}
 
-    found = common.find_checkpoint(folder / "ckpt", tag, "none" if args.resume == "none" else "auto")
+    found = common.find_checkpoint(folder / "ckpt", SCRIPT, "none" if args.resume == "none" else "auto")
     torch.manual_seed(args.seed)                 # equal initial weights on all ranks and after any restart
     model = AutoencoderLoss(args).to(run.device)
-    averaged = fit(args, run, folder, tag, model, losses, validate, found, args.ae_steps, args.ae_lr, {})
+    fit(args, run, folder, model, losses, validate, found, args.ae_steps, args.ae_lr)
+    averaged, _ = common.gather_state(model, everywhere=True)
     weights = {name.removeprefix("autoencoder."): value for name, value in averaged.items()
                if name.startswith("autoencoder.")}
     autoencoder = frozen(Autoencoder(args), weights, run, "this run")
@@ -1219,19 +1246,21 @@ def train_flow(args, run, data, autoencoder, found):
                  "t": ("rand",), "c": ("rand",), "eps": ("randn", *z.shape[2:])}
         numbers = common.draw(kinds, seed, batch_size, device=run.device, **place)
         window = numbers["view"][:, None], starts[split][numbers["window"]][:, None] + offsets
-        return river_loss(model, z[window].float(), smoke[window], numbers, args)
+        with run.autocast():
+            return river_loss(model, z[window].float(), smoke[window], numbers, args)
 
     def losses(model, step, micro):
-        return loss_on("train", model, common.seed_all(args.seed, 2, step), args.batch_size, rank=run.rank,
-                       world=run.world, micro=micro, grad_accum=args.grad_accum)
+        place = dict(rank=run.rank, world=run.world, micro=micro, grad_accum=args.grad_accum)
+        return loss_on("train", model, common.seed_all(args.seed, 2, step), args.batch_size, **place), {}
 
     def validate(model):                         # the same windows, times and noises each time
-        return loss_on("val", model, common.seed_all(args.seed, 5), 128)
+        return {"val_loss": loss_on("val", model, common.seed_all(args.seed, 5), 128).item()}
 
     torch.manual_seed(args.seed)
     field = VectorField(args).to(run.device)
-    averaged = fit(args, run, folder, SCRIPT, field, losses, validate, found, args.max_steps, args.lr,
-                   {"autoencoder": autoencoder.state_dict()})
+    fit(args, run, folder, field, losses, validate, found, args.max_steps, args.lr,
+        autoencoder=autoencoder.state_dict())
+    averaged, _ = common.gather_state(field, everywhere=True)
     if run.rank == 0:
         common.save_weights(folder / "vector_field.safetensors", averaged)
     return frozen(VectorField(args), averaged, run, "this run")

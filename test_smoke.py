@@ -912,7 +912,7 @@ def test_shared_blocks_are_identical():
     for script in SCRIPTS:
         text = (HERE / f"{script}.py").read_text()
         found = re.findall(r"# ---- shared:(\w+) .*?\n(.*?)# end shared:\1\n", text, re.DOTALL)
-        assert {name for name, _ in found} >= {"flags", "dist"}
+        assert {name for name, _ in found} >= {"flags", "dist", "fit"}
         for name, text in found:
             assert blocks.setdefault(name, text) == text, f"shared:{name} of {script}.py differs"
 
@@ -1686,7 +1686,7 @@ def test_gan(trained, tmp_path):
         flags = f"--data_dir {trained('river_smoke').data} --output_dir {run} --grad_clip 0 {flags}"
         assert launch("river_smoke", f"{flags} --ae_steps 2 --max_steps 1 --save_every 1") == 0
         paths = common.checkpoints(run / "autoencoder/ckpt")
-        return [common.load_checkpoint(path, "river_smoke/autoencoder")[0]["model"] for path in paths]
+        return [common.load_checkpoint(path, "river_smoke")[0]["model"] for path in paths]
     (_, off), (first, late) = weights("--masked_finetune 0"), weights("--masked_finetune 0 --gan .1")
     (_, plain), (_, heard) = weights("--masked_finetune 1"), weights("--masked_finetune 1 --gan .1")
     discriminator = [name for name in late if name.startswith("discriminator")]

@@ -1830,11 +1830,11 @@ def wrap(model, args, run):
     return model
 
 
-# ---- train ----------------------------------------------------------------------------------------------
+# ---- shared:fit (identical in all scripts, checked by test_smoke.py) ------------------------------------
 
 def fill_moments(optimizer):
-    """Gives AdamW the moments it would make at a parameter's first gradient. A checkpoint saved before the
-    mask's first step lacks them, and torch's loader would then count the mask one step too far."""
+    """Gives AdamW the moments that it makes at a parameter's first gradient. A checkpoint from before that
+    gradient would lack them, and torch's loader would then count the parameter one step too far."""
     for group in optimizer.param_groups:
         for p in group["params"]:
             if not optimizer.state[p]:
@@ -1842,12 +1842,15 @@ def fill_moments(optimizer):
                                       "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
 
 
-def fit(args, run, folder, model, losses, validate, found, steps, lr):
+def fit(args, run, folder, model, losses, validate, found, steps, lr, whole=False, **more):
     """Trains what requires grad of `model` to `steps`, on from checkpoint `found`; then it has the averages.
 
-    Checkpoints hold only what is trained: a LoRA's are 1 GB, the model has 10. losses(model, step, micro)
-    -> loss of a micro-batch and its parts; validate(model) -> {name: number}.
+    losses(model, step, micro) -> loss of a micro-batch and parts of it, {name: number or NaN for none}, whose
+    means since the last row go to metrics.jsonl. validate(model) -> {name: number}, of the averages.
+    Checkpoints hold what is trained (a LoRA's 1 GB, not its model's 29), or with `whole` what is frozen too,
+    and `more`, {name: state dict}. Call it on all ranks.
     """
+    part = not whole
     model = wrap(model, args, run)
     trained = [p for p in model.parameters() if p.requires_grad]
     keep = (lambda p: p.detach().clone()) if args.ema_decay else (lambda p: p.detach())
@@ -1858,28 +1861,27 @@ def fit(args, run, folder, model, losses, validate, found, steps, lr):
     start = 0
     if found:
         path, state, saved = found
-        common.restore_state(model, state["ema"], source=str(path), trained_only=True)
+        common.restore_state(model, state["ema"], source=str(path), trained_only=part)
         averages = [keep(p) for p in trained]
-        common.restore_state(model, state["model"], optimizer, state["optimizer"], str(path), True)
+        common.restore_state(model, state["model"], optimizer, state["optimizer"], str(path), part)
         start = saved["step"]
-    log = common.Log(folder, f"{SCRIPT} {folder.name}", start, steps, run.rank, args.tensorboard, args.wandb,
-                     public_flags(args))
+    name = SCRIPT if folder == Path(args.output_dir) else f"{SCRIPT} {folder.name}"
+    log = common.Log(folder, name, start, steps, run.rank, args.tensorboard, args.wandb, public_flags(args))
     run.barrier()                                # rank 0 has removed what lies beyond `start`
-    clock, logged = time.time(), start
+    clock, logged, sums = time.time(), start, {}
     run.heed_sigterm(True)
     for step in range(start, steps):
         for group in optimizer.param_groups:
             group["lr"] = get_lr(step, lr, args.warmup_steps, steps)
         model.train()
-        sums = {}
         for micro in range(args.grad_accum):     # processes average their gradients at the last one only
             hold = micro < args.grad_accum - 1 and hasattr(model, "no_sync")
             with model.no_sync() if hold else contextlib.nullcontext():
-                with run.autocast():
-                    loss, parts = losses(model, step, micro)
+                loss, parts = losses(model, step, micro)
                 (loss / args.grad_accum).backward()
             for name, value in {"loss": loss.detach(), **parts}.items():
-                sums[name] = sums.get(name, 0) + value / args.grad_accum
+                none = value.isnan()
+                sums[name] = sums.get(name, 0) + torch.stack([value.masked_fill(none, 0), (~none).to(value)])
         norm = nn.utils.clip_grad_norm_(trained, args.grad_clip or math.inf)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         done, stop = step + 1, run.stopping()
@@ -1896,24 +1898,25 @@ def fit(args, run, folder, model, losses, validate, found, steps, lr):
         with torch.no_grad():
             torch._foreach_lerp_(averages, [p.detach() for p in trained], 1 - decay)
         if logging:
-            log.row(done, **{name: common.all_mean(value).item() for name, value in sums.items()},
+            means = {name: common.all_mean(pair).tolist() for name, pair in sums.items()}
+            log.row(done, **{name: total / count for name, (total, count) in means.items() if count},
                     lr=optimizer.param_groups[0]["lr"], grad_norm=norm.item(),
                     seconds_per_step=(time.time() - clock) / (done - logged))
-            clock, logged = time.time(), done
+            clock, logged, sums = time.time(), done, {}
         log.bar.update()
         if saving:                               # before validation: what fails there loses nothing
-            weights, moments = common.gather_state(model, optimizer, trained_only=True)
+            weights, moments = common.gather_state(model, optimizer, trained_only=part)
             with common.swapped(trained, averages):
-                averaged, _ = common.gather_state(model, trained_only=True)
+                averaged, _ = common.gather_state(model, trained_only=part)
             if run.rank == 0:
-                state = {"model": weights, "ema": averaged, "optimizer": moments}
+                state = {"model": weights, "ema": averaged, "optimizer": moments, **more}
                 common.save_checkpoint(folder / "ckpt", done, state,
                                        {"script": SCRIPT, "args": public_flags(args)}, args.keep_last)
             run.barrier()
         if stop:
             raise UserError(f"stopped by SIGTERM after step {done}, which is saved: the same command goes on")
         if args.eval_every and (done % args.eval_every == 0 or done == steps):
-            with common.swapped(trained, averages), torch.no_grad(), run.autocast():
+            with common.swapped(trained, averages), torch.no_grad():
                 model.eval()
                 log.row(done, **validate(model))
             clock = time.time()
@@ -1922,7 +1925,10 @@ def fit(args, run, folder, model, losses, validate, found, steps, lr):
     with torch.no_grad():
         for p, average in zip(trained, averages):
             p.copy_(average)
+# end shared:fit
 
+
+# ---- train ----------------------------------------------------------------------------------------------
 
 def draw_batch(args, run, clips, step, micro):
     """Windows, noise levels and noise of a micro-batch, a function of (seed, step) and of a sample's place in
@@ -1942,14 +1948,18 @@ def video_stage(args, run, data):
     held = data["val"]
 
     def losses(model, step, micro):
-        return model(*draw_batch(args, run, data["train"], step, micro))
+        batch = draw_batch(args, run, data["train"], step, micro)
+        with run.autocast():
+            return model(*batch)
 
     def validate(model):
         values = []
         for i in range(len(held.rows)):
             batch = held.get([i], run.device)
             noise = fixed_noise(batch["latents"], i)
-            values.append(model(batch, noise, torch.full((1,), .5, device=run.device))[0].item())
+            with run.autocast():
+                loss, _ = model(batch, noise, torch.full((1,), .5, device=run.device))
+            values.append(loss.item())
         return {"val_loss": float(np.mean(values))}
 
     return make_video_model(args, run), losses, validate
@@ -1998,8 +2008,9 @@ def idm_stage(args, run, frames):
             colour = numbers["colour"][jitter].to(run.device)
             x[jitter] = colour_jitter(x[jitter], colour, step / args.max_steps)
         own = model.module if hasattr(model, "module") else model
-        y, mask = model(x, cut_by(own, x, step))
         target = actions[numbers["frame"]].to(run.device)
+        with run.autocast():
+            y, mask = model(x, cut_by(own, x, step))
         loss = idm_loss(own.normalize(y), own.normalize(target), mask, args.mask_weight)
         return loss, {"mask_area": mask.detach().mean()}
 
@@ -2009,7 +2020,8 @@ def idm_stage(args, run, frames):
         held, truth = frames["val"]
         some = np.linspace(0, len(held) - 1, min(len(held), 1000)).round().astype(int)
         truth = truth[some]
-        read = [own(take(held, some[i:i + IDM_CHUNK])) for i in range(0, len(some), IDM_CHUNK)]
+        with run.autocast():
+            read = [own(take(held, some[i:i + IDM_CHUNK])) for i in range(0, len(some), IDM_CHUNK)]
         read, mask = (torch.cat([part[i].cpu() for part in read]) for i in (0, 1))
         normal = [own.normalize(actions.to(run.device)) for actions in (read, truth)]
         scores = {"loss": idm_loss(*normal, mask, args.mask_weight).item(), **idm_scores(read, truth, mask)}

@@ -1146,6 +1146,104 @@ def wrap(model, args, run):
     return model
 
 
+# ---- shared:fit (identical in all scripts, checked by test_smoke.py) ------------------------------------
+
+def fill_moments(optimizer):
+    """Gives AdamW the moments that it makes at a parameter's first gradient. A checkpoint from before that
+    gradient would lack them, and torch's loader would then count the parameter one step too far."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if not optimizer.state[p]:
+                optimizer.state[p] = {"step": torch.zeros((), device=p.device),
+                                      "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+
+
+def fit(args, run, folder, model, losses, validate, found, steps, lr, whole=False, **more):
+    """Trains what requires grad of `model` to `steps`, on from checkpoint `found`; then it has the averages.
+
+    losses(model, step, micro) -> loss of a micro-batch and parts of it, {name: number or NaN for none}, whose
+    means since the last row go to metrics.jsonl. validate(model) -> {name: number}, of the averages.
+    Checkpoints hold what is trained (a LoRA's 1 GB, not its model's 29), or with `whole` what is frozen too,
+    and `more`, {name: state dict}. Call it on all ranks.
+    """
+    part = not whole
+    model = wrap(model, args, run)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    keep = (lambda p: p.detach().clone()) if args.ema_decay else (lambda p: p.detach())
+    averages = [keep(p) for p in trained]
+    optimizer = torch.optim.AdamW(trained, lr, betas=(.9, args.beta2), weight_decay=args.weight_decay,
+                                  fused=True)
+    fill_moments(optimizer)
+    start = 0
+    if found:
+        path, state, saved = found
+        common.restore_state(model, state["ema"], source=str(path), trained_only=part)
+        averages = [keep(p) for p in trained]
+        common.restore_state(model, state["model"], optimizer, state["optimizer"], str(path), part)
+        start = saved["step"]
+    name = SCRIPT if folder == Path(args.output_dir) else f"{SCRIPT} {folder.name}"
+    log = common.Log(folder, name, start, steps, run.rank, args.tensorboard, args.wandb, public_flags(args))
+    run.barrier()                                # rank 0 has removed what lies beyond `start`
+    clock, logged, sums = time.time(), start, {}
+    run.heed_sigterm(True)
+    for step in range(start, steps):
+        for group in optimizer.param_groups:
+            group["lr"] = get_lr(step, lr, args.warmup_steps, steps)
+        model.train()
+        for micro in range(args.grad_accum):     # processes average their gradients at the last one only
+            hold = micro < args.grad_accum - 1 and hasattr(model, "no_sync")
+            with model.no_sync() if hold else contextlib.nullcontext():
+                loss, parts = losses(model, step, micro)
+                (loss / args.grad_accum).backward()
+            for name, value in {"loss": loss.detach(), **parts}.items():
+                none = value.isnan()
+                sums[name] = sums.get(name, 0) + torch.stack([value.masked_fill(none, 0), (~none).to(value)])
+        norm = nn.utils.clip_grad_norm_(trained, args.grad_clip or math.inf)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        done, stop = step + 1, run.stopping()
+        logging = args.log_every and done % args.log_every == 0
+        saving = stop or done == steps or args.save_every and done % args.save_every == 0
+        # All processes see the same norm, so they stop together. CUDA looks only where it has to wait anyway.
+        if (logging or saving or run.device.type != "cuda") and not torch.isfinite(norm):
+            last = common.latest_checkpoint(folder / "ckpt")
+            raise UserError(f"loss or gradient is not finite at step {done}: the last good checkpoint is "
+                            f"{last or 'none'}; go on from there with a lower --lr")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        decay = min(args.ema_decay, (1 + step) / (10 + step))
+        with torch.no_grad():
+            torch._foreach_lerp_(averages, [p.detach() for p in trained], 1 - decay)
+        if logging:
+            means = {name: common.all_mean(pair).tolist() for name, pair in sums.items()}
+            log.row(done, **{name: total / count for name, (total, count) in means.items() if count},
+                    lr=optimizer.param_groups[0]["lr"], grad_norm=norm.item(),
+                    seconds_per_step=(time.time() - clock) / (done - logged))
+            clock, logged, sums = time.time(), done, {}
+        log.bar.update()
+        if saving:                               # before validation: what fails there loses nothing
+            weights, moments = common.gather_state(model, optimizer, trained_only=part)
+            with common.swapped(trained, averages):
+                averaged, _ = common.gather_state(model, trained_only=part)
+            if run.rank == 0:
+                state = {"model": weights, "ema": averaged, "optimizer": moments, **more}
+                common.save_checkpoint(folder / "ckpt", done, state,
+                                       {"script": SCRIPT, "args": public_flags(args)}, args.keep_last)
+            run.barrier()
+        if stop:
+            raise UserError(f"stopped by SIGTERM after step {done}, which is saved: the same command goes on")
+        if args.eval_every and (done % args.eval_every == 0 or done == steps):
+            with common.swapped(trained, averages), torch.no_grad():
+                model.eval()
+                log.row(done, **validate(model))
+            clock = time.time()
+    run.heed_sigterm(False)
+    log.bar.close()
+    with torch.no_grad():
+        for p, average in zip(trained, averages):
+            p.copy_(average)
+# end shared:fit
+
+
 # ---- train ----------------------------------------------------------------------------------------------
 
 def draw_batch(args, run, clips, step, micro):
@@ -1168,98 +1266,35 @@ def draw_batch(args, run, clips, step, micro):
 
 
 def validate(args, run, model, clips):
-    """Teacher-forced loss of held-out windows at level u = 0.5, with a clean past."""
+    """Teacher-forced loss of held-out windows at level u = 0.5, with a clean past -> {"val_loss": number}."""
     values = []
     for i in range(len(clips.rows)):
         batch = clips.get([i], run.device)
         noise = vidar.fixed_noise(batch["latents"], i)
         u = torch.full((1, (args.frames - 1) // 4 // args.chunk_latents), .5, device=run.device)
         numbers = {"selves": False, "u": u, "context": u[:, 0] * 0, "noise": noise, "past_noise": noise}
-        values.append(model(batch, numbers)[1]["flow_loss"].item())
+        with run.autocast():
+            values.append(model(batch, numbers)[1]["flow_loss"].item())
     return {"val_loss": float(np.mean(values))}
 
 
-def fit(args, run, model, data, found):
-    """Trains `model` to --max_steps, on from checkpoint `found`; then it has the averages."""
-    folder, steps = Path(args.output_dir), args.max_steps
-    model = wrap(model, args, run)
-    trained = list(model.parameters())
-    keep = (lambda p: p.detach().clone()) if args.ema_decay else (lambda p: p.detach())
-    averages = [keep(p) for p in trained]
-    optimizer = torch.optim.AdamW(trained, args.lr, betas=(.9, args.beta2), weight_decay=args.weight_decay,
-                                  fused=True)
-    start = 0
-    if found:
-        path, state, saved = found
-        common.restore_state(model, state["ema"], source=str(path), trained_only=True)
-        averages = [keep(p) for p in trained]
-        common.restore_state(model, state["model"], optimizer, state["optimizer"], str(path), True)
-        start = saved["step"]
-    log = common.Log(folder, SCRIPT, start, steps, run.rank, args.tensorboard, args.wandb, public_flags(args))
-    run.barrier()                                # rank 0 has removed what lies beyond `start`
-    clock, logged = time.time(), start
-    run.heed_sigterm(True)
-    for step in range(start, steps):
-        for group in optimizer.param_groups:
-            group["lr"] = get_lr(step, args.lr, args.warmup_steps, steps)
-        model.train()
-        sums = {}
-        for micro in range(args.grad_accum):     # processes average their gradients at the last one only
-            hold = micro < args.grad_accum - 1 and hasattr(model, "no_sync")
-            with model.no_sync() if hold else contextlib.nullcontext():
-                with run.autocast():
-                    loss, parts = model(*draw_batch(args, run, data["train"], step, micro))
-                (loss / args.grad_accum).backward()
-            for name, value in {"loss": loss.detach(), **parts}.items():
-                sums[name] = sums.get(name, 0) + value / args.grad_accum
-        norm = nn.utils.clip_grad_norm_(trained, args.grad_clip or math.inf)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        done, stop = step + 1, run.stopping()
-        logging = args.log_every and done % args.log_every == 0
-        saving = stop or done == steps or args.save_every and done % args.save_every == 0
-        # All processes see the same norm, so they stop together. CUDA looks only where it has to wait anyway.
-        if (logging or saving or run.device.type != "cuda") and not torch.isfinite(norm):
-            last = common.latest_checkpoint(folder / "ckpt")
-            raise UserError(f"loss or gradient is not finite at step {done}: the last good checkpoint is "
-                            f"{last or 'none'}; go on from there with a lower --lr")
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        decay = min(args.ema_decay, (1 + step) / (10 + step))
-        with torch.no_grad():
-            torch._foreach_lerp_(averages, [p.detach() for p in trained], 1 - decay)
-        if logging:
-            log.row(done, **{name: common.all_mean(value).item() for name, value in sums.items()},
-                    lr=optimizer.param_groups[0]["lr"], grad_norm=norm.item(),
-                    seconds_per_step=(time.time() - clock) / (done - logged))
-            clock, logged = time.time(), done
-        log.bar.update()
-        if saving:                               # before validation: what fails there loses nothing
-            weights, moments = common.gather_state(model, optimizer, trained_only=True)
-            with common.swapped(trained, averages):
-                averaged, _ = common.gather_state(model, trained_only=True)
-            if run.rank == 0:
-                state = {"model": weights, "ema": averaged, "optimizer": moments}
-                common.save_checkpoint(folder / "ckpt", done, state,
-                                       {"script": SCRIPT, "args": public_flags(args)}, args.keep_last)
-            run.barrier()
-        if stop:
-            raise UserError(f"stopped by SIGTERM after step {done}, which is saved: the same command goes on")
-        if args.eval_every and (done % args.eval_every == 0 or done == steps):
-            with common.swapped(trained, averages), torch.no_grad(), run.autocast():
-                model.eval()
-                log.row(done, **validate(args, run, model, data["val"]))
-            clock = time.time()
-    run.heed_sigterm(False)
-    log.bar.close()
-    with torch.no_grad():
-        for p, average in zip(trained, averages):
-            p.copy_(average)
+def train(args, run, model, data, found):
+    """-> CausalModel with the averaged weights, which are exported; whole on each process."""
+    folder = Path(args.output_dir)
+
+    def losses(model, step, micro):
+        batch = draw_batch(args, run, data["train"], step, micro)
+        with run.autocast():
+            return model(*batch)
+
+    fit(args, run, folder, model, losses, lambda model: validate(args, run, model, data["val"]), found,
+        args.max_steps, args.lr)
     export(args, run, model, folder)
     if args.fsdp:                                # for evaluation each process has a whole model
         weights, _ = common.gather_state(model, everywhere=True)
         model = make_model(args, run, begin=False)
         common.restore_state(model, weights, source="this run")
-    return model.module if hasattr(model, "module") else model
+    return model
 
 
 def dry_run(args):
@@ -1324,7 +1359,7 @@ def work(args):
     if found and (only or found[2]["step"] >= args.max_steps):
         common.restore_state(model, found[1]["ema"], source=str(found[0]), trained_only=True)
     else:
-        model = fit(args, run, model, data, found)
+        model = train(args, run, model, data, found)
     written = []
     if args.eval or not only:
         evaluate(args, run, model, idm, parts, data)
