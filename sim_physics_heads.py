@@ -64,6 +64,7 @@ MOTION_ROWS = 96                         # heads say motion in units of the pict
 FAR = 100.0                              # metres; from here on a pixel is sky
 MOVING = 0.5                             # px per frame of the clip, from which on a pixel counts as moving
 PROBE, SIGMAS = 0.05, (0.05, 0.3, 0.7)   # noise at which heads are read; at which they are measured
+LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
 NEGATIVE = ("vivid tones, overexposed, static, blurred details, subtitles, style, artwork, painting, still "
             "picture, grey overall, worst quality, low quality, JPEG artifacts, ugly, incomplete, deformed, "
             "messy background, walking backwards")
@@ -411,9 +412,6 @@ def make_model(args, dit, stage):
     return PhysicsModel(dit, heads, args, taps)
 
 
-LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
-
-
 def export(args, run, model, stage, folder):
     """final/: heads.safetensors with heads.json, and what else the stage trained: the LoRA file that
     WanImageToVideoPipeline.load_lora_weights takes, or the trained backbone weights. Rank 0 writes."""
@@ -433,7 +431,7 @@ def export(args, run, model, stage, folder):
         common.save_weights(final / "backbone.safetensors", backbone)
 
 
-# ---- objective ------------------------------------------------------------------------------------------
+# ---- objective and sampler ------------------------------------------------------------------------------
 
 def speed(motion):
     """... 2 H W -> ... H W, the length. Tensor.norm over a dimension of 2 takes 20 times as long."""
@@ -493,6 +491,448 @@ def read_out(y, size, depth_scale):
 def shift_sigma(u, shift):
     """Wan's schedule: u in [0, 1] -> sigma = s u / (1 + (s - 1) u), more of it where there is much noise."""
     return shift * u / (1 + (shift - 1) * u)
+
+
+def fixed_noise(z, seed):
+    return torch.randn(z.shape, generator=torch.Generator().manual_seed(seed)).to(z.device)
+
+
+@torch.no_grad()
+def generate(model, z0, text, negative, args, seed):
+    """Euler's method from noise to the flow's end, frame 0 given. z0 B C 1 h w, text B L D -> B C F h w.
+    Guidance compares with the negative prompt; --cfg 1 leaves it out."""
+    F_ = (args.frames - 1) // 4 + 1
+    noise = fixed_noise(z0.expand(-1, -1, F_, -1, -1), seed)
+    x, levels = noise, shift_sigma(torch.linspace(1, 0, args.steps + 1), args.shift).tolist()
+    for sigma, following in zip(levels, levels[1:]):
+        x = torch.cat([z0, x[:, :, 1:]], dim=2)
+        tokens = torch.full((len(x), F_, x.shape[3] // 2, x.shape[4] // 2), 1000 * sigma, device=x.device)
+        tokens[:, 0] = 0
+        velocity = lambda prompt: run_backbone(model.dit, x, tokens.flatten(1), prompt,
+                                               ())[0].float()
+        v = velocity(text)
+        if args.cfg != 1:
+            v = (away := velocity(negative)) + args.cfg * (v - away)
+        x = x + (following - sigma) * v
+    return torch.cat([z0, x[:, :, 1:]], dim=2)
+
+
+# ---- data: files -----------------------------------------------------------------------------------------
+
+FOLDERS = {"rgb": ("rgb", "rgb_capture"), "motion": ("motion_vectors",), "depth": ("distance_to_camera",)}
+ENDINGS = {"rgb": (".png", ".jpg", ".jpeg"), "motion": (".npy",), "depth": (".npy",)}
+DEPTH_SHARE, DEPTH_METRES = .05, .02       # how much a tracked point's distance may change in one step
+UNITS = {"px": lambda W, H: (1, 1), "NDC": lambda W, H: (W / 2, H / 2), "UV": lambda W, H: (W, H)}
+OFFSETS = (-2, -1, 0, 1, 2)
+LEAST_MOVING = 200                         # pixels that the convention test needs
+
+
+@dataclass
+class Scene:
+    """name: the scene folder's, shared by its recordings; steps: step numbers that all three folders have;
+    spacing: the usual distance between steps; paths: {modality: {step: Path}}, unpaired files too; dropped:
+    {modality: files without partners}."""
+    name: str
+    folder: Path
+    prompt: str
+    steps: list
+    spacing: int
+    paths: dict
+    dropped: dict
+    memo: dict = field(default_factory=dict)               # what was read: a scene's clips share its frames
+
+    def once(self, key, work):
+        if key not in self.memo:
+            self.memo[key] = work()
+        return self.memo[key]
+
+
+# ---- finding --------------------------------------------------------------------------------------------
+
+def find_scenes(data_dir):
+    """-> list of Scene, in metadata.csv's order. Without that file, all folders below data_dir that have the
+    three subfolders, and the file is written. UserError for rows, folders or steps that are missing."""
+    root = Path(data_dir)
+    table = root / "metadata.csv"
+    if table.is_file():
+        with open(table, newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+        if rows and not rows[0].get("video"):
+            raise UserError(f"{table} has no column video: it takes the columns video,prompt")
+    else:
+        rows = []
+        for folder, below, _ in os.walk(root):
+            if set(below) & {alias for aliases in FOLDERS.values() for alias in aliases}:
+                rows.append({"video": Path(folder).relative_to(root).as_posix()})
+                below.clear()
+        rows.sort(key=lambda row: row["video"])
+    if not rows:
+        raise UserError(f"no scenes in {root}: folders such as test_ball_ramp/env_0/0/0 that hold rgb, "
+                        "motion_vectors and distance_to_camera are needed")
+    scenes = [open_scene(root, row) for row in rows]
+    if not table.is_file():
+        write_table(table, rows, scenes)
+    return scenes
+
+
+def write_table(table, rows, scenes):
+    """metadata.csv; a folder that cannot be written to stays without."""
+    part = table.with_name(f"metadata.{os.getpid()}.tmp")  # several processes may write it at once
+    try:
+        with open(part, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["video", "prompt"])
+            writer.writerows([row["video"], scene.prompt] for row, scene in zip(rows, scenes))
+        os.replace(part, table)
+    except OSError as error:
+        print(f"{table} is not written: {error}")
+
+
+def open_scene(root, row):
+    """A row of metadata.csv -> Scene: files paired by step number, never by their place in a sorted list."""
+    folder = root / row["video"]           # an absolute path replaces root
+    if not folder.is_dir():
+        raise UserError(f"scene {scene_name(folder)}: metadata.csv names {folder}, which is no folder")
+    if (folder / "env_0/0/0").is_dir():
+        folder = folder / "env_0/0/0"
+    name, paths = scene_name(folder), {}
+    for modality, aliases in FOLDERS.items():
+        found = [folder / alias for alias in aliases if (folder / alias).is_dir()]
+        if not found:
+            raise UserError(f"scene {name}: {folder} lacks the folder {aliases[0]}")
+        paths[modality] = {}
+        for path in sorted(found[0].iterdir()):
+            numbers = re.findall(r"\d+", path.stem)
+            if path.suffix.lower() in ENDINGS[modality] and numbers:
+                other = paths[modality].setdefault(int(numbers[-1]), path)
+                if other != path:
+                    raise UserError(f"scene {name}: {other} and {path.name} are of the same step")
+    steps = sorted(set.intersection(*map(set, paths.values())))
+    if not steps:
+        counts = ", ".join(f"{len(files)} {modality}" for modality, files in paths.items())
+        raise UserError(f"scene {name}: the folders in {folder} share no step ({counts} files)")
+    spacing = Counter(np.diff(steps).tolist()).most_common(1)[0][0] if len(steps) > 1 else 1
+    prompt = row.get("prompt") or "A physics simulation of " + name.removeprefix("test_").replace("_", " ")
+    return Scene(name, folder, prompt, steps, spacing, paths,
+                 {modality: len(files) - len(steps) for modality, files in paths.items()})
+
+
+def scene_name(folder):
+    """.../test_ball_ramp/env_0/0/0 -> test_ball_ramp."""
+    parts = [part for part in Path(os.path.abspath(folder)).parts
+             if not re.fullmatch(r"\d+|env(_\d+)?|camera|cam_\d+", part)]
+    return parts[-1]
+
+
+# ---- reading --------------------------------------------------------------------------------------------
+
+def load_array(scene, modality, step):
+    """-> H W 2 (motion) or H W (depth) floats of any precision, mapped: pages are read when used. None for an
+    empty file, which a renderer writes as long as there is no frame before. UserError names the file."""
+    return scene.once((modality, step), lambda: map_array(scene.paths[modality][step], modality))
+
+
+def map_array(path, modality):
+    try:
+        array = np.asarray(np.load(path, mmap_mode="r"))       # the plain class: indexing a memmap is slow
+    except (ValueError, EOFError, OSError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if array.size == 0:
+        return None
+    good = array.ndim == 3 and array.shape[2] in (2, 4) if modality == "motion" else \
+        array.ndim == 2 or array.ndim == 3 and array.shape[2] == 1
+    if not good or array.dtype not in (np.float16, np.float32, np.float64):
+        needs = "(H, W, 2 or 4)" if modality == "motion" else "(H, W)"
+        raise UserError(f"{path} is {array.dtype} {array.shape}: floats of shape {needs} are needed")
+    return array[..., :2] if modality == "motion" else array.reshape(array.shape[:2])
+
+
+def open_rgb(scene, step):
+    """-> PIL image in RGB."""
+    path = scene.paths["rgb"][step]
+    try:
+        return scene.once(("rgb", step), lambda: Image.open(path).convert("RGB"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+
+
+def crop_box(size, height, width):
+    """(W, H) of a picture -> left, top, width, height of its centred part with the target's aspect."""
+    W, H = size
+    w, h = min(W, max(1, round(H * width / height))), min(H, max(1, round(W * height / width)))
+    return (W - w) // 2, (H - h) // 2, w, h
+
+
+def clean_depth(depth, far):
+    """Metres with sky (Inf, <= 0, >= far) set to far; NaN, not known, stays and agrees with nothing."""
+    depth = np.asarray(depth, np.float32)
+    return np.where((depth <= 0) | (depth >= far), np.float32(far), depth)
+
+
+def interpolate(point, distance, motion, depth, far):
+    """motion at points N 2 (x, y) whose distance was N metres one step later -> motion, distance, valid N.
+
+    Bilinear among those of the four neighbours that lie on the same surface: where an object borders on
+    another, the ordinary bilinear mixture of both motions belongs to neither. Same surface means a distance
+    within 5 % + 2 cm of the point's (a point's own distance changes as it moves; at 60 frames/s and 4 m that
+    allows for 13 m/s). No such neighbour, or less than a tenth of the weight: the point is occluded.
+    """
+    H, W = depth.shape
+    corner = np.floor(point).astype(np.int64)
+    part = (point - corner)[:, None]
+    shift = np.array([[0, 0], [1, 0], [0, 1], [1, 1]])
+    weight = np.where(shift, part, 1 - part).prod(-1)
+    x, y = np.clip(corner[:, None] + shift, 0, [W - 1, H - 1]).transpose(2, 0, 1)
+    near = clean_depth(depth[y, x], far)
+    weight = weight * (np.abs(near - distance[:, None]) < DEPTH_SHARE * distance[:, None] + DEPTH_METRES)
+    vector = np.zeros((*near.shape, 2))
+    if motion is not None:
+        vector = np.asarray(motion[y, x], np.float64)
+        weight = weight * np.isfinite(vector).all(-1)
+    total = weight.sum(-1)
+    weight = weight / np.maximum(total, 1e-9)[:, None]
+    mean = (weight[..., None] * np.where(np.isfinite(vector), vector, 0)).sum(1)
+    return mean, (weight * np.where(weight > 0, near, 0)).sum(-1), total > .1
+
+
+def compose(motions, depths, far=FAR):
+    """Chains single-step vectors over a stride: k motions (frames t, t-1, .. t-k+1) and k + 1 depths (frames
+    t .. t-k), each H W .. -> motion H W 2 in native pixels, valid H W.
+
+    Starting at pixel p, p moves by motion[t](p), then by motion[t-1] at its new place, and so on. A point is
+    valid while it stays inside the image and every step finds its surface (see interpolate), so points that
+    were hidden k frames ago are dropped.
+    """
+    H, W = depths[0].shape
+    start = np.stack(np.meshgrid(np.arange(W), np.arange(H)), -1).astype(np.float32).reshape(-1, 2)
+    point, distance = start.copy(), clean_depth(depths[0], far).reshape(-1)
+    valid, still = np.isfinite(distance), np.ones(len(start), bool)
+    for motion, depth in zip([*motions, None], depths):
+        # most pixels never move: those need no interpolation
+        near = clean_depth(depth, far).reshape(-1)
+        valid &= ~still | (np.abs(near - distance) < DEPTH_SHARE * distance + DEPTH_METRES)
+        distance = np.where(still, near, distance)
+        vector = np.zeros_like(point) if motion is None else motion.astype(np.float32).reshape(-1, 2)
+        moved = np.flatnonzero(~still & valid)
+        vector[moved], distance[moved], valid[moved] = interpolate(
+            point[moved], distance[moved], motion, depth, far)
+        dx, dy = vector.T                  # a reduction over an axis of two is slow
+        valid &= np.isfinite(dx) & np.isfinite(dy)
+        step = np.flatnonzero(valid & ((dx != 0) | (dy != 0)))
+        point[step] += vector[step]
+        still[step] = False
+        inside = (point[step] >= 0) & (point[step] <= np.float32([W - 1, H - 1]))
+        valid[step] = inside.all(-1)       # absurd vectors end here too
+    motion = np.where(valid[:, None], point - start, 0)
+    return motion.reshape(H, W, 2), valid.reshape(H, W)
+
+
+def read_clip(scene, start, stride, frames, height, width, flip=False, zoom=(1., 0., 0.), far=FAR):
+    """Frames start, start + stride, ... of scene.steps, all modalities cropped and resized alike -> dict of
+    video T 3 H W uint8, motion T 2 H W float32 (previous chosen frame minus this one, in pixels at H x W; 0
+    where not valid), motion_valid T H W bool (never in frame 0), depth T H W float32 metres (far where not
+    valid), depth_valid T H W bool. flip mirrors left and right. zoom (z, x, y) takes a part z times
+    smaller, at the share x of what is left over to its sides and y above and below. UserError names the file.
+
+    RGB is averaged, motion and depth are picked from the nearest pixel: their mean over a border is no
+    surface. Vectors are chained at native resolution and then scaled.
+    """
+    last = start + stride * (frames - 1)
+    if start < 0 or stride < 1 or frames < 1 or last >= len(scene.steps):
+        raise UserError(f"scene {scene.name}: {frames} frames from {start} by {stride} do not fit into its "
+                        f"{len(scene.steps)} steps")
+    size = open_rgb(scene, scene.steps[start]).size
+    left, top, w, h = crop_box(size, height, width)
+    part = max(1, round(w / zoom[0])), max(1, round(h / zoom[0]))
+    left, top = left + round(zoom[1] * (w - part[0])), top + round(zoom[2] * (h - part[1]))
+    w, h = part
+    rows = top + ((np.arange(height) + .5) * h / height).astype(int)
+    columns = left + ((np.arange(width) + .5) * w / width).astype(int)
+    video = np.zeros((frames, height, width, 3), np.uint8)
+    motion = np.zeros((frames, height, width, 2), np.float32)
+    motion_valid = np.zeros((frames, height, width), bool)
+    depth = np.full((frames, height, width), np.nan, np.float32)
+
+    def load(modality, index):
+        array = load_array(scene, modality, scene.steps[index])
+        if array is not None and array.shape[1::-1] != size:
+            raise UserError(f"{scene.paths[modality][scene.steps[index]]} is {array.shape[1]} x "
+                            f"{array.shape[0]}, the frames of scene {scene.name} are {size[0]} x {size[1]}")
+        return array
+
+    for i, index in enumerate(range(start, last + 1, stride)):
+        picture = open_rgb(scene, scene.steps[index])
+        if picture.size != size:
+            raise UserError(f"{scene.paths['rgb'][scene.steps[index]]} is {picture.size[0]} x "
+                            f"{picture.size[1]}, the frames of scene {scene.name} are {size[0]} x {size[1]}")
+        video[i] = picture.resize((width, height), Image.BICUBIC, (left, top, left + w, top + h))
+        array = load("depth", index)
+        if array is not None:
+            depth[i] = array[np.ix_(rows, columns)]
+        chain = range(index, index - stride, -1)
+        # a vector leads to the step before it: where that one is missing, the chain is broken
+        if i and all(scene.steps[j] - scene.steps[j - 1] == scene.spacing for j in chain):
+            motions = [load("motion", j) for j in chain]
+            depths = [load("depth", j) for j in (*chain, index - stride)]
+            if all(array is not None for array in (*motions, *depths)):
+                vectors, valid = scene.once(("composed", index, stride, far),
+                                            lambda: compose(motions, depths, far))
+                motion[i], motion_valid[i] = vectors[np.ix_(rows, columns)], valid[np.ix_(rows, columns)]
+    depth_valid = np.isfinite(depth) & (depth > 0) & (depth < far)
+    depth = np.where(depth_valid, depth, np.float32(far))
+    motion *= np.float32([width / w, height / h])
+    clip = {"video": video.transpose(0, 3, 1, 2), "motion": motion.transpose(0, 3, 1, 2),
+            "motion_valid": motion_valid, "depth": depth, "depth_valid": depth_valid}
+    if flip:
+        clip = {name: value[..., ::-1] for name, value in clip.items()}
+        clip["motion"] = clip["motion"] * np.float32([-1, 1])[:, None, None]
+    return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in clip.items()}
+
+
+# ---- checking -------------------------------------------------------------------------------------------
+
+def sampled(items, count):
+    """At most count of a list's items, evenly spread."""
+    return [items[i] for i in sorted(set(np.linspace(0, len(items) - 1, min(count, len(items))).astype(int)))]
+
+
+def bilinear(picture, x, y):
+    """Picture H W 3 at N points; outside, the border is repeated."""
+    H, W = picture.shape[:2]
+    x, y = np.clip(x, 0, W - 1), np.clip(y, 0, H - 1)
+    left, top = np.minimum(x.astype(int), W - 2), np.minimum(y.astype(int), H - 2)
+    a, b = (x - left)[:, None], (y - top)[:, None]
+    return (1 - b) * ((1 - a) * picture[top, left] + a * picture[top, left + 1]) + \
+        b * ((1 - a) * picture[top + 1, left] + a * picture[top + 1, left + 1])
+
+
+def busiest_pairs(scenes, pairs):
+    """-> [(scene, step)] with the largest mean vectors, spread over the scenes; each with its neighbours in
+    reach of OFFSETS. Looks at every 8th pixel of at most 24 files per scene."""
+    ranked = []
+    for scene in scenes:
+        rgb, motion, gap = scene.paths["rgb"], scene.paths["motion"], scene.spacing
+        usable = [t for t in scene.steps if t - gap in rgb and all(t + o * gap in motion for o in OFFSETS)]
+        scores = []
+        for t in sampled(usable, 24):
+            array = load_array(scene, "motion", t)
+            if array is not None:
+                scores.append((float(np.nan_to_num(np.abs(array[::8, ::8]), posinf=0).mean()), t))
+        # a scene's second-best pair competes at half its score, and so on: not all come from one scene
+        ranked += [(score / (rank + 1), scene, t) for rank, (score, t) in enumerate(sorted(scores)[::-1])]
+    ranked.sort(key=lambda entry: -entry[0])
+    return [(scene, t) for _, scene, t in ranked[:pairs]]
+
+
+def convention_test(scenes, pairs=20):
+    """Which reading of the vectors explains the pictures? Warps rgb[t - 1] to t by sign x unit x vectors of
+    file t + offset, at native resolution -> dict of table {(sign, unit, offset): mean |difference|, 0..255},
+    unwarped (the same without warp), best (a key of table or None), moving (pixels compared), changed (those
+    of them where the picture changes at all).
+
+    All readings are compared at the same pixels: those that move by any of the five files (by more than a
+    tenth of that pair's longest vector, whatever its unit) and differ from the scene's median picture, which
+    are the moving objects in frame t. The rim that an object has just left must not count: no vector explains
+    what was hidden, and on a plain background the file before seems to.
+    """
+    plates = {}
+    keys = [(sign, unit, offset) for offset in OFFSETS for unit in UNITS for sign in (1, -1)]
+    total, unwarped, moving, changed = dict.fromkeys(keys, 0.), 0., 0, 0
+    for scene, t in busiest_pairs(scenes, pairs):
+        if scene.folder not in plates:
+            some = [np.asarray(open_rgb(scene, step)) for step in sampled(scene.steps, 9)]
+            plates[scene.folder] = np.median(some, 0).astype(np.float32)
+        vectors = [load_array(scene, "motion", t + offset * scene.spacing) for offset in OFFSETS]
+        now, before = (np.asarray(open_rgb(scene, step), np.float32)
+                       for step in (t, t - scene.spacing))
+        if any(array is None or array.shape[:2] != now.shape[:2] for array in vectors):
+            continue
+        vectors = [np.where(np.isfinite(array), array, 0).astype(np.float32) for array in vectors]
+        length = np.max([np.hypot(array[..., 0], array[..., 1]) for array in vectors], 0)
+        seen = np.abs(now - plates[scene.folder]).mean(-1) > 8
+        y, x = np.nonzero((length > .1 * length.max()) & seen)
+        target = now[y, x]
+        still = np.abs(before[y, x] - target).mean(1)
+        unwarped, moving, changed = unwarped + still.sum(), moving + len(x), changed + (still > 8).sum()
+        H, W = now.shape[:2]
+        for sign, unit, offset in keys:
+            dx, dy = (sign * vectors[OFFSETS.index(offset)][y, x] * UNITS[unit](W, H)).T
+            warped = bilinear(before, x + dx, y + dy)
+            total[sign, unit, offset] += float(np.abs(warped - target).mean(1).sum())
+    table = {key: value / max(moving, 1) for key, value in total.items()}
+    best = min(table, key=table.get) if changed >= LEAST_MOVING else None
+    if best and .97 * table[best[0], best[1], 0] <= table[best]:
+        best = (best[0], best[1], 0)       # a plain, slow object looks alike at all offsets
+    return {"table": table, "unwarped": float(unwarped / max(moving, 1)), "best": best, "moving": moving,
+            "changed": int(changed)}
+
+
+def verdict(result):
+    """What convention_test found -> None if the vectors are as read_clip takes them, else one line that names
+    the fault."""
+    if result["best"] is None:
+        return (f"too few moving pixels ({result['changed']}, {LEAST_MOVING} are needed) to test the sign, "
+                "unit and offset of motion_vectors")
+    (sign, unit, offset), error = result["best"], result["table"][result["best"]]
+    if error > .8 * result["unwarped"]:
+        return (f"motion_vectors do not explain the pictures: the best reading leaves an error of "
+                f"{error:.1f}, no motion at all {result['unwarped']:.1f}")
+    faults = []
+    if sign < 0:
+        faults.append("motion_vectors point the other way: multiply by -1")
+    if unit != "px":
+        factors = {"NDC": "x by W/2 and y by H/2", "UV": "x by W and y by H"}[unit]
+        faults.append(f"the unit of motion_vectors is {unit}, not pixels: multiply {factors}")
+    if offset:
+        faults.append(f"motion files are shifted by {offset:+d} frame{'s' * (abs(offset) > 1)} against rgb: "
+                      f"the file of step t{offset:+d} belongs to frame t")
+    return "; ".join(faults) or None
+
+
+def check(data_dir, far=FAR):
+    """Prints what the scenes hold and what their vectors mean. UserError with the verdict if they mean
+    something else than read_clip assumes; a data set that hardly moves cannot fail."""
+    scenes = find_scenes(data_dir)
+    for scene in scenes:
+        motion, moving, depth, bad, picture = [], [], [], [], open_rgb(scene, scene.steps[0]).size
+        for step in sampled(scene.steps, 8):
+            array = load_array(scene, "motion", step)
+            if array is not None:
+                array = np.asarray(array, np.float32)
+                bad.append(~np.isfinite(array).all(-1).ravel())
+                array = array[np.isfinite(array).all(-1)]
+                motion.append((array.min(initial=0), array.max(initial=0)))
+                moving.append((np.hypot(array[:, 0], array[:, 1]) > .5).mean() if len(array) else 0)
+            array = load_array(scene, "depth", step)
+            if array is not None:
+                array = np.asarray(array, np.float32).ravel()
+                depth.append(array)
+        depth = np.concatenate(depth) if depth else np.full(1, np.nan, np.float32)
+        seen = depth[np.isfinite(depth) & (depth > 0) & (depth < far)]
+        low, high = (min(a for a, _ in motion), max(b for _, b in motion)) if motion else (0, 0)
+        counts = ", ".join(f"{len(files)} {modality}" for modality, files in scene.paths.items())
+        dropped = ", ".join(f"{n} {modality}" for modality, n in scene.dropped.items() if n) or "none"
+        gaps = int((np.diff(scene.steps) != scene.spacing).sum())
+        print(f"{scene.name}: {counts}; {len(scene.steps)} paired, {gaps} gaps, unpaired: {dropped}; "
+              f"{picture[0]} x {picture[1]}\n"
+              f"  motion {low:.1f} to {high:.1f} px, {np.mean(moving or 0):.1%} of pixels move, "
+              f"{np.mean(np.concatenate(bad)) if bad else 1:.1%} NaN or Inf; depth "
+              + (f"{seen.min():.2f} to {seen.max():.2f} m" if len(seen) else "never valid")
+              + f", {np.isnan(depth).mean():.1%} NaN, {np.isinf(depth).mean():.1%} Inf, "
+              f"{1 - len(seen) / len(depth):.1%} not valid")
+        own = verdict(convention_test([scene], 6)) if len(scenes) > 1 else None
+        if own and not own.startswith("too few"):
+            print(f"  suspicious: {own}")
+    result = convention_test(scenes)
+    print(f"error of warping frame t-1 to t on {result['moving']} moving pixels (0..255), without warp "
+          f"{result['unwarped']:.2f}:")
+    rows = sorted(result["table"], key=result["table"].get)[:5]
+    for sign, unit, offset in rows if result["moving"] else []:
+        print(f"  {'+-'[sign < 0]}mv, {unit}, offset {offset:+d}: {result['table'][sign, unit, offset]:.2f}")
+    fault = verdict(result)
+    print(f"verdict: {fault or 'motion vectors are previous minus current, in pixels, in step with rgb'}")
+    if fault and result["best"] is not None:
+        raise UserError(f"{data_dir}: {fault}")
 
 
 # ---- data: simulated scenes -----------------------------------------------------------------------------
@@ -985,424 +1425,6 @@ def simulate_scenes(root, side, seed=0, most=0, recordings=3, scenes=SCENES):
     work.rename(root)
 
 
-# ---- data: files -----------------------------------------------------------------------------------------
-
-FOLDERS = {"rgb": ("rgb", "rgb_capture"), "motion": ("motion_vectors",), "depth": ("distance_to_camera",)}
-ENDINGS = {"rgb": (".png", ".jpg", ".jpeg"), "motion": (".npy",), "depth": (".npy",)}
-DEPTH_SHARE, DEPTH_METRES = .05, .02       # how much a tracked point's distance may change in one step
-UNITS = {"px": lambda W, H: (1, 1), "NDC": lambda W, H: (W / 2, H / 2), "UV": lambda W, H: (W, H)}
-OFFSETS = (-2, -1, 0, 1, 2)
-LEAST_MOVING = 200                         # pixels that the convention test needs
-
-
-@dataclass
-class Scene:
-    """name: the scene folder's, shared by its recordings; steps: step numbers that all three folders have;
-    spacing: the usual distance between steps; paths: {modality: {step: Path}}, unpaired files too; dropped:
-    {modality: files without partners}."""
-    name: str
-    folder: Path
-    prompt: str
-    steps: list
-    spacing: int
-    paths: dict
-    dropped: dict
-    memo: dict = field(default_factory=dict)               # what was read: a scene's clips share its frames
-
-    def once(self, key, work):
-        if key not in self.memo:
-            self.memo[key] = work()
-        return self.memo[key]
-
-
-# ---- finding --------------------------------------------------------------------------------------------
-
-def find_scenes(data_dir):
-    """-> list of Scene, in metadata.csv's order. Without that file, all folders below data_dir that have the
-    three subfolders, and the file is written. UserError for rows, folders or steps that are missing."""
-    root = Path(data_dir)
-    table = root / "metadata.csv"
-    if table.is_file():
-        with open(table, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-        if rows and not rows[0].get("video"):
-            raise UserError(f"{table} has no column video: it takes the columns video,prompt")
-    else:
-        rows = []
-        for folder, below, _ in os.walk(root):
-            if set(below) & {alias for aliases in FOLDERS.values() for alias in aliases}:
-                rows.append({"video": Path(folder).relative_to(root).as_posix()})
-                below.clear()
-        rows.sort(key=lambda row: row["video"])
-    if not rows:
-        raise UserError(f"no scenes in {root}: folders such as test_ball_ramp/env_0/0/0 that hold rgb, "
-                        "motion_vectors and distance_to_camera are needed")
-    scenes = [open_scene(root, row) for row in rows]
-    if not table.is_file():
-        write_table(table, rows, scenes)
-    return scenes
-
-
-def write_table(table, rows, scenes):
-    """metadata.csv; a folder that cannot be written to stays without."""
-    part = table.with_name(f"metadata.{os.getpid()}.tmp")  # several processes may write it at once
-    try:
-        with open(part, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["video", "prompt"])
-            writer.writerows([row["video"], scene.prompt] for row, scene in zip(rows, scenes))
-        os.replace(part, table)
-    except OSError as error:
-        print(f"{table} is not written: {error}")
-
-
-def open_scene(root, row):
-    """A row of metadata.csv -> Scene: files paired by step number, never by their place in a sorted list."""
-    folder = root / row["video"]           # an absolute path replaces root
-    if not folder.is_dir():
-        raise UserError(f"scene {scene_name(folder)}: metadata.csv names {folder}, which is no folder")
-    if (folder / "env_0/0/0").is_dir():
-        folder = folder / "env_0/0/0"
-    name, paths = scene_name(folder), {}
-    for modality, aliases in FOLDERS.items():
-        found = [folder / alias for alias in aliases if (folder / alias).is_dir()]
-        if not found:
-            raise UserError(f"scene {name}: {folder} lacks the folder {aliases[0]}")
-        paths[modality] = {}
-        for path in sorted(found[0].iterdir()):
-            numbers = re.findall(r"\d+", path.stem)
-            if path.suffix.lower() in ENDINGS[modality] and numbers:
-                other = paths[modality].setdefault(int(numbers[-1]), path)
-                if other != path:
-                    raise UserError(f"scene {name}: {other} and {path.name} are of the same step")
-    steps = sorted(set.intersection(*map(set, paths.values())))
-    if not steps:
-        counts = ", ".join(f"{len(files)} {modality}" for modality, files in paths.items())
-        raise UserError(f"scene {name}: the folders in {folder} share no step ({counts} files)")
-    spacing = Counter(np.diff(steps).tolist()).most_common(1)[0][0] if len(steps) > 1 else 1
-    prompt = row.get("prompt") or "A physics simulation of " + name.removeprefix("test_").replace("_", " ")
-    return Scene(name, folder, prompt, steps, spacing, paths,
-                 {modality: len(files) - len(steps) for modality, files in paths.items()})
-
-
-def scene_name(folder):
-    """.../test_ball_ramp/env_0/0/0 -> test_ball_ramp."""
-    parts = [part for part in Path(os.path.abspath(folder)).parts
-             if not re.fullmatch(r"\d+|env(_\d+)?|camera|cam_\d+", part)]
-    return parts[-1]
-
-
-# ---- reading --------------------------------------------------------------------------------------------
-
-def load_array(scene, modality, step):
-    """-> H W 2 (motion) or H W (depth) floats of any precision, mapped: pages are read when used. None for an
-    empty file, which a renderer writes as long as there is no frame before. UserError names the file."""
-    return scene.once((modality, step), lambda: map_array(scene.paths[modality][step], modality))
-
-
-def map_array(path, modality):
-    try:
-        array = np.asarray(np.load(path, mmap_mode="r"))       # the plain class: indexing a memmap is slow
-    except (ValueError, EOFError, OSError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    if array.size == 0:
-        return None
-    good = array.ndim == 3 and array.shape[2] in (2, 4) if modality == "motion" else \
-        array.ndim == 2 or array.ndim == 3 and array.shape[2] == 1
-    if not good or array.dtype not in (np.float16, np.float32, np.float64):
-        needs = "(H, W, 2 or 4)" if modality == "motion" else "(H, W)"
-        raise UserError(f"{path} is {array.dtype} {array.shape}: floats of shape {needs} are needed")
-    return array[..., :2] if modality == "motion" else array.reshape(array.shape[:2])
-
-
-def open_rgb(scene, step):
-    """-> PIL image in RGB."""
-    path = scene.paths["rgb"][step]
-    try:
-        return scene.once(("rgb", step), lambda: Image.open(path).convert("RGB"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-
-
-def crop_box(size, height, width):
-    """(W, H) of a picture -> left, top, width, height of its centred part with the target's aspect."""
-    W, H = size
-    w, h = min(W, max(1, round(H * width / height))), min(H, max(1, round(W * height / width)))
-    return (W - w) // 2, (H - h) // 2, w, h
-
-
-def clean_depth(depth, far):
-    """Metres with sky (Inf, <= 0, >= far) set to far; NaN, not known, stays and agrees with nothing."""
-    depth = np.asarray(depth, np.float32)
-    return np.where((depth <= 0) | (depth >= far), np.float32(far), depth)
-
-
-def interpolate(point, distance, motion, depth, far):
-    """motion at points N 2 (x, y) whose distance was N metres one step later -> motion, distance, valid N.
-
-    Bilinear among those of the four neighbours that lie on the same surface: where an object borders on
-    another, the ordinary bilinear mixture of both motions belongs to neither. Same surface means a distance
-    within 5 % + 2 cm of the point's (a point's own distance changes as it moves; at 60 frames/s and 4 m that
-    allows for 13 m/s). No such neighbour, or less than a tenth of the weight: the point is occluded.
-    """
-    H, W = depth.shape
-    corner = np.floor(point).astype(np.int64)
-    part = (point - corner)[:, None]
-    shift = np.array([[0, 0], [1, 0], [0, 1], [1, 1]])
-    weight = np.where(shift, part, 1 - part).prod(-1)
-    x, y = np.clip(corner[:, None] + shift, 0, [W - 1, H - 1]).transpose(2, 0, 1)
-    near = clean_depth(depth[y, x], far)
-    weight = weight * (np.abs(near - distance[:, None]) < DEPTH_SHARE * distance[:, None] + DEPTH_METRES)
-    vector = np.zeros((*near.shape, 2))
-    if motion is not None:
-        vector = np.asarray(motion[y, x], np.float64)
-        weight = weight * np.isfinite(vector).all(-1)
-    total = weight.sum(-1)
-    weight = weight / np.maximum(total, 1e-9)[:, None]
-    mean = (weight[..., None] * np.where(np.isfinite(vector), vector, 0)).sum(1)
-    return mean, (weight * np.where(weight > 0, near, 0)).sum(-1), total > .1
-
-
-def compose(motions, depths, far=FAR):
-    """Chains single-step vectors over a stride: k motions (frames t, t-1, .. t-k+1) and k + 1 depths (frames
-    t .. t-k), each H W .. -> motion H W 2 in native pixels, valid H W.
-
-    Starting at pixel p, p moves by motion[t](p), then by motion[t-1] at its new place, and so on. A point is
-    valid while it stays inside the image and every step finds its surface (see interpolate), so points that
-    were hidden k frames ago are dropped.
-    """
-    H, W = depths[0].shape
-    start = np.stack(np.meshgrid(np.arange(W), np.arange(H)), -1).astype(np.float32).reshape(-1, 2)
-    point, distance = start.copy(), clean_depth(depths[0], far).reshape(-1)
-    valid, still = np.isfinite(distance), np.ones(len(start), bool)
-    for motion, depth in zip([*motions, None], depths):
-        # most pixels never move: those need no interpolation
-        near = clean_depth(depth, far).reshape(-1)
-        valid &= ~still | (np.abs(near - distance) < DEPTH_SHARE * distance + DEPTH_METRES)
-        distance = np.where(still, near, distance)
-        vector = np.zeros_like(point) if motion is None else motion.astype(np.float32).reshape(-1, 2)
-        moved = np.flatnonzero(~still & valid)
-        vector[moved], distance[moved], valid[moved] = interpolate(
-            point[moved], distance[moved], motion, depth, far)
-        dx, dy = vector.T                  # a reduction over an axis of two is slow
-        valid &= np.isfinite(dx) & np.isfinite(dy)
-        step = np.flatnonzero(valid & ((dx != 0) | (dy != 0)))
-        point[step] += vector[step]
-        still[step] = False
-        inside = (point[step] >= 0) & (point[step] <= np.float32([W - 1, H - 1]))
-        valid[step] = inside.all(-1)       # absurd vectors end here too
-    motion = np.where(valid[:, None], point - start, 0)
-    return motion.reshape(H, W, 2), valid.reshape(H, W)
-
-
-def read_clip(scene, start, stride, frames, height, width, flip=False, zoom=(1., 0., 0.), far=FAR):
-    """Frames start, start + stride, ... of scene.steps, all modalities cropped and resized alike -> dict of
-    video T 3 H W uint8, motion T 2 H W float32 (previous chosen frame minus this one, in pixels at H x W; 0
-    where not valid), motion_valid T H W bool (never in frame 0), depth T H W float32 metres (far where not
-    valid), depth_valid T H W bool. flip mirrors left and right. zoom (z, x, y) takes a part z times
-    smaller, at the share x of what is left over to its sides and y above and below. UserError names the file.
-
-    RGB is averaged, motion and depth are picked from the nearest pixel: their mean over a border is no
-    surface. Vectors are chained at native resolution and then scaled.
-    """
-    last = start + stride * (frames - 1)
-    if start < 0 or stride < 1 or frames < 1 or last >= len(scene.steps):
-        raise UserError(f"scene {scene.name}: {frames} frames from {start} by {stride} do not fit into its "
-                        f"{len(scene.steps)} steps")
-    size = open_rgb(scene, scene.steps[start]).size
-    left, top, w, h = crop_box(size, height, width)
-    part = max(1, round(w / zoom[0])), max(1, round(h / zoom[0]))
-    left, top = left + round(zoom[1] * (w - part[0])), top + round(zoom[2] * (h - part[1]))
-    w, h = part
-    rows = top + ((np.arange(height) + .5) * h / height).astype(int)
-    columns = left + ((np.arange(width) + .5) * w / width).astype(int)
-    video = np.zeros((frames, height, width, 3), np.uint8)
-    motion = np.zeros((frames, height, width, 2), np.float32)
-    motion_valid = np.zeros((frames, height, width), bool)
-    depth = np.full((frames, height, width), np.nan, np.float32)
-
-    def load(modality, index):
-        array = load_array(scene, modality, scene.steps[index])
-        if array is not None and array.shape[1::-1] != size:
-            raise UserError(f"{scene.paths[modality][scene.steps[index]]} is {array.shape[1]} x "
-                            f"{array.shape[0]}, the frames of scene {scene.name} are {size[0]} x {size[1]}")
-        return array
-
-    for i, index in enumerate(range(start, last + 1, stride)):
-        picture = open_rgb(scene, scene.steps[index])
-        if picture.size != size:
-            raise UserError(f"{scene.paths['rgb'][scene.steps[index]]} is {picture.size[0]} x "
-                            f"{picture.size[1]}, the frames of scene {scene.name} are {size[0]} x {size[1]}")
-        video[i] = picture.resize((width, height), Image.BICUBIC, (left, top, left + w, top + h))
-        array = load("depth", index)
-        if array is not None:
-            depth[i] = array[np.ix_(rows, columns)]
-        chain = range(index, index - stride, -1)
-        # a vector leads to the step before it: where that one is missing, the chain is broken
-        if i and all(scene.steps[j] - scene.steps[j - 1] == scene.spacing for j in chain):
-            motions = [load("motion", j) for j in chain]
-            depths = [load("depth", j) for j in (*chain, index - stride)]
-            if all(array is not None for array in (*motions, *depths)):
-                vectors, valid = scene.once(("composed", index, stride, far),
-                                            lambda: compose(motions, depths, far))
-                motion[i], motion_valid[i] = vectors[np.ix_(rows, columns)], valid[np.ix_(rows, columns)]
-    depth_valid = np.isfinite(depth) & (depth > 0) & (depth < far)
-    depth = np.where(depth_valid, depth, np.float32(far))
-    motion *= np.float32([width / w, height / h])
-    clip = {"video": video.transpose(0, 3, 1, 2), "motion": motion.transpose(0, 3, 1, 2),
-            "motion_valid": motion_valid, "depth": depth, "depth_valid": depth_valid}
-    if flip:
-        clip = {name: value[..., ::-1] for name, value in clip.items()}
-        clip["motion"] = clip["motion"] * np.float32([-1, 1])[:, None, None]
-    return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in clip.items()}
-
-
-# ---- checking -------------------------------------------------------------------------------------------
-
-def sampled(items, count):
-    """At most count of a list's items, evenly spread."""
-    return [items[i] for i in sorted(set(np.linspace(0, len(items) - 1, min(count, len(items))).astype(int)))]
-
-
-def bilinear(picture, x, y):
-    """Picture H W 3 at N points; outside, the border is repeated."""
-    H, W = picture.shape[:2]
-    x, y = np.clip(x, 0, W - 1), np.clip(y, 0, H - 1)
-    left, top = np.minimum(x.astype(int), W - 2), np.minimum(y.astype(int), H - 2)
-    a, b = (x - left)[:, None], (y - top)[:, None]
-    return (1 - b) * ((1 - a) * picture[top, left] + a * picture[top, left + 1]) + \
-        b * ((1 - a) * picture[top + 1, left] + a * picture[top + 1, left + 1])
-
-
-def busiest_pairs(scenes, pairs):
-    """-> [(scene, step)] with the largest mean vectors, spread over the scenes; each with its neighbours in
-    reach of OFFSETS. Looks at every 8th pixel of at most 24 files per scene."""
-    ranked = []
-    for scene in scenes:
-        rgb, motion, gap = scene.paths["rgb"], scene.paths["motion"], scene.spacing
-        usable = [t for t in scene.steps if t - gap in rgb and all(t + o * gap in motion for o in OFFSETS)]
-        scores = []
-        for t in sampled(usable, 24):
-            array = load_array(scene, "motion", t)
-            if array is not None:
-                scores.append((float(np.nan_to_num(np.abs(array[::8, ::8]), posinf=0).mean()), t))
-        # a scene's second-best pair competes at half its score, and so on: not all come from one scene
-        ranked += [(score / (rank + 1), scene, t) for rank, (score, t) in enumerate(sorted(scores)[::-1])]
-    ranked.sort(key=lambda entry: -entry[0])
-    return [(scene, t) for _, scene, t in ranked[:pairs]]
-
-
-def convention_test(scenes, pairs=20):
-    """Which reading of the vectors explains the pictures? Warps rgb[t - 1] to t by sign x unit x vectors of
-    file t + offset, at native resolution -> dict of table {(sign, unit, offset): mean |difference|, 0..255},
-    unwarped (the same without warp), best (a key of table or None), moving (pixels compared), changed (those
-    of them where the picture changes at all).
-
-    All readings are compared at the same pixels: those that move by any of the five files (by more than a
-    tenth of that pair's longest vector, whatever its unit) and differ from the scene's median picture, which
-    are the moving objects in frame t. The rim that an object has just left must not count: no vector explains
-    what was hidden, and on a plain background the file before seems to.
-    """
-    plates = {}
-    keys = [(sign, unit, offset) for offset in OFFSETS for unit in UNITS for sign in (1, -1)]
-    total, unwarped, moving, changed = dict.fromkeys(keys, 0.), 0., 0, 0
-    for scene, t in busiest_pairs(scenes, pairs):
-        if scene.folder not in plates:
-            some = [np.asarray(open_rgb(scene, step)) for step in sampled(scene.steps, 9)]
-            plates[scene.folder] = np.median(some, 0).astype(np.float32)
-        vectors = [load_array(scene, "motion", t + offset * scene.spacing) for offset in OFFSETS]
-        now, before = (np.asarray(open_rgb(scene, step), np.float32)
-                       for step in (t, t - scene.spacing))
-        if any(array is None or array.shape[:2] != now.shape[:2] for array in vectors):
-            continue
-        vectors = [np.where(np.isfinite(array), array, 0).astype(np.float32) for array in vectors]
-        length = np.max([np.hypot(array[..., 0], array[..., 1]) for array in vectors], 0)
-        seen = np.abs(now - plates[scene.folder]).mean(-1) > 8
-        y, x = np.nonzero((length > .1 * length.max()) & seen)
-        target = now[y, x]
-        still = np.abs(before[y, x] - target).mean(1)
-        unwarped, moving, changed = unwarped + still.sum(), moving + len(x), changed + (still > 8).sum()
-        H, W = now.shape[:2]
-        for sign, unit, offset in keys:
-            dx, dy = (sign * vectors[OFFSETS.index(offset)][y, x] * UNITS[unit](W, H)).T
-            warped = bilinear(before, x + dx, y + dy)
-            total[sign, unit, offset] += float(np.abs(warped - target).mean(1).sum())
-    table = {key: value / max(moving, 1) for key, value in total.items()}
-    best = min(table, key=table.get) if changed >= LEAST_MOVING else None
-    if best and .97 * table[best[0], best[1], 0] <= table[best]:
-        best = (best[0], best[1], 0)       # a plain, slow object looks alike at all offsets
-    return {"table": table, "unwarped": float(unwarped / max(moving, 1)), "best": best, "moving": moving,
-            "changed": int(changed)}
-
-
-def verdict(result):
-    """What convention_test found -> None if the vectors are as read_clip takes them, else one line that names
-    the fault."""
-    if result["best"] is None:
-        return (f"too few moving pixels ({result['changed']}, {LEAST_MOVING} are needed) to test the sign, "
-                "unit and offset of motion_vectors")
-    (sign, unit, offset), error = result["best"], result["table"][result["best"]]
-    if error > .8 * result["unwarped"]:
-        return (f"motion_vectors do not explain the pictures: the best reading leaves an error of "
-                f"{error:.1f}, no motion at all {result['unwarped']:.1f}")
-    faults = []
-    if sign < 0:
-        faults.append("motion_vectors point the other way: multiply by -1")
-    if unit != "px":
-        factors = {"NDC": "x by W/2 and y by H/2", "UV": "x by W and y by H"}[unit]
-        faults.append(f"the unit of motion_vectors is {unit}, not pixels: multiply {factors}")
-    if offset:
-        faults.append(f"motion files are shifted by {offset:+d} frame{'s' * (abs(offset) > 1)} against rgb: "
-                      f"the file of step t{offset:+d} belongs to frame t")
-    return "; ".join(faults) or None
-
-
-def check(data_dir, far=FAR):
-    """Prints what the scenes hold and what their vectors mean. UserError with the verdict if they mean
-    something else than read_clip assumes; a data set that hardly moves cannot fail."""
-    scenes = find_scenes(data_dir)
-    for scene in scenes:
-        motion, moving, depth, bad, picture = [], [], [], [], open_rgb(scene, scene.steps[0]).size
-        for step in sampled(scene.steps, 8):
-            array = load_array(scene, "motion", step)
-            if array is not None:
-                array = np.asarray(array, np.float32)
-                bad.append(~np.isfinite(array).all(-1).ravel())
-                array = array[np.isfinite(array).all(-1)]
-                motion.append((array.min(initial=0), array.max(initial=0)))
-                moving.append((np.hypot(array[:, 0], array[:, 1]) > .5).mean() if len(array) else 0)
-            array = load_array(scene, "depth", step)
-            if array is not None:
-                array = np.asarray(array, np.float32).ravel()
-                depth.append(array)
-        depth = np.concatenate(depth) if depth else np.full(1, np.nan, np.float32)
-        seen = depth[np.isfinite(depth) & (depth > 0) & (depth < far)]
-        low, high = (min(a for a, _ in motion), max(b for _, b in motion)) if motion else (0, 0)
-        counts = ", ".join(f"{len(files)} {modality}" for modality, files in scene.paths.items())
-        dropped = ", ".join(f"{n} {modality}" for modality, n in scene.dropped.items() if n) or "none"
-        gaps = int((np.diff(scene.steps) != scene.spacing).sum())
-        print(f"{scene.name}: {counts}; {len(scene.steps)} paired, {gaps} gaps, unpaired: {dropped}; "
-              f"{picture[0]} x {picture[1]}\n"
-              f"  motion {low:.1f} to {high:.1f} px, {np.mean(moving or 0):.1%} of pixels move, "
-              f"{np.mean(np.concatenate(bad)) if bad else 1:.1%} NaN or Inf; depth "
-              + (f"{seen.min():.2f} to {seen.max():.2f} m" if len(seen) else "never valid")
-              + f", {np.isnan(depth).mean():.1%} NaN, {np.isinf(depth).mean():.1%} Inf, "
-              f"{1 - len(seen) / len(depth):.1%} not valid")
-        own = verdict(convention_test([scene], 6)) if len(scenes) > 1 else None
-        if own and not own.startswith("too few"):
-            print(f"  suspicious: {own}")
-    result = convention_test(scenes)
-    print(f"error of warping frame t-1 to t on {result['moving']} moving pixels (0..255), without warp "
-          f"{result['unwarped']:.2f}:")
-    rows = sorted(result["table"], key=result["table"].get)[:5]
-    for sign, unit, offset in rows if result["moving"] else []:
-        print(f"  {'+-'[sign < 0]}mv, {unit}, offset {offset:+d}: {result['table'][sign, unit, offset]:.2f}")
-    fault = verdict(result)
-    print(f"verdict: {fault or 'motion vectors are previous minus current, in pixels, in step with rgb'}")
-    if fault and result["best"] is not None:
-        raise UserError(f"{data_dir}: {fault}")
-
-
 # ---- cache ----------------------------------------------------------------------------------------------
 
 def split_scenes(scenes):
@@ -1779,26 +1801,6 @@ def depth_picture(depth, low, high):
     return rgb.movedim(-1, 1) * 2 - 1
 
 
-@torch.no_grad()
-def generate(model, z0, text, negative, args, seed):
-    """Euler's method from noise to the flow's end, frame 0 given. z0 B C 1 h w, text B L D -> B C F h w.
-    Guidance compares with the negative prompt; --cfg 1 leaves it out."""
-    F_ = (args.frames - 1) // 4 + 1
-    noise = fixed_noise(z0.expand(-1, -1, F_, -1, -1), seed)
-    x, levels = noise, shift_sigma(torch.linspace(1, 0, args.steps + 1), args.shift).tolist()
-    for sigma, following in zip(levels, levels[1:]):
-        x = torch.cat([z0, x[:, :, 1:]], dim=2)
-        tokens = torch.full((len(x), F_, x.shape[3] // 2, x.shape[4] // 2), 1000 * sigma, device=x.device)
-        tokens[:, 0] = 0
-        velocity = lambda prompt: run_backbone(model.dit, x, tokens.flatten(1), prompt,
-                                               ())[0].float()
-        v = velocity(text)
-        if args.cfg != 1:
-            v = (away := velocity(negative)) + args.cfg * (v - away)
-        x = x + (following - sigma) * v
-    return torch.cat([z0, x[:, :, 1:]], dim=2)
-
-
 def sample(args, models, data, run):
     """Generates a video per chosen held-out scene from its first frame, and lets the heads read it: one clean
     pass, the final latents at sigma 0.05 with the positive prompt. Also reads the real clip. -> files."""
@@ -2099,10 +2101,6 @@ def draw_batch(args, run, clips, step, micro, share):
     noise = torch.stack([torch.randn(batch["latents"].shape[1:], generator=torch.Generator().manual_seed(n))
                          for n in numbers["noise"].tolist()])
     return batch, noise.to(run.device), sigma.to(run.device)
-
-
-def fixed_noise(z, seed):
-    return torch.randn(z.shape, generator=torch.Generator().manual_seed(seed)).to(z.device)
 
 
 def run_stage(args, run, data, stage, folder, dit, found=None, only=False, heads_from=None):
