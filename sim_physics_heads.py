@@ -517,7 +517,7 @@ def generate(model, z0, text, negative, args, seed):
     return torch.cat([z0, x[:, :, 1:]], dim=2)
 
 
-# ---- data: files -----------------------------------------------------------------------------------------
+# ---- data: files ----------------------------------------------------------------------------------------
 
 FOLDERS = {"rgb": ("rgb", "rgb_capture"), "motion": ("motion_vectors",), "depth": ("distance_to_camera",)}
 ENDINGS = {"rgb": (".png", ".jpg", ".jpeg"), "motion": (".npy",), "depth": (".npy",)}
@@ -547,7 +547,7 @@ class Scene:
         return self.memo[key]
 
 
-# ---- finding --------------------------------------------------------------------------------------------
+# ---- data: finding scenes -------------------------------------------------------------------------------
 
 def find_scenes(data_dir):
     """-> list of Scene, in metadata.csv's order. Without that file, all folders below data_dir that have the
@@ -624,7 +624,7 @@ def scene_name(folder):
     return parts[-1]
 
 
-# ---- reading --------------------------------------------------------------------------------------------
+# ---- data: reading clips --------------------------------------------------------------------------------
 
 def load_array(scene, modality, step):
     """-> H W 2 (motion) or H W (depth) floats of any precision, mapped: pages are read when used. None for an
@@ -789,7 +789,7 @@ def read_clip(scene, start, stride, frames, height, width, flip=False, zoom=(1.,
     return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in clip.items()}
 
 
-# ---- checking -------------------------------------------------------------------------------------------
+# ---- data: checking what vectors mean -------------------------------------------------------------------
 
 def sampled(items, count):
     """At most count of a list's items, evenly spread."""
@@ -935,27 +935,13 @@ def check(data_dir, far=FAR):
         raise UserError(f"{data_dir}: {fault}")
 
 
-# ---- data: simulated scenes -----------------------------------------------------------------------------
+# ---- data: simulated scenes, their bodies ---------------------------------------------------------------
 
 # World: metres, x to the right, y up, z away from the camera; the ground is y = 0, one frame is 1/30 s.
 FRAME, SUBSTEPS, GRAVITY = 1 / 30, 8, 9.81
 FRICTION, FLOOR = .45, 8.                # the ground is drawn for |z| < FLOOR; behind it is sky
 EYE, TARGET, FIELD_OF_VIEW = np.array([0, 1.3, -4.2]), np.array([0, .6, 0]), math.radians(55)
-SKY, GROUND = -2, -1                       # ids of pixels that show no body
-
-# name -> frames, and whether a motion file without a picture trails, as in the real set
-SCENES = {
-    "test_ball_and_block_fall": (99, True), "test_ball_collide": (80, False),
-    "test_ball_hits_duck": (80, False), "test_ball_hits_nothing": (60, False),
-    "test_ball_in_basket": (60, True), "test_ball_ramp": (80, True), "test_ball_rolls_off": (60, False),
-    "test_ball_rolls_on_glass": (80, False), "test_ball_train": (131, True),
-    "test_block_domino": (60, False), "test_domino_in_juice": (60, False),
-    "test_domino_with_space": (60, False), "test_duck_and_domino": (60, True),
-    "test_duck_falls_in_box": (60, False), "test_duck_static": (60, False),
-    "test_light_on_block": (60, False), "test_light_on_mug": (80, False),
-    "test_light_on_mug_block": (99, True), "test_light_on_sculpture": (60, False),
-    "test_roll_behind_box": (99, False), "test_roll_front_box": (99, True),
-}
+SKY, GROUND = -2, -1                     # ids of pixels that show no body
 
 
 def turn(axis_angle):
@@ -966,162 +952,194 @@ def turn(axis_angle):
     return np.eye(3) + math.sin(angle) * cross + (1 - math.cos(angle)) * cross @ cross
 
 
-def build(name, rng):
-    """A scene's bodies at its start, and the drag (1/s) of what they move in.
+def make_body(parts, at, velocity=(0, 0, 0), spin=(0, 0, 0), tilt=(0, 0, 0), fixed=False, bounce=.75):
+    """parts: (is it a ball, its offset from the body's centre 3, half extents 3 or three times the radius,
+    RGB 3) -> {"parts", "at" 3, "rotation" 3 3, "velocity" 3, "spin" 3, "fixed", "bounce"}."""
+    vectors = {"at": at, "velocity": velocity, "spin": spin}
+    vectors = {key: np.array(vector, float) for key, vector in vectors.items()}
+    return {"parts": [(ball, np.array(offset, float), np.array(half, float), np.array(rgb))
+                      for ball, offset, half, rgb in parts], "fixed": fixed, "bounce": bounce,
+            "rotation": turn(np.array(tilt, float)), **vectors}
 
-    A body is {"parts", "at" 3, "rotation" 3 3, "velocity" 3, "spin" 3, "fixed", "bounce"}; a part is
-    (is it a ball, its offset from the body's centre 3, half extents 3 or three times the radius, RGB 3).
-    """
-    hue, vary = rng.random(), rng.uniform
 
-    def colour():
-        nonlocal hue
-        hue = (hue + .382) % 1                             # golden section: neighbours differ much
-        return colorsys.hsv_to_rgb(hue, vary(.6, .85), vary(.8, 1))
+def still(body):
+    return {**body, "fixed": True}
 
-    def body(parts, at, velocity=(0, 0, 0), spin=(0, 0, 0), tilt=(0, 0, 0), fixed=False,
-             bounce=.75):
-        vectors = {"at": at, "velocity": velocity, "spin": spin}
-        vectors = {key: np.array(vector, float) for key, vector in vectors.items()}
-        return {"parts": [(ball, np.array(offset, float), np.array(half, float), np.array(rgb))
-                          for ball, offset, half, rgb in parts], "fixed": fixed, "bounce": bounce,
-                "rotation": turn(np.array(tilt, float)), **vectors}
 
-    def ball(x, y, z, speed=0., radius=None):
-        """A ball whose lowest point is at y; one with a speed (along x) rolls."""
-        r = radius or vary(.28, .36)
-        return body([(True, (0, 0, 0), (r, r, r), colour())], (x, y + r, z), (speed, 0, 0),
-                    (0, 0, -speed / r), rng.normal(0, 1, 3))
+class Maker:
+    """Makes bodies at x, y (of their lowest point), z. Colours and some sizes are drawn from `rng`."""
+    def __init__(self, rng):
+        self.rng, self.vary, self.hue = rng, rng.uniform, rng.random()
 
-    def block(x, y, z, half, rgb=None, **more):
-        return body([(False, (0, 0, 0), half, rgb or colour())], (x, y + half[1], z), **more)
+    def colour(self):
+        self.hue = (self.hue + .382) % 1                   # golden section: neighbours differ much
+        return colorsys.hsv_to_rgb(self.hue, self.vary(.6, .85), self.vary(.8, 1))
 
-    def wall(x, y, z, half, **more):
-        return block(x, y, z, half, fixed=True, **more)
+    def ball(self, x, y, z, speed=0., radius=None):
+        """One with a speed (along x) rolls."""
+        r = radius or self.vary(.28, .36)
+        return make_body([(True, (0, 0, 0), (r, r, r), self.colour())], (x, y + r, z), (speed, 0, 0),
+                         (0, 0, -speed / r), self.rng.normal(0, 1, 3))
 
-    def duck(x, y, z, size=.36, **more):
+    def block(self, x, y, z, half, rgb=None, **more):
+        return make_body([(False, (0, 0, 0), half, rgb or self.colour())], (x, y + half[1], z), **more)
+
+    def wall(self, x, y, z, half, **more):
+        return self.block(x, y, z, half, fixed=True, **more)
+
+    def duck(self, x, y, z, size=.36, **more):
         """Its centre of mass lies below the middle of its body, so that it rights itself."""
         yellow, orange = (1., .83, .1), (1., .4, .05)
-        return body([(True, (0, .3 * size, 0), [size] * 3, yellow),
-                     (True, (-.35 * size, 1.35 * size, 0), [.6 * size] * 3, yellow),
-                     (True, (-1. * size, 1.3 * size, 0), [.22 * size] * 3, orange)],
-                    (x, y + .7 * size, z), bounce=.5, **more)
+        return make_body([(True, (0, .3 * size, 0), [size] * 3, yellow),
+                          (True, (-.35 * size, 1.35 * size, 0), [.6 * size] * 3, yellow),
+                          (True, (-1. * size, 1.3 * size, 0), [.22 * size] * 3, orange)],
+                         (x, y + .7 * size, z), bounce=.5, **more)
 
-    def dominoes(places, lean=0., z=0.):
+    def dominoes(self, places, lean=0.):
         """Thin blocks at these x; the first is turned by `lean` on its lower right edge and falls."""
         half, row = np.array([.09, .52, .28]), []
         for number, x in enumerate(places):
             angle = 0 if number else lean
-            centre = np.array([x + half[0], 0, z]) + turn(np.array([0, 0, -angle])) @ (half * [-1, 1, 0])
-            row.append(body([(False, (0, 0, 0), half, colour())], centre, tilt=(0, 0, -angle),
-                            spin=(0, 0, -4 * angle), bounce=.2))
+            centre = np.array([x + half[0], 0, 0]) + turn(np.array([0, 0, -angle])) @ (half * [-1, 1, 0])
+            row.append(make_body([(False, (0, 0, 0), half, self.colour())], centre, tilt=(0, 0, -angle),
+                                 spin=(0, 0, -4 * angle), bounce=.2))
         return row
 
-    def basket(x, z, width, height):
+    def basket(self, x, z, width, height):
         """A floor and four walls, the front one lower."""
-        rgb, low = colour(), .6 * height
+        rgb, low = self.colour(), .6 * height
         sides = [((0, .03, 0), (width, .03, width)), ((0, low / 2, -width), (width, low / 2, .04)),
                  ((0, height / 2, width), (width, height / 2, .04))]
         sides += [((side * width, height / 2, 0), (.04, height / 2, width)) for side in (-1, 1)]
-        return body([(False, offset, half, rgb) for offset, half in sides], (x, 0, z), fixed=True,
-                    bounce=.3)
+        return make_body([(False, offset, half, rgb) for offset, half in sides], (x, 0, z), fixed=True,
+                         bounce=.3)
 
-    def mug(x, z):
+    def mug(self, x, z):
         """Two crossed boxes are round enough; three bars are the handle."""
-        rgb, height = colour(), vary(.36, .44)
+        rgb, height = self.colour(), self.vary(.36, .44)
         boxes = [((0, height, 0), (.3, height, .22)), ((0, height, 0), (.22, height, .3)),
                  ((.62, height, 0), (.06, .2, .07))]
         boxes += [((.48, height + side, 0), (.2, .06, .07)) for side in (-.2, .2)]
-        return body([(False, offset, half, rgb) for offset, half in boxes], (x, 0, z),
-                    tilt=(0, vary(-.4, .4), 0), fixed=True)
+        return make_body([(False, offset, half, rgb) for offset, half in boxes], (x, 0, z),
+                         tilt=(0, self.vary(-.4, .4), 0), fixed=True)
 
-    def still(body):
-        return {**body, "fixed": True}
 
-    near, speed = vary(-.1, .1), vary(2.1, 2.5)
-    drag = 1.5 if "juice" in name else 0.
-    match name.removeprefix("test_"):
+def ball_scene(name, make, near, speed):
+    """Bodies of the scenes whose balls roll, fall and collide. near: a place in z; speed: a ball's."""
+    ball, wall, vary = make.ball, make.wall, make.vary
+    match name:
         case "ball_and_block_fall":
             half = [vary(.22, .28)] * 3
-            bodies = [ball(vary(-1.2, -.8), vary(1.7, 2.2), near), ball(vary(.9, 1.2), vary(2.6, 3), .5),
-                      block(vary(-.1, .2), vary(1.3, 1.7), near, half, tilt=rng.normal(0, 1, 3),
-                            spin=rng.normal(0, 3, 3), velocity=(vary(-.4, .4), 0, 0))]
+            return [ball(vary(-1.2, -.8), vary(1.7, 2.2), near), ball(vary(.9, 1.2), vary(2.6, 3), .5),
+                    make.block(vary(-.1, .2), vary(1.3, 1.7), near, half, tilt=make.rng.normal(0, 1, 3),
+                               spin=make.rng.normal(0, 3, 3), velocity=(vary(-.4, .4), 0, 0))]
         case "ball_collide":
-            bodies = [ball(-2.3, 0, near, speed), ball(2.2, 0, near + vary(-.1, .1), -speed),
-                      ball(-4.6, 0, 1., speed)]
+            return [ball(-2.3, 0, near, speed), ball(2.2, 0, near + vary(-.1, .1), -speed),
+                    ball(-4.6, 0, 1., speed)]
         case "ball_hits_duck":
-            bodies = [ball(-2.3, 0, near, 1.3 * speed, .34), duck(.2, 0, near), ball(5, 0, 1.1, -speed)]
+            return [ball(-2.3, 0, near, 1.3 * speed, .34), make.duck(.2, 0, near), ball(5, 0, 1.1, -speed)]
         case "ball_hits_nothing":
-            bodies = [ball(-2.4, 0, near, speed), wall(vary(-.9, -.4), 0, 1., [.3, .3, .3]),
-                      wall(vary(.5, .9), 0, -.9, [.2, .2, .2])]
+            return [ball(-2.4, 0, near, speed), wall(vary(-.9, -.4), 0, 1., [.3, .3, .3]),
+                    wall(vary(.5, .9), 0, -.9, [.2, .2, .2])]
         case "ball_in_basket":
-            bodies = [basket(0, 0, .75, .6)]
-            bodies += [ball(vary(-.3, .3), height, vary(-.2, .2), radius=vary(.22, .28))
-                       for height in (1.3, 2.6, 5., 9.)]
+            return [make.basket(0, 0, .75, .6), *(
+                ball(vary(-.3, .3), height, vary(-.2, .2), radius=vary(.22, .28))
+                for height in (1.3, 2.6, 5., 9.))]
         case "ball_ramp":
             slope = vary(.4, .48)
             top = 1.15 * math.sin(slope)
             ramp = wall(-.85, top - .05, 0, [1.2, .05, .5], tilt=(0, 0, -slope))
-            bodies = [ramp, wall(-1.4, 0, 0, [.1, .5 * top, .4])]
-            bodies += [ball(x, top - math.tan(slope) * (x + .85) + .12, z, radius=.26)
-                       for x, z in ((-1.3, -.22 + near), (-1.8, .22 + near))]
-            bodies.append(ball(4.6, 0, 1., -speed))
+            return [ramp, wall(-1.4, 0, 0, [.1, .5 * top, .4]), *(
+                ball(x, top - math.tan(slope) * (x + .85) + .12, z, radius=.26)
+                for x, z in ((-1.3, -.22 + near), (-1.8, .22 + near))), ball(4.6, 0, 1., -speed)]
         case "ball_rolls_off":
             height = vary(.35, .45)
-            bodies = [wall(-1.1, 0, 0, [1.1, height, .6]), ball(-1.9, 2 * height, near, speed)]
+            return [wall(-1.1, 0, 0, [1.1, height, .6]), ball(-1.9, 2 * height, near, speed)]
         case "ball_rolls_on_glass":
-            bodies = [wall(0, .6, 0, [1.9, .03, .8], rgb=(.72, .9, .95)), wall(-1.2, 0, 0, [.1, .3, .1]),
-                      wall(1.2, 0, 0, [.1, .3, .1]), ball(-1.8, .66, -.35 + near, .6 * speed, .28),
-                      ball(1.8, .66, .4 + near, -.7 * speed, .3)]
+            return [wall(0, .6, 0, [1.9, .03, .8], rgb=(.72, .9, .95)), wall(-1.2, 0, 0, [.1, .3, .1]),
+                    wall(1.2, 0, 0, [.1, .3, .1]), ball(-1.8, .66, -.35 + near, .6 * speed, .28),
+                    ball(1.8, .66, .4 + near, -.7 * speed, .3)]
         case "ball_train":
-            bodies = [ball(x, 0, near, velocity, .3)
-                      for x, velocity in ((-2.3, speed), (-6.4, speed), (-.6, 0), (.01, 0), (.62, 0))]
+            return [ball(x, 0, near, velocity, .3)
+                    for x, velocity in ((-2.3, speed), (-6.4, speed), (-.6, 0), (.01, 0), (.62, 0))]
+        case "roll_behind_box":
+            return [wall(vary(-.2, .2), 0, -.5, [.55, .55, .2]), ball(-2.7, 0, .4 + near, speed),
+                    ball(5., 0, 1.1, -speed)]
+        case "roll_front_box":
+            return [wall(vary(-.2, .2), 0, 1., [.7, .55, .3]), ball(-2.2, 0, .1 + near, .8 * speed),
+                    ball(3.8, 0, -.6, -.9 * speed)]
+
+
+def domino_scene(name, make, near, speed):
+    """Bodies of the scenes whose dominoes or ducks fall."""
+    dominoes, duck, ball, vary = make.dominoes, make.duck, make.ball, make.vary
+    match name:
         case "block_domino":
-            bodies = dominoes(-.8 + .52 * np.arange(5))
-            bodies.append(block(-2.2, 0, near, [.3, .4, .3], velocity=(1.6 * speed, 0, 0),
-                                bounce=.3))
+            return [*dominoes(-.8 + .52 * np.arange(5)),
+                    make.block(-2.2, 0, near, [.3, .4, .3], velocity=(1.6 * speed, 0, 0), bounce=.3)]
         case "domino_in_juice":
-            bodies = dominoes(-1.2 + .52 * np.arange(4), vary(.3, .36))
-            bodies += [block(x, y, near, [.09, .5, .26], tilt=rng.normal(0, .6, 3), bounce=.2)
+            row = dominoes(-1.2 + .52 * np.arange(4), vary(.3, .36))
+            sinking = [make.block(x, y, near, [.09, .5, .26], tilt=make.rng.normal(0, .6, 3), bounce=.2)
                        for x, y in ((1.2, 1.4), (.9, 5.))]
-            bodies.append({**wall(.1, 0, 0, [1.9, .11, .9], rgb=(1., .55, .1)), "liquid": True})
+            juice = make.wall(.1, 0, 0, [1.9, .11, .9], rgb=(1., .55, .1))
+            return [*row, *sinking, {**juice, "liquid": True}]
         case "domino_with_space":
             places = np.array([-1.6, -1.1, -.6, vary(.75, .85), vary(1.25, 1.35)])
-            bodies = [*dominoes(places, vary(.26, .3)), ball(-2.4, 0, -1.3, .7 * speed, .26)]
+            return [*dominoes(places, vary(.26, .3)), ball(-2.4, 0, -1.3, .7 * speed, .26)]
         case "duck_and_domino":
-            bodies = [*dominoes(-1.6 + .55 * np.arange(4), vary(.26, .3)), duck(.85, 0, near, .3),
-                      ball(3.2, 0, 1.4, -1.1 * speed)]
+            return [*dominoes(-1.6 + .55 * np.arange(4), vary(.26, .3)), duck(.85, 0, near, .3),
+                    ball(3.2, 0, 1.4, -1.1 * speed)]
         case "duck_falls_in_box":
-            bodies = [basket(near, 0, .85, .55)]
-            bodies += [duck(near + x, height, 0, .28, spin=rng.normal(0, 2, 3))
-                       for x, height in ((-.25, 1.8), (.25, 5.))]
+            return [make.basket(near, 0, .85, .55), *(
+                duck(near + x, height, 0, .28, spin=make.rng.normal(0, 2, 3))
+                for x, height in ((-.25, 1.8), (.25, 5.)))]
+
+
+def still_scene(name, make, near, speed):
+    """Bodies of the scenes where nothing moves but, in some, the light."""
+    wall, vary = make.wall, make.vary
+    match name:
         case "duck_static":
-            bodies = [still(duck(near, 0, near, vary(.42, .52), tilt=(0, vary(-.6, .6), 0))),
-                      wall(vary(.9, 1.3), 0, .8, [.3, .3, .3])]
+            return [still(make.duck(near, 0, near, vary(.42, .52), tilt=(0, vary(-.6, .6), 0))),
+                    wall(vary(.9, 1.3), 0, .8, [.3, .3, .3])]
         case "light_on_block":
-            bodies = [wall(near, 0, 0, [vary(.4, .55), vary(.4, .55), .45], tilt=(0, vary(.3, 1.), 0)),
-                      wall(1.3, 0, .8, [.2, .25, .2])]
+            return [wall(near, 0, 0, [vary(.4, .55), vary(.4, .55), .45], tilt=(0, vary(.3, 1.), 0)),
+                    wall(1.3, 0, .8, [.2, .25, .2])]
         case "light_on_mug":
-            bodies = [mug(near, 0), wall(near, -.04, 0, [1., .05, .7])]
+            return [make.mug(near, 0), wall(near, -.04, 0, [1., .05, .7])]
         case "light_on_mug_block":
-            bodies = [mug(-.7 + near, 0),
-                      wall(.8, 0, near, [.4, vary(.3, .5), .4], tilt=(0, vary(.2, .9), 0))]
+            return [make.mug(-.7 + near, 0),
+                    wall(.8, 0, near, [.4, vary(.3, .5), .4], tilt=(0, vary(.2, .9), 0))]
         case "light_on_sculpture":
-            bodies = [wall(near, 0, 0, [.5, .15, .5]), wall(near, .3, 0, [.16, .4, .16], tilt=(0, .6, 0)),
-                      still(ball(near, 1.1, 0, radius=.28)),
-                      wall(near, .75, 0, [.5, .06, .1], tilt=(0, vary(-.5, .5), .3))]
-        case "roll_behind_box":
-            bodies = [wall(vary(-.2, .2), 0, -.5, [.55, .55, .2]), ball(-2.7, 0, .4 + near, speed),
-                      ball(5., 0, 1.1, -speed)]
-        case "roll_front_box":
-            bodies = [wall(vary(-.2, .2), 0, 1., [.7, .55, .3]), ball(-2.2, 0, .1 + near, .8 * speed),
-                      ball(3.8, 0, -.6, -.9 * speed)]
-        case _:
-            raise ValueError(f"no scene is called {name}")
-    return bodies, drag
+            return [wall(near, 0, 0, [.5, .15, .5]), wall(near, .3, 0, [.16, .4, .16], tilt=(0, .6, 0)),
+                    still(make.ball(near, 1.1, 0, radius=.28)),
+                    wall(near, .75, 0, [.5, .06, .1], tilt=(0, vary(-.5, .5), .3))]
 
 
-# ---- physics --------------------------------------------------------------------------------------------
+# name -> frames, whether a motion file without a picture trails, as in the real set, and what makes it
+SCENES = {
+    "test_ball_and_block_fall": (99, True, ball_scene), "test_ball_collide": (80, False, ball_scene),
+    "test_ball_hits_duck": (80, False, ball_scene), "test_ball_hits_nothing": (60, False, ball_scene),
+    "test_ball_in_basket": (60, True, ball_scene), "test_ball_ramp": (80, True, ball_scene),
+    "test_ball_rolls_off": (60, False, ball_scene), "test_ball_rolls_on_glass": (80, False, ball_scene),
+    "test_ball_train": (131, True, ball_scene), "test_block_domino": (60, False, domino_scene),
+    "test_domino_in_juice": (60, False, domino_scene), "test_domino_with_space": (60, False, domino_scene),
+    "test_duck_and_domino": (60, True, domino_scene), "test_duck_falls_in_box": (60, False, domino_scene),
+    "test_duck_static": (60, False, still_scene), "test_light_on_block": (60, False, still_scene),
+    "test_light_on_mug": (80, False, still_scene), "test_light_on_mug_block": (99, True, still_scene),
+    "test_light_on_sculpture": (60, False, still_scene), "test_roll_behind_box": (99, False, ball_scene),
+    "test_roll_front_box": (99, True, ball_scene),
+}
+
+
+def build(name, rng):
+    """A scene's bodies at its start, and the drag (1/s) of what they move in."""
+    make, (_, _, scene) = Maker(rng), SCENES[name]
+    near, speed = make.vary(-.1, .1), make.vary(2.1, 2.5)
+    return scene(name.removeprefix("test_"), make, near, speed), 1.5 if "juice" in name else 0.
+
+
+# ---- data: simulated scenes, their physics --------------------------------------------------------------
 
 def cross(a, b):
     """np.cross for two vectors of 3, without its overhead."""
@@ -1259,7 +1277,7 @@ def simulate(name, frames, seed):
             "colour": np.array(rgb), "texture": rng.integers(0, 2 ** 31, len(owner))}
 
 
-# ---- pictures -------------------------------------------------------------------------------------------
+# ---- data: simulated scenes, their pictures -------------------------------------------------------------
 
 @cache
 def camera(side):
@@ -1415,7 +1433,7 @@ def simulate_scenes(root, side, seed=0, most=0, recordings=3, scenes=SCENES):
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")) as pool:
         jobs = []
         for name in scenes:
-            frames, trailing = SCENES[name]
+            frames, trailing, _ = SCENES[name]
             for take in range(1 if "static" in name or "light" in name else recordings):
                 jobs.append(pool.submit(record, name, work / name / f"env_{take}/0/0",
                                         min(frames, most or frames), trailing, seed + take, side))
@@ -1425,7 +1443,7 @@ def simulate_scenes(root, side, seed=0, most=0, recordings=3, scenes=SCENES):
     work.rename(root)
 
 
-# ---- cache ----------------------------------------------------------------------------------------------
+# ---- data: cache ----------------------------------------------------------------------------------------
 
 def split_scenes(scenes):
     """Whole scenes only, with all their recordings: of seven in the order of names the 4th is for validation,
