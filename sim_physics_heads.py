@@ -938,7 +938,7 @@ def check(data_dir, far=FAR):
 # ---- data: simulated scenes, their bodies ---------------------------------------------------------------
 
 # World: metres, x to the right, y up, z away from the camera; the ground is y = 0, one frame is 1/30 s.
-FRAME, SUBSTEPS, GRAVITY = 1 / 30, 8, 9.81
+FRAME, SUBSTEPS, GRAVITY, ASLEEP = 1 / 30, 8, 9.81, 9      # s, per frame, m/s2, stillness of a sleeping body
 FRICTION, FLOOR = .45, 8.                # the ground is drawn for |z| < FLOOR; behind it is sky
 EYE, TARGET, FIELD_OF_VIEW = np.array([0, 1.3, -4.2]), np.array([0, .6, 0]), math.radians(55)
 SKY, GROUND = -2, -1                     # ids of pixels that show no body
@@ -1147,44 +1147,43 @@ def cross(a, b):
 
 
 def with_inertia(body):
-    """Adds what the physics needs: inverse mass and inertia, and the spheres that stand for its surface in
-    contacts ("feelers", "feeler_radius"): a ball is one, a box has one in each corner."""
-    feelers, radii, mass, inertia = [], [], 0., np.zeros(3)
+    """Adds what the physics needs: inverse mass and inertia (0: it cannot be moved), a bounding radius, and
+    the spheres that stand for its surface in contacts: a ball is one, a box has one in each corner."""
+    spheres, radii, mass, inertia = [], [], 0., np.zeros(3)
     for ball, offset, half, _ in body["parts"]:
         small = half[0] if ball else .1 * half.min()
         corners = np.array([(x, y, z) for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)])
         places = offset[None] if ball else offset + corners * (half - small)
-        feelers.extend(places)
+        spheres.extend(places)
         radii.extend([small] * len(places))
         weight = (4.19 if ball else 8) * half.prod()
         square = half ** 2 * (.2 if ball else 1 / 3) + offset ** 2
         mass, inertia = mass + weight, inertia + weight * (square.sum() - square)
     free = not body["fixed"]
-    body.update(feelers=np.array(feelers), feeler_radius=np.array(radii), weight=free / mass,
-                reach=max(np.linalg.norm(offset) + (half[0] if ball else np.linalg.norm(half))
-                          for ball, offset, half, _ in body["parts"]),
-                ease=free / inertia, calm=9, turned=free * np.diag(1 / inertia))
+    body.update(spheres=np.array(spheres), sphere_radii=np.array(radii), inverse_mass=free / mass,
+                inverse_inertia=free / inertia, world_inverse_inertia=free * np.diag(1 / inertia),
+                bounding_radius=max(np.linalg.norm(offset) + (half[0] if ball else np.linalg.norm(half))
+                                    for ball, offset, half, _ in body["parts"]))
     return body
 
 
 def touches(a, b):
-    """Contacts of a's feelers with the boxes and balls of b (None: the ground) -> a list of (point 3,
+    """Contacts of a's spheres with the boxes and balls of b (None: the ground) -> a list of (point 3,
     normal 3 away from b, depth)."""
-    feelers, radius, found = a["at"] + a["feelers"] @ a["rotation"].T, a["feeler_radius"], []
+    centres, radius, found = a["at"] + a["spheres"] @ a["rotation"].T, a["sphere_radii"], []
     if b is None:
-        for k in np.flatnonzero(feelers[:, 1] < radius):
-            found.append((feelers[k] - [0, radius[k], 0], np.array([0., 1, 0]), radius[k] - feelers[k, 1]))
+        for k in np.flatnonzero(centres[:, 1] < radius):
+            found.append((centres[k] - [0, radius[k], 0], np.array([0., 1, 0]), radius[k] - centres[k, 1]))
         return found
     for ball, offset, half, _ in b["parts"]:
-        local = (feelers - b["at"]) @ b["rotation"] - offset
+        local = (centres - b["at"]) @ b["rotation"] - offset
         if ball:
             if not a["parts"][0][0]:
                 continue                                   # found when a and b change places
-            away = local
-            gap = np.sqrt((away ** 2).sum(1)) - half[0]
+            away, inner = local, half[0]
         else:
-            away = local - np.clip(local, -half, half)
-            gap = np.sqrt((away ** 2).sum(1))
+            away, inner = local - np.clip(local, -half, half), 0.
+        gap = np.sqrt((away ** 2).sum(1)) - inner
         for k in np.flatnonzero(gap < radius):
             normal, distance = away[k], gap[k]
             if not normal.any():       # its centre is in the box: out at the nearest face
@@ -1192,7 +1191,7 @@ def touches(a, b):
                 normal, distance = np.zeros(3), np.abs(local[k][face]) - half[face]
                 normal[face] = np.sign(local[k][face])
             normal = b["rotation"] @ (normal / np.linalg.norm(normal))
-            found.append((feelers[k] - radius[k] * normal, normal, radius[k] - distance))
+            found.append((centres[k] - radius[k] * normal, normal, radius[k] - distance))
     return found
 
 
@@ -1202,54 +1201,55 @@ def collide(a, b, point, normal, depth):
             if body and not body["fixed"]]
     speed = sum(sign * (body["velocity"] + cross(body["spin"], arm)) for body, sign, arm in pair)
 
-    def yielding(direction):
+    def inverse_effective_mass(direction):
         """Speed along a direction that one unit of impulse along it gives."""
-        lever = [(body, cross(arm, direction)) for body, _, arm in pair]
-        return sum(body["weight"] + turning @ body["turned"] @ turning for body, turning in lever)
+        torques = [(body, cross(arm, direction)) for body, _, arm in pair]
+        return sum(body["inverse_mass"] + torque @ body["world_inverse_inertia"] @ torque
+                   for body, torque in torques)
 
     closing = speed @ normal
     if closing < 0:
         bounce = min(a["bounce"], b["bounce"] if b else 1) * (closing < -.4)      # slow things stay down
-        push = -(1 + bounce) * closing / yielding(normal)
+        push = -(1 + bounce) * closing / inverse_effective_mass(normal)
         slide = speed - closing * normal
         slip = math.sqrt(slide @ slide)
         impulse = push * normal
         if slip > 1e-6:
             slide /= slip
-            impulse = impulse - min(FRICTION * push, slip / yielding(slide)) * slide
+            impulse = impulse - min(FRICTION * push, slip / inverse_effective_mass(slide)) * slide
         for body, sign, arm in pair:
-            body["velocity"] = body["velocity"] + sign * body["weight"] * impulse
-            body["spin"] = body["spin"] + sign * body["turned"] @ cross(arm, impulse)
-    weights = sum(body["weight"] for body, _, _ in pair)
+            body["velocity"] = body["velocity"] + sign * body["inverse_mass"] * impulse
+            body["spin"] = body["spin"] + sign * body["world_inverse_inertia"] @ cross(arm, impulse)
+    total = sum(body["inverse_mass"] for body, _, _ in pair)
     for body, sign, _ in pair:                             # a millimetre stays, so that contacts last
-        body["at"] = body["at"] + sign * .3 * max(depth - .001, 0) * body["weight"] / weights * normal
+        body["at"] = body["at"] + sign * .3 * max(depth - .001, 0) * body["inverse_mass"] / total * normal
 
 
 def advance(bodies, drag, dt):
-    """One substep, in place. A body that was calm for a while sleeps until a moving one touches it."""
-    moving = [body for body in bodies if not body["fixed"] and body["calm"] < 9]
+    """One substep, in place. A body that is still for a while sleeps until a moving one touches it."""
+    moving = [body for body in bodies if not body["fixed"] and body["still_for"] < ASLEEP]
     for body in moving:
         body["velocity"] = (body["velocity"] - [0, GRAVITY * dt, 0]) * math.exp(-drag * dt)
         body["spin"] = body["spin"] * math.exp(-drag * dt)
         body["at"] = body["at"] + dt * body["velocity"]
         body["rotation"] = turn(dt * body["spin"]) @ body["rotation"]
-        body["turned"] = body["rotation"] * body["ease"] @ body["rotation"].T
+        body["world_inverse_inertia"] = body["rotation"] * body["inverse_inertia"] @ body["rotation"].T
         for contact in touches(body, None):
             collide(body, None, *contact)
     for a in bodies:
         for b in bodies:
-            apart = a["at"] - b["at"]
-            if a is b or a["fixed"] or b.get("liquid") or apart @ apart > (a["reach"] + b["reach"]) ** 2:
+            apart, near = a["at"] - b["at"], a["bounding_radius"] + b["bounding_radius"]
+            if a is b or a["fixed"] or b.get("liquid") or apart @ apart > near ** 2:
                 continue
-            if a["calm"] >= 9 and (b["fixed"] or b["calm"] >= 9):
+            if a["still_for"] >= ASLEEP and (b["fixed"] or b["still_for"] >= ASLEEP):
                 continue
             for contact in touches(a, b):
                 for body in (a, b):
-                    body["calm"] = min(body["calm"], 8)
+                    body["still_for"] = min(body["still_for"], ASLEEP - 1)
                 collide(a, b, *contact)
     for body in moving:
         quiet = body["velocity"] @ body["velocity"] < .05 ** 2 and body["spin"] @ body["spin"] < .3 ** 2
-        body["calm"] = body["calm"] + .25 if quiet else 0
+        body["still_for"] = body["still_for"] + .25 if quiet else 0
 
 
 def simulate(name, frames, seed):
@@ -1260,8 +1260,9 @@ def simulate(name, frames, seed):
     bodies, drag = build(name, rng)
     for body in bodies:
         with_inertia(body)
-        moves = body["velocity"].any() or body["spin"].any() or body["at"][1] > 1.05 * body["reach"]
-        body["calm"] = 0 if moves or "ramp" in name else 9
+        above = body["at"][1] > 1.05 * body["bounding_radius"]
+        moves = body["velocity"].any() or body["spin"].any() or above or "ramp" in name
+        body["still_for"] = 0 if moves else ASLEEP
     path = []
     for _ in range(frames):
         path.append(([body["at"] for body in bodies], [body["rotation"] for body in bodies]))
