@@ -5,15 +5,18 @@ Idea        Heads read per-pixel motion and depth off the tokens of Wan2.2-TI2V-
 Equations   x_s = (1 - s) z + s eps, frame 0 clean; v = eps - z     -> add_noise, PhysicsModel
             s = shift u / (1 + (shift - 1) u)                       -> shift_sigma; heads: density 3 (1 - s)^2
             v = Wan(x_s, 1000 s, text), opened between its blocks   -> run_backbone
+            dx/ds = v from s = 1 to 0, by Euler                     -> generate
             motion, standardised log depth, sky, all masked         -> PerFrameHeads, physics_loss
-            p_{t-k} = p_t + mv_t(p_t) + mv_{t-1}(...) + ...         -> read_clip
-Differs     from Windsao/Sim4VideoGen, and why:
+            p_{t-k} = p_t + mv_t(p_t) + mv_{t-1}(...) + ...         -> compose
+Differs     from the document's code, Windsao/Sim4VideoGen, and why:
             - files are paired by step number; motion over a stride is composed, not taken from its last step
-            - a frame's own targets train its own cells; the original shrinks 49 frames to 13 x 30 x 30
+            - a frame's own targets train its own cells, from several blocks; the original's one layer (--head
+              linear) reads the last block, and 49 frames of targets are shrunk to its 13 x 30 x 30
             - sky, first frames and occlusions are masked; the original teaches zeros or a million metres
             - scenes are held out, and the trivial answers and a random backbone stand beside every result
             - heads read a clean pass with the positive prompt, not the last pass of the guidance
-            - latents and texts are cached; what is trained is fp32; checkpoints resume
+            - latents and texts are cached, which saves an epoch's 2,100 passes of VAE and text encoder; what
+              is trained is fp32, since bf16 rounds small steps away; metadata.csv lies beside the scenes
 Run         python sim_physics_heads.py                          # scenes, cache, both stages: 9 min, 1.2 GB
             python sim_physics_heads.py --sample --num_samples 3
             python sim_physics_heads.py --eval                   # 1 min
@@ -94,9 +97,9 @@ TINY = {
 }
 # What the weights mean: a checkpoint's own values hold. What the cache is made of: other values make it anew.
 MODEL_FLAGS = ("model", "stage", "head", "head_width", "head_blocks", "cells", "taps", "lora_rank", "last_k",
-               "random_backbone", "text_length")
+               "text_length")
 CACHE_FLAGS = ("model", "weights_from", "random_init", "height", "width", "frames", "strides", "clips",
-               "eval_clips", "zoom", "permute_colours", "target_height", "text_length", "far")
+               "eval_clips", "zoom", "permute_colours", "target_height", "text_length")
 
 
 def build_parser():
@@ -111,11 +114,11 @@ def build_parser():
     add("--strides", default="1,2", help="steps of the simulation from frame to frame; one is drawn per clip")
     add("--clips", type=int, default=16, help="cached clips of a training scene; their start and stride vary")
     add("--eval_clips", type=int, default=4, help="cached clips of a held-out scene")
-    add("--zoom", type=float, default=1.5, help="two in three training clips show a part, enlarged so much")
+    add("--zoom", type=float, default=1.5,
+        help="two in three training clips show a part, enlarged up to so many times (1: none)")
     add("--permute_colours", action=argparse.BooleanOptionalAction, default=False,
         help="swap colour channels at random, clip by clip")
     add("--target_height", type=int, default=120, help="rows of the training targets")
-    add("--far", type=float, default=FAR, help="metres from which on depth counts as sky")
     add("--fps", type=int, default=15, help="of the videos that are written")
     add("--sim_frames", type=int, default=0, help="frames of a simulated scene (0: 60 to 131, by scene)")
     add("--sim_recordings", type=int, default=3, help="of each simulated scene that moves")
@@ -129,7 +132,6 @@ def build_parser():
     add("--head_blocks", type=int, default=3, help="its residual blocks of 3x3x3 convolutions")
     add("--cells", type=int, default=8, help="rows and columns that a token predicts, even")
     add("--taps", default="", help="blocks after which heads read, as 0,8,15,23 (default: those quarters)")
-    add("--random_backbone", action="store_true", help="control: heads on an untrained backbone")
     add("--text_length", type=int, default=512, help="tokens of a prompt, zeros included")
     add = parser.add_argument_group("stages").add_argument
     add("--stage", choices=["heads", "lora", "last_k", "full", "all"], default="heads",
@@ -158,18 +160,25 @@ def build_parser():
 
 def check_args(args):
     """One clear line for values that no run can mean."""
-    for name in ("height", "width", "frames", "clips", "eval_clips", "target_height", "batch_size",
-                 "sim_recordings", "grad_accum", "max_steps", "steps", "num_samples", "lora_rank", "last_k",
-                 "cells", "head_width", "text_length"):
-        if getattr(args, name) < 1:
+    for name in ("height", "width", "clips", "eval_clips", "target_height", "batch_size", "sim_recordings",
+                 "grad_accum", "max_steps", "steps", "num_samples", "lora_rank", "last_k", "cells",
+                 "head_width", "text_length", "fps", "zoom"):
+        if not getattr(args, name) >= 1:
             raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
-    for name in ("seed", "lr", "lora_lr", "backbone_lr", "head_blocks", "lora_steps", "backbone_steps"):
+    for name in ("seed", "lr", "lora_lr", "backbone_lr", "head_blocks", "lora_steps", "backbone_steps",
+                 "sim_frames", "motion_weight", "depth_weight", "sky_weight", "warmup_steps", "weight_decay",
+                 "grad_clip", "log_every", "eval_every", "save_every", "keep_last"):
         if not getattr(args, name) >= 0:
             raise UserError(f"--{name} must not be negative, but is {getattr(args, name)}")
+    for name in ("ema_decay", "beta2"):
+        if not 0 <= getattr(args, name) < 1:
+            raise UserError(f"--{name} must be in [0, 1), not {getattr(args, name)}")
+    if not args.shift > 0:
+        raise UserError(f"--shift must be above 0, not {args.shift}")
     for name in ("height", "width"):
         if getattr(args, name) % 32:
             raise UserError(f"--{name} must be a multiple of 32, not {getattr(args, name)}")
-    if args.frames % 4 != 1:
+    if args.frames < 5 or args.frames % 4 != 1:
         raise UserError(f"--frames must be 4k + 1, not {args.frames}: Wan's VAE packs fours after the first")
     if args.cells % 2:
         raise UserError(f"--cells must be even, not {args.cells}: a token is 2 x 2 latents")
@@ -198,7 +207,8 @@ def run_backbone(dit, x, t, text, taps, velocity=True, checkpointing=False):
     """
     B, C, F_, h, w = x.shape
     pt, ph, pw = dit.config.patch_size
-    x, text = x.to(weight_dtype(dit)), text.to(weight_dtype(dit))
+    dtype = dit.patch_embedding.weight.dtype
+    x, text = x.to(dtype), text.to(dtype)
     rope = dit.rope(x)
     hidden = dit.patch_embedding(x).flatten(2).transpose(1, 2).contiguous()
     temb, modulation, text, _ = dit.condition_embedder(t.flatten(), text, None, timestep_seq_len=t.shape[1])
@@ -380,10 +390,6 @@ def trunk_dtype(args):
     return torch.float32 if args.model == "tiny" or args.stage == "full" else torch.bfloat16
 
 
-def weight_dtype(dit):
-    return dit.patch_embedding.weight.dtype
-
-
 def has_adapter(dit):
     return bool(getattr(dit, "peft_config", None))
 
@@ -498,7 +504,7 @@ def fixed_noise(z, seed):
 
 
 @torch.no_grad()
-def generate(model, z0, text, negative, args, seed):
+def generate(dit, z0, text, negative, args, seed):
     """Euler's method from noise to the flow's end, frame 0 given. z0 B C 1 h w, text B L D -> B C F h w.
     Guidance compares with the negative prompt; --cfg 1 leaves it out."""
     F_ = (args.frames - 1) // 4 + 1
@@ -508,8 +514,7 @@ def generate(model, z0, text, negative, args, seed):
         x = torch.cat([z0, x[:, :, 1:]], dim=2)
         tokens = torch.full((len(x), F_, x.shape[3] // 2, x.shape[4] // 2), 1000 * sigma, device=x.device)
         tokens[:, 0] = 0
-        velocity = lambda prompt: run_backbone(model.dit, x, tokens.flatten(1), prompt,
-                                               ())[0].float()
+        velocity = lambda prompt: run_backbone(dit, x, tokens.flatten(1), prompt, ())[0].float()
         v = velocity(text)
         if args.cfg != 1:
             v = (away := velocity(negative)) + args.cfg * (v - away)
@@ -619,9 +624,8 @@ def open_scene(root, row):
 
 def scene_name(folder):
     """.../test_ball_ramp/env_0/0/0 -> test_ball_ramp."""
-    parts = [part for part in Path(os.path.abspath(folder)).parts
-             if not re.fullmatch(r"\d+|env(_\d+)?|camera|cam_\d+", part)]
-    return parts[-1]
+    return [part for part in Path(os.path.abspath(folder)).parts
+            if not re.fullmatch(r"\d+|env(_\d+)?|camera|cam_\d+", part)][-1]
 
 
 # ---- data: reading clips --------------------------------------------------------------------------------
@@ -656,20 +660,22 @@ def open_rgb(scene, step):
         raise UserError(f"{path} cannot be read: {error}") from None
 
 
-def crop_box(size, height, width):
-    """(W, H) of a picture -> left, top, width, height of its centred part with the target's aspect."""
-    W, H = size
+def part_box(size, height, width, zoom):
+    """(W, H) of a picture -> left, top, width, height of its centred part with the target's aspect, and of
+    that the part that zoom (see read_clip) means."""
+    (W, H), (z, x, y) = size, zoom
     w, h = min(W, max(1, round(H * width / height))), min(H, max(1, round(W * height / width)))
-    return (W - w) // 2, (H - h) // 2, w, h
+    part_w, part_h = max(1, round(w / z)), max(1, round(h / z))
+    return (W - w) // 2 + round(x * (w - part_w)), (H - h) // 2 + round(y * (h - part_h)), part_w, part_h
 
 
-def clean_depth(depth, far):
-    """Metres with sky (Inf, <= 0, >= far) set to far; NaN, not known, stays and agrees with nothing."""
+def clean_depth(depth):
+    """Metres with sky (Inf, <= 0, >= FAR) set to FAR; NaN, not known, stays and agrees with nothing."""
     depth = np.asarray(depth, np.float32)
-    return np.where((depth <= 0) | (depth >= far), np.float32(far), depth)
+    return np.where((depth <= 0) | (depth >= FAR), np.float32(FAR), depth)
 
 
-def interpolate(point, distance, motion, depth, far):
+def interpolate(point, distance, motion, depth):
     """motion at points N 2 (x, y) whose distance was N metres one step later -> motion, distance, valid N.
 
     Bilinear among those of the four neighbours that lie on the same surface: where an object borders on
@@ -683,7 +689,7 @@ def interpolate(point, distance, motion, depth, far):
     shift = np.array([[0, 0], [1, 0], [0, 1], [1, 1]])
     weight = np.where(shift, part, 1 - part).prod(-1)
     x, y = np.clip(corner[:, None] + shift, 0, [W - 1, H - 1]).transpose(2, 0, 1)
-    near = clean_depth(depth[y, x], far)
+    near = clean_depth(depth[y, x])
     weight = weight * (np.abs(near - distance[:, None]) < DEPTH_SHARE * distance[:, None] + DEPTH_METRES)
     vector = np.zeros((*near.shape, 2))
     if motion is not None:
@@ -695,7 +701,7 @@ def interpolate(point, distance, motion, depth, far):
     return mean, (weight * np.where(weight > 0, near, 0)).sum(-1), total > .1
 
 
-def compose(motions, depths, far=FAR):
+def compose(motions, depths):
     """Chains single-step vectors over a stride: k motions (frames t, t-1, .. t-k+1) and k + 1 depths (frames
     t .. t-k), each H W .. -> motion H W 2 in native pixels, valid H W.
 
@@ -705,17 +711,17 @@ def compose(motions, depths, far=FAR):
     """
     H, W = depths[0].shape
     start = np.stack(np.meshgrid(np.arange(W), np.arange(H)), -1).astype(np.float32).reshape(-1, 2)
-    point, distance = start.copy(), clean_depth(depths[0], far).reshape(-1)
+    point, distance = start.copy(), clean_depth(depths[0]).reshape(-1)
     valid, still = np.isfinite(distance), np.ones(len(start), bool)
     for motion, depth in zip([*motions, None], depths):
         # most pixels never move: those need no interpolation
-        near = clean_depth(depth, far).reshape(-1)
+        near = clean_depth(depth).reshape(-1)
         valid &= ~still | (np.abs(near - distance) < DEPTH_SHARE * distance + DEPTH_METRES)
         distance = np.where(still, near, distance)
         vector = np.zeros_like(point) if motion is None else motion.astype(np.float32).reshape(-1, 2)
         moved = np.flatnonzero(~still & valid)
-        vector[moved], distance[moved], valid[moved] = interpolate(
-            point[moved], distance[moved], motion, depth, far)
+        vector[moved], distance[moved], valid[moved] = interpolate(point[moved], distance[moved], motion,
+                                                                   depth)
         dx, dy = vector.T                  # a reduction over an axis of two is slow
         valid &= np.isfinite(dx) & np.isfinite(dy)
         step = np.flatnonzero(valid & ((dx != 0) | (dy != 0)))
@@ -727,10 +733,10 @@ def compose(motions, depths, far=FAR):
     return motion.reshape(H, W, 2), valid.reshape(H, W)
 
 
-def read_clip(scene, start, stride, frames, height, width, flip=False, zoom=(1., 0., 0.), far=FAR):
+def read_clip(scene, start, stride, frames, height, width, flip=False, zoom=(1., 0., 0.)):
     """Frames start, start + stride, ... of scene.steps, all modalities cropped and resized alike -> dict of
     video T 3 H W uint8, motion T 2 H W float32 (previous chosen frame minus this one, in pixels at H x W; 0
-    where not valid), motion_valid T H W bool (never in frame 0), depth T H W float32 metres (far where not
+    where not valid), motion_valid T H W bool (never in frame 0), depth T H W float32 metres (FAR where not
     valid), depth_valid T H W bool. flip mirrors left and right. zoom (z, x, y) takes a part z times
     smaller, at the share x of what is left over to its sides and y above and below. UserError names the file.
 
@@ -742,47 +748,45 @@ def read_clip(scene, start, stride, frames, height, width, flip=False, zoom=(1.,
         raise UserError(f"scene {scene.name}: {frames} frames from {start} by {stride} do not fit into its "
                         f"{len(scene.steps)} steps")
     size = open_rgb(scene, scene.steps[start]).size
-    left, top, w, h = crop_box(size, height, width)
-    part = max(1, round(w / zoom[0])), max(1, round(h / zoom[0]))
-    left, top = left + round(zoom[1] * (w - part[0])), top + round(zoom[2] * (h - part[1]))
-    w, h = part
+    left, top, w, h = part_box(size, height, width, zoom)
     rows = top + ((np.arange(height) + .5) * h / height).astype(int)
     columns = left + ((np.arange(width) + .5) * w / width).astype(int)
+    pick = lambda array: array[np.ix_(rows, columns)]
     video = np.zeros((frames, height, width, 3), np.uint8)
     motion = np.zeros((frames, height, width, 2), np.float32)
     motion_valid = np.zeros((frames, height, width), bool)
     depth = np.full((frames, height, width), np.nan, np.float32)
 
+    def check_size(modality, index, W, H):
+        if (W, H) != size:
+            raise UserError(f"{scene.paths[modality][scene.steps[index]]} is {W} x {H}, the frames of scene "
+                            f"{scene.name} are {size[0]} x {size[1]}")
+
     def load(modality, index):
         array = load_array(scene, modality, scene.steps[index])
-        if array is not None and array.shape[1::-1] != size:
-            raise UserError(f"{scene.paths[modality][scene.steps[index]]} is {array.shape[1]} x "
-                            f"{array.shape[0]}, the frames of scene {scene.name} are {size[0]} x {size[1]}")
+        if array is not None:
+            check_size(modality, index, *array.shape[1::-1])
         return array
 
     for i, index in enumerate(range(start, last + 1, stride)):
         picture = open_rgb(scene, scene.steps[index])
-        if picture.size != size:
-            raise UserError(f"{scene.paths['rgb'][scene.steps[index]]} is {picture.size[0]} x "
-                            f"{picture.size[1]}, the frames of scene {scene.name} are {size[0]} x {size[1]}")
+        check_size("rgb", index, *picture.size)
         video[i] = picture.resize((width, height), Image.BICUBIC, (left, top, left + w, top + h))
-        array = load("depth", index)
-        if array is not None:
-            depth[i] = array[np.ix_(rows, columns)]
+        if (array := load("depth", index)) is not None:
+            depth[i] = pick(array)
         chain = range(index, index - stride, -1)
         # a vector leads to the step before it: where that one is missing, the chain is broken
         if i and all(scene.steps[j] - scene.steps[j - 1] == scene.spacing for j in chain):
             motions = [load("motion", j) for j in chain]
             depths = [load("depth", j) for j in (*chain, index - stride)]
             if all(array is not None for array in (*motions, *depths)):
-                vectors, valid = scene.once(("composed", index, stride, far),
-                                            lambda: compose(motions, depths, far))
-                motion[i], motion_valid[i] = vectors[np.ix_(rows, columns)], valid[np.ix_(rows, columns)]
-    depth_valid = np.isfinite(depth) & (depth > 0) & (depth < far)
-    depth = np.where(depth_valid, depth, np.float32(far))
+                vectors, valid = scene.once(("composed", index, stride), lambda: compose(motions, depths))
+                motion[i], motion_valid[i] = pick(vectors), pick(valid)
+    depth_valid = np.isfinite(depth) & (depth > 0) & (depth < FAR)
     motion *= np.float32([width / w, height / h])
     clip = {"video": video.transpose(0, 3, 1, 2), "motion": motion.transpose(0, 3, 1, 2),
-            "motion_valid": motion_valid, "depth": depth, "depth_valid": depth_valid}
+            "motion_valid": motion_valid, "depth": np.where(depth_valid, depth, np.float32(FAR)),
+            "depth_valid": depth_valid}
     if flip:
         clip = {name: value[..., ::-1] for name, value in clip.items()}
         clip["motion"] = clip["motion"] * np.float32([-1, 1])[:, None, None]
@@ -889,37 +893,36 @@ def verdict(result):
     return "; ".join(faults) or None
 
 
-def check(data_dir, far=FAR):
+def describe_scene(scene):
+    """Two lines on what a scene's files hold, by eight of its steps."""
+    motion, depth = ([load_array(scene, modality, step) for step in sampled(scene.steps, 8)]
+                     for modality in ("motion", "depth"))
+    motion = [np.asarray(array, np.float32) for array in motion if array is not None]
+    known = [np.isfinite(array).all(-1) for array in motion]
+    vectors = [array[good] for array, good in zip(motion, known)]
+    moving = [(np.hypot(*v.T) > .5).mean() if len(v) else 0 for v in vectors]
+    bad = 1 - np.mean(np.concatenate([good.ravel() for good in known])) if known else 1
+    low, high = (min(v.min(initial=0) for v in vectors), max(v.max(initial=0) for v in vectors)) \
+        if vectors else (0, 0)
+    depth = [np.asarray(array, np.float32).ravel() for array in depth if array is not None]
+    depth = np.concatenate(depth) if depth else np.full(1, np.nan, np.float32)
+    seen = depth[np.isfinite(depth) & (depth > 0) & (depth < FAR)]
+    metres = f"{seen.min():.2f} to {seen.max():.2f} m" if len(seen) else "never valid"
+    counts = ", ".join(f"{len(files)} {modality}" for modality, files in scene.paths.items())
+    dropped = ", ".join(f"{n} {modality}" for modality, n in scene.dropped.items() if n) or "none"
+    gaps, (W, H) = int((np.diff(scene.steps) != scene.spacing).sum()), open_rgb(scene, scene.steps[0]).size
+    return (f"{scene.name}: {counts}; {len(scene.steps)} paired, {gaps} gaps, unpaired: {dropped}; "
+            f"{W} x {H}\n  motion {low:.1f} to {high:.1f} px, {np.mean(moving or 0):.1%} of pixels move, "
+            f"{bad:.1%} NaN or Inf; depth {metres}, {np.isnan(depth).mean():.1%} NaN, "
+            f"{np.isinf(depth).mean():.1%} Inf, {1 - len(seen) / len(depth):.1%} not valid")
+
+
+def check(data_dir):
     """Prints what the scenes hold and what their vectors mean. UserError with the verdict if they mean
     something else than read_clip assumes; a data set that hardly moves cannot fail."""
     scenes = find_scenes(data_dir)
     for scene in scenes:
-        motion, moving, depth, bad, picture = [], [], [], [], open_rgb(scene, scene.steps[0]).size
-        for step in sampled(scene.steps, 8):
-            array = load_array(scene, "motion", step)
-            if array is not None:
-                array = np.asarray(array, np.float32)
-                bad.append(~np.isfinite(array).all(-1).ravel())
-                array = array[np.isfinite(array).all(-1)]
-                motion.append((array.min(initial=0), array.max(initial=0)))
-                moving.append((np.hypot(array[:, 0], array[:, 1]) > .5).mean() if len(array) else 0)
-            array = load_array(scene, "depth", step)
-            if array is not None:
-                array = np.asarray(array, np.float32).ravel()
-                depth.append(array)
-        depth = np.concatenate(depth) if depth else np.full(1, np.nan, np.float32)
-        seen = depth[np.isfinite(depth) & (depth > 0) & (depth < far)]
-        low, high = (min(a for a, _ in motion), max(b for _, b in motion)) if motion else (0, 0)
-        counts = ", ".join(f"{len(files)} {modality}" for modality, files in scene.paths.items())
-        dropped = ", ".join(f"{n} {modality}" for modality, n in scene.dropped.items() if n) or "none"
-        gaps = int((np.diff(scene.steps) != scene.spacing).sum())
-        print(f"{scene.name}: {counts}; {len(scene.steps)} paired, {gaps} gaps, unpaired: {dropped}; "
-              f"{picture[0]} x {picture[1]}\n"
-              f"  motion {low:.1f} to {high:.1f} px, {np.mean(moving or 0):.1%} of pixels move, "
-              f"{np.mean(np.concatenate(bad)) if bad else 1:.1%} NaN or Inf; depth "
-              + (f"{seen.min():.2f} to {seen.max():.2f} m" if len(seen) else "never valid")
-              + f", {np.isnan(depth).mean():.1%} NaN, {np.isinf(depth).mean():.1%} Inf, "
-              f"{1 - len(seen) / len(depth):.1%} not valid")
+        print(describe_scene(scene))
         own = verdict(convention_test([scene], 6)) if len(scenes) > 1 else None
         if own and not own.startswith("too few"):
             print(f"  suspicious: {own}")
@@ -1461,18 +1464,16 @@ def split_scenes(scenes):
 def choose_clips(scenes, part, args):
     """-> dicts of scene, start, stride, flip, zoom, angle, colours: random ones of the training scenes, plain
     and evenly spaced ones of the others. Scenes too short for --frames at any stride have none."""
-    rng, clips = np.random.default_rng(0), []
+    rng, clips, train = np.random.default_rng(0), [], part == "train"
     strides = sorted(int(k) for k in args.strides.split(","))
     for scene in scenes:
         fit = [k for k in strides if (args.frames - 1) * k < len(scene.steps)]
         if not fit:
             continue
-        for i in range(args.clips if part == "train" else args.eval_clips):
-            stride = int(rng.choice(fit)) if part == "train" else fit[len(fit) // 2]
+        for i in range(args.clips if train else args.eval_clips):
+            stride = int(rng.choice(fit)) if train else fit[len(fit) // 2]
             room = len(scene.steps) - (args.frames - 1) * stride
-            even = (2 * i + 1) * room // (2 * args.eval_clips)
-            start = int(rng.integers(room)) if part == "train" else even
-            train = part == "train"
+            start = int(rng.integers(room)) if train else (2 * i + 1) * room // (2 * args.eval_clips)
             near = train and args.zoom > 1 and i % 3 > 0
             clips.append({"scene": scene, "start": start, "stride": stride,
                           "flip": bool(train and rng.random() < .5),
@@ -1500,7 +1501,7 @@ def read_augmented(clip, args):
     """A clip of choose_clips -> read_clip's dict. Two in three are for motion alone, which remains what is
     seen when a part is enlarged and turned; their depth would be another one."""
     record = read_clip(clip["scene"], clip["start"], clip["stride"], args.frames, args.height, args.width,
-                       clip["flip"], clip["zoom"], args.far)
+                       clip["flip"], clip["zoom"])
     record["video"] = record["video"][:, clip["colours"].tolist()]
     record = turned(record, clip["angle"]) if clip["angle"] else record
     record["asked"] = torch.tensor(clip["zoom"][0] == 1)
@@ -1672,6 +1673,16 @@ def clip_scores(motion, depth, sky, clip):
     return {k: float(v) for k, v in out.items()} | {"sky_accuracy": float((sky != valid).double().mean())}
 
 
+def gather_rows(run, tables):
+    """{name: [row]} of each process -> that of all."""
+    if run.world == 1:
+        return tables
+    gathered = [None] * run.world
+    dist.all_gather_object(gathered, tables)
+    return {name: [row for part in gathered for row in part.get(name, [])]
+            for name in dict.fromkeys(name for part in gathered for name in part)}
+
+
 def mean_scores(rows):
     return {name: float(np.nanmean([row[name] for row in rows])) if any(
         np.isfinite(row[name]) for row in rows) else math.nan for name in rows[0]}
@@ -1692,62 +1703,55 @@ def describe_data(args):
             f"{args.width}, {args.frames} frames")
 
 
-def evaluate(args, models, data, run):
-    """Metrics on scenes that no training saw, at full resolution -> eval.json, curves.png. models: {name:
-    model}, of which "model" is what the run is about; the others are controls. Processes share the clips."""
-    began, clips, train = time.time(), data["test"], data["train"]
+def mean_depth_map(args, clips):
+    """The mean depth of each pixel over clips -> H W, and the mean of all of them, where none is known."""
     total = torch.zeros(2, args.height, args.width)
-    for i in range(0, len(train.rows), 16):      # the mean depth of each pixel, over the training clips
-        b = train.get(range(i, min(i + 16, len(train.rows))), ("depth", "depth_valid"), "cpu")
-        depth, valid = b["depth"], b["depth_valid"]
+    for i in range(0, len(clips.rows), 16):
+        batch = clips.get(range(i, min(i + 16, len(clips.rows))), ("depth", "depth_valid"), "cpu")
+        depth, valid = batch["depth"], batch["depth_valid"]
         sums = torch.stack([torch.where(valid, depth, 0.).sum((0, 1)), valid.float().sum((0, 1))])
         total += F.interpolate(sums[None], total.shape[1:], mode="nearest")[0]
     seen = total[1] > 0
     fallback = (total[0][seen].sum() / total[1][seen].sum()).item()
-    mean_depth = torch.where(seen, total[0] / total[1].clamp(min=1), fallback)
-    tables, flow = {}, {}
+    return torch.where(seen, total[0] / total[1].clamp(min=1), fallback), fallback
+
+
+def trivial_guesses(clip, mean_depth, fallback):
+    """What needs no model -> {name: (motion T 2 H W, depth T H W, sky T H W)}."""
+    zero, sky = torch.zeros_like(clip["motion"]), ~clip["depth_valid"][0]      # as in the frame that is given
+    first = torch.where(clip["depth_valid"][0], clip["depth"][0], fallback)
+    pairs = {"mean_depth_zero_motion": (zero, mean_depth), "copy": (clip["motion"][1].expand_as(zero), first)}
+    return {name: (motion, depth.expand_as(clip["depth"]), sky.expand_as(clip["depth"]))
+            for name, (motion, depth) in pairs.items()}
+
+
+def evaluate(args, run, models, data):
+    """Metrics on scenes that no training saw, at full resolution -> eval.json, curves.png. models: {name:
+    model}, of which "model" is what the run is about; the others are controls. Processes share the clips."""
+    began, clips, tables, flow = time.time(), data["test"], {}, {}
+    usual = mean_depth_map(args, data["train"])
     for i in range(run.rank, len(clips.rows), run.world):
         batch = clips.get([i], EVERYTHING, run.device)
         clip, scene = {name: value[0].cpu() for name, value in batch.items()}, clips.rows[i][0]
-        first = torch.where(clip["depth_valid"][0], clip["depth"][0], fallback)
-        zero = torch.zeros_like(clip["motion"])
-        guesses = {"mean_depth_zero_motion": (zero, mean_depth.expand_as(clip["depth"])),
-                   "copy": (clip["motion"][1].expand_as(zero), first.expand_as(clip["depth"]))}
-        sky = ~clip["depth_valid"][0].expand_as(clip["depth_valid"])           # as in the frame that is given
-        for name, (motion, depth) in guesses.items():
-            tables.setdefault(name, []).append((scene, clip_scores(motion, depth, sky, clip)))
+        guesses = trivial_guesses(clip, *usual)
         for name, model in models.items():
             for sigma in SIGMAS if name == "model" else (PROBE,):
                 with run.autocast():
-                    guess = [value[0].cpu() for value in predict(model, batch, sigma, i, args)]
-                label = name if sigma == PROBE else f"{name}_sigma{sigma}"
-                tables.setdefault(label, []).append((scene, clip_scores(*guess, clip)))
-        for label, value in flow_losses(models["model"], batch, i, run).items():
-            flow.setdefault(label, []).append(value)
-    if run.world > 1:
-        gathered = [None] * run.world
-        dist.all_gather_object(gathered, (tables, flow))
-        tables, flow = ({name: [row for part in gathered for row in part[k].get(name, [])]
-                         for name in gathered[0][k]} for k in (0, 1))
-    results = {name: mean_scores([row for _, row in rows]) for name, rows in tables.items()}
+                    guess = predict(model, batch, sigma, i, args)
+                guesses[name if sigma == PROBE else f"{name}_sigma{sigma}"] = [x[0].cpu() for x in guess]
+        for name, guess in guesses.items():
+            tables.setdefault(name, []).append((scene, clip_scores(*guess, clip)))
+        for name, value in flow_losses(models["model"], batch, i, run).items():
+            flow.setdefault(name, []).append(value)
+    tables, flow = (gather_rows(run, rows) for rows in (tables, flow))
+    means = {name: mean_scores([row for _, row in rows]) for name, rows in tables.items()}
     for name, rows in tables.items():
         for scene in {scene for scene, _ in rows}:
             own = mean_scores([row for its, row in rows if its == scene])
-            results[name][f"epe_moving_{scene.removeprefix('test_')}"] = own["epe_moving"]
-    report = {"script": SCRIPT, "preset": args.preset, "data": describe_data(args), "weights": args.weights,
-              "seconds": time.time() - began,
-              "headline": {"metric": "epe_moving", "value": results["model"]["epe_moving"],
-                           "baseline": results["mean_depth_zero_motion"]["epe_moving"],
-                           "lower_is_better": True},
-              "results": {**results["model"],
-                          **{f"{k}_{name.removeprefix('model_')}": v for name, row in results.items()
-                             if name.startswith("model_") for k, v in row.items()
-                             if k in ("epe_moving", "abs_rel_moving", "abs_rel", "epe")},
-                          **{f"flow_loss_{name}": float(np.mean(values)) for name, values in flow.items()}},
-              "baselines": {name: row for name, row in results.items() if not name.startswith("model")}}
+            means[name][f"epe_moving_{scene.removeprefix('test_')}"] = own["epe_moving"]
     if run.rank == 0:
-        common.write_json(Path(args.output_dir) / "eval.json", report)
-        show_report(report, results, clips.index["scenes"]["test"], args)
+        flow = {f"flow_loss_{name}": float(np.mean(values)) for name, values in flow.items()}
+        report(args, means, flow, clips.index["scenes"]["test"], time.time() - began)
 
 
 def flow_losses(model, batch, seed, run):
@@ -1755,7 +1759,7 @@ def flow_losses(model, batch, seed, run):
     without: heads must not cost the model what it generates."""
     out, z = {}, batch["latents"]
     plain = {"adapter_off": model.dit.disable_adapters} if has_adapter(model.dit) else {}
-    for label, switch in {"": lambda: None, **plain}.items():
+    for name, switch in {"heldout": lambda: None, **plain}.items():
         switch()
         losses = []
         for sigma in SIGMAS:
@@ -1763,42 +1767,48 @@ def flow_losses(model, batch, seed, run):
             with torch.no_grad(), run.autocast():
                 v, _ = model(z, noise, torch.full((len(z),), sigma, device=z.device), batch["text"])
             losses.append(F.mse_loss(v[:, :, 1:].float(), (noise - z)[:, :, 1:]).item())
-        out[label or "heldout"] = float(np.mean(losses))
+        out[name] = float(np.mean(losses))
     if plain:
         model.dit.enable_adapters()
     return out
 
 
-def show_report(report, results, scenes, args):
-    """Prints the table and draws curves.png."""
+def loss_panel(folder, title):
+    """What a run's metrics.jsonl says of losses -> a panel for common.plot_curves."""
+    path = folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    lines = {key: tuple(zip(*points)) for part in ("motion_loss", "depth_loss", "flow_loss")
+             for key in (part, f"val_{part}") if (points := [(r["step"], r[key]) for r in rows if key in r])}
+    return {"title": title, "xlabel": "step", "ylabel": "loss", "log": True, "lines": lines}
+
+
+def report(args, means, flow, scenes, seconds):
+    """Writes eval.json, prints it as a table, draws curves.png."""
+    own, base = means["model"], means["mean_depth_zero_motion"]
+    noisy = {f"{key}_{name.removeprefix('model_')}": row[key] for name, row in means.items()
+             if name.startswith("model_") for key in ("epe_moving", "abs_rel_moving", "abs_rel", "epe")}
+    common.write_json(Path(args.output_dir) / "eval.json", {
+        "script": SCRIPT, "preset": args.preset, "data": describe_data(args), "weights": args.weights,
+        "seconds": seconds, "headline": {"metric": "epe_moving", "value": own["epe_moving"],
+                                         "baseline": base["epe_moving"], "lower_is_better": True},
+        "results": {**own, **noisy, **flow},
+        "baselines": {name: row for name, row in means.items() if not name.startswith("model")}})
     shown = ("abs_rel", "abs_rel_moving", "delta1", "delta1_moving", "rmse", "silog", "epe", "epe_moving",
              "fl_moving")
     print(f"held-out scenes {', '.join(scenes)}, at {args.height}x{args.width}")
     print(f"{'':>24}" + "".join(f"{name:>16}" for name in shown))
-    for name, row in results.items():
+    for name, row in means.items():
         print(f"{name:>24}" + "".join(f"{row[metric]:16.3f}" for metric in shown))
-    r, base = results["model"], results["mean_depth_zero_motion"]
-    print(f"on moving pixels: AbsRel {r['abs_rel_moving'] / base['abs_rel_moving']:.2f} x the mean-depth "
-          f"map's, EPE {r['epe_moving'] / base['epe_moving']:.2f} x zero motion's")
+    print(f"on moving pixels: AbsRel {own['abs_rel_moving'] / base['abs_rel_moving']:.2f} x the mean-depth "
+          f"map's, EPE {own['epe_moving'] / base['epe_moving']:.2f} x zero motion's")
     print("by scene, EPE on moving pixels against zero motion's: " + ", ".join(
-        f"{name.removeprefix('epe_moving_')} {r[name]:.2f} / {base[name]:.2f}" for name in sorted(r)
+        f"{name.removeprefix('epe_moving_')} {own[name]:.2f} / {base[name]:.2f}" for name in sorted(own)
         if name.startswith("epe_moving_")))
     print("flow loss on held-out scenes: " + ", ".join(
-        f"{name.removeprefix('flow_loss_')} {value:.4f}" for name, value in report["results"].items()
-        if name.startswith("flow_loss")))
-    panels = []
-    for stage in ("backbone", "heads", "."):
-        path = Path(args.output_dir) / stage / "metrics.jsonl"
-        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-        lines, keys = {}, ("motion_loss", "depth_loss", "flow_loss")
-        for key in (*keys, *(f"val_{key}" for key in keys)):
-            points = [(row["step"], row[key]) for row in rows if key in row]
-            if points:
-                lines[key] = tuple(zip(*points))
-        if lines:
-            panels.append({"title": stage.replace(".", args.stage), "xlabel": "step", "ylabel": "loss",
-                           "log": True, "lines": lines})
-    common.plot_curves(Path(args.output_dir) / "curves.png", panels)
+        f"{name.removeprefix('flow_loss_')} {value:.4f}" for name, value in flow.items()))
+    panels = [loss_panel(Path(args.output_dir) / stage, stage.replace(".", args.stage))
+              for stage in ("backbone", "heads", ".")]
+    common.plot_curves(Path(args.output_dir) / "curves.png", [panel for panel in panels if panel["lines"]])
 
 
 def motion_picture(motion, scale):
@@ -1820,7 +1830,15 @@ def depth_picture(depth, low, high):
     return rgb.movedim(-1, 1) * 2 - 1
 
 
-def sample(args, models, data, run):
+def ranges(truth, motion):
+    """Depth T H W in metres (sky inf) and motion T 2 H W -> what pictures are scaled by: a speed that one in
+    500 pixels has, and the logarithms of near and far."""
+    finite = truth[torch.isfinite(truth)].log()
+    fastest = speed(motion).flatten().topk(max(1, motion[:, 0].numel() // 500)).values.min().item()
+    return fastest, finite.quantile(.02).item(), finite.quantile(.98).item()
+
+
+def sample(args, run, models, data):
     """Generates a video per chosen held-out scene from its first frame, and lets the heads read it: one clean
     pass, the final latents at sigma 0.05 with the positive prompt. Also reads the real clip. -> files."""
     if run.rank:
@@ -1831,34 +1849,30 @@ def sample(args, models, data, run):
     folder.mkdir(exist_ok=True)
     negative = common.pad_text([encode_prompt(NEGATIVE)], args.text_length).to(run.device)
     names = [name for name, _, _ in clips.rows]
-    chosen = [names.index(name) for name in dict.fromkeys(names)]
-    for index in chosen[:args.num_samples]:
+    for stem in list(dict.fromkeys(names))[:args.num_samples]:
+        index = names.index(stem)
         batch = clips.get([index], EVERYTHING, run.device)
         z0 = batch["latents"][:, :, :1]
         with run.autocast():
-            z = generate(model, z0, batch["text"], negative, args, args.seed + index)
-            read = {"generated": predict(model, {"latents": z, "text": batch["text"]}, PROBE, index, args),
-                    "real": predict(model, batch, PROBE, index, args)}
-        film = {"generated": common.wan_decode(vae, z)[0].cpu(), "real": from_uint8(batch["video"][0]).cpu()}
+            z = generate(model.dit, z0, batch["text"], negative, args, args.seed + index)
+            guesses = {"sampled": predict(model, {"latents": z, "text": batch["text"]}, PROBE, index, args),
+                       "read": predict(model, batch, PROBE, index, args)}
+        film = {"sampled": common.wan_decode(vae, z)[0].cpu(), "read": from_uint8(batch["video"][0]).cpu()}
         truth = torch.where(batch["depth_valid"][0], batch["depth"][0], math.inf).cpu()
         moved = batch["motion"][0].cpu() * batch["motion_valid"][0].cpu()[:, None]
-        finite = truth[torch.isfinite(truth)].log()
-        low, high = finite.quantile(.02).item(), finite.quantile(.98).item()
-        scale = speed(moved).flatten().topk(max(1, moved[:, 0].numel() // 500)).values.min().item()
-        stem = names[index]
-        pictures = film["real"], motion_picture(moved, scale), depth_picture(truth, low, high)
-        panels = {"truth": torch.cat(pictures, 3)}
-        for kind, guess in read.items():
+        fastest, near, far = ranges(truth, moved)
+        panels = {"truth": [film["read"], motion_picture(moved, fastest), depth_picture(truth, near, far)]}
+        for name, guess in guesses.items():
             motion, depth, sky = (value[0].cpu() for value in guess)
             depth = depth.masked_fill(sky, math.inf)
-            pictures = motion_picture(motion, scale), depth_picture(depth, low, high)
-            panels[{"real": "read", "generated": "sampled"}[kind]] = torch.cat([film[kind], *pictures], 3)
-            if kind == "generated":
+            panels[name] = [film[name], motion_picture(motion, fastest), depth_picture(depth, near, far)]
+            if name == "sampled":
                 np.save(folder / f"{stem}_motion.npy", motion.movedim(1, -1).numpy())
                 np.save(folder / f"{stem}_depth.npy", depth.numpy())
-                files += [folder / f"{stem}_motion.npy", folder / f"{stem}_depth.npy"]
-                for name, pages in zip(("video", "motion", "depth"), (film[kind], *pictures)):
-                    files.append(common.write_video(folder / f"{stem}_{name}.mp4", pages, args.fps))
+        files += [folder / f"{stem}_motion.npy", folder / f"{stem}_depth.npy"]
+        files += [common.write_video(folder / f"{stem}_{name}.mp4", pages, args.fps)
+                  for name, pages in zip(("video", "motion", "depth"), panels["sampled"])]
+        panels = {name: torch.cat(pictures, 3) for name, pictures in panels.items()}
         grid = common.video_grid(panels, scale=max(1, 128 // args.height))
         files.append(common.write_video(folder / f"{stem}.mp4", grid, args.fps))
         some = grid[torch.linspace(1, args.frames - 1, 4).round().long()]          # 2 x 2 pages in a picture
@@ -2123,10 +2137,9 @@ def draw_batch(args, run, clips, step, micro, share):
 
 
 def run_stage(args, run, data, stage, folder, dit, found=None, only=False, heads_from=None):
-    """One stage of training, none where `found` has all steps or `only` it counts. -> PhysicsModel with the
+    """One stage of training, none where `found` has all steps or `only` it counts -> PhysicsModel with the
     averaged weights. stage: backbone (tiny only: nobody has pretrained weights of that size), heads (the
-    backbone is frozen), lora, last_k, full. dit: the backbone, changed in place. heads_from: where to
-    start.
+    backbone is frozen), lora, last_k, full. dit: the backbone, changed in place. heads_from: where to start.
     """
     clips, held = data["train"], data["val"]
     torch.manual_seed(args.seed)                 # equal initial weights on all ranks and after any restart
@@ -2135,10 +2148,11 @@ def run_stage(args, run, data, stage, folder, dit, found=None, only=False, heads
         model.heads.depth_scale.copy_(torch.tensor(clips.depth_scale))
     if heads_from and not found:
         common.restore_state(model.heads, common.load_weights(heads_from), source=str(heads_from))
-    many = args.stage == "all"
-    steps, lr = {"backbone": (args.backbone_steps, args.backbone_lr),
-                 "lora": (many and args.lora_steps or args.max_steps, many and args.lora_lr or args.lr)}.get(
-        stage, (args.max_steps, args.lr))
+    steps, lr = args.max_steps, args.lr
+    if stage == "backbone":
+        steps, lr = args.backbone_steps, args.backbone_lr
+    elif stage == "lora" and args.stage == "all":
+        steps, lr = args.lora_steps or steps, args.lora_lr or lr
     share = {"backbone": 1., "heads": 0.}.get(stage, .5)
 
     def losses(model, step, micro):
@@ -2183,7 +2197,7 @@ def run_stages(args, run, data, found, only=False):
 
     dit = wan_part(args, run, "transformer", trunk_dtype(args))
     untrained = copy.deepcopy(dit) if args.controls and args.stage == "all" else None
-    if args.model == "tiny" and not args.random_backbone and args.backbone_steps:
+    if args.model == "tiny" and args.backbone_steps:
         dit = stage("backbone", "backbone", dit).dit
     if args.stage != "all":
         return {"model": run_stage(args, run, data, args.stage, folder, dit, found, only, args.heads)}
@@ -2270,10 +2284,10 @@ def work(args):
     models = run_stages(args, run, data, found, only and bool(found))
     written = []
     if args.eval or not only:
-        evaluate(args, models, data, run)
+        evaluate(args, run, models, data)
         written = [f"{folder}/eval.json", f"{folder}/curves.png"]
     if args.sample or not only:
-        written += sample(args, models, data, run)
+        written += sample(args, run, models, data)
     if run.rank == 0:
         print("wrote " + ", ".join(written))
     run.barrier()

@@ -239,7 +239,14 @@ SCRIPTS = {
             ("--stage lora --backbone_steps 0 --head_width 16 --heads {run}/heads/final/heads.safetensors",
              "heads.safetensors does not fit", None),
             ("--cells 0", "--cells must be at least 1, not 0", None),
+            ("--zoom nan", "--zoom must be at least 1, not nan", None),
+            ("--frames 1", "--frames must be 4k [+] 1, not 1", None),
             ("--lr nan", "--lr must not be negative", None),
+            ("--keep_last -1", "--keep_last must not be negative, but is -1", None),
+            ("--weight_decay -.1", "--weight_decay must not be negative", None),
+            ("--ema_decay 1.5", "--ema_decay must be in .0, 1., not 1.5", None),
+            ("--beta2 1", "--beta2 must be in .0, 1., not 1.0", None),
+            ("--shift 0", "--shift must be above 0, not 0.0", None),
             ("--seed -1", "seed", None),
             ("--output_dir {run} --eval --head_width 16", "--head_width 16 does not fit .* trained with 8",
              None),
@@ -2442,7 +2449,7 @@ def test_generated_from_a_known_velocity(cfg, monkeypatch):
         seen.append((x, t, text))
         return noise - target - (0 if text == "prompt" else 2 / 3 * noise), [], None
     monkeypatch.setattr(physics, "run_backbone", field)
-    z = physics.generate(Namespace(dit=None), z0, "prompt", "negative", args, 7)
+    z = physics.generate(None, z0, "prompt", "negative", args, 7)
     end = target[:, :, 1:] if cfg == 1 else target[:, :, 1:] - 4 / 3 * noise[:, :, 1:]
     assert torch.equal(z[:, :, :1], z0) and torch.allclose(z[:, :, 1:], end, atol=1e-5)
     assert len(seen) == (4 if cfg == 1 else 8)
@@ -2464,11 +2471,14 @@ def test_full_stage_sharded_equals_one_process(trained, tmp_path):
         assert finish(ranks) == [0, 0], (tmp_path / "log0").read_text() + (tmp_path / "log1").read_text()
     sharded(run, full=True)
     assert_same(saved(run), saved(alone), 1e-4)
-    there, back = halfway(run, tmp_path / "there"), halfway(alone, tmp_path / "back")
+    there, again = halfway(run, tmp_path / "there"), halfway(run, tmp_path / "again")
+    back = halfway(alone, tmp_path / "back")
     assert launch("sim_physics_heads", f"{flags} --output_dir {there} --batch_size 8") == 0
     assert_same(saved(there), saved(alone), 1e-4)
     sharded(back)
     assert_same(saved(back), saved(alone), 1e-4)
+    sharded(again)
+    assert_same(saved(again), saved(run))
     assert np.isfinite(json.loads((run / "eval.json").read_text())["headline"]["value"])
     assert {path.name for path in (run / "final").glob("*.safetensors")} == {
         "heads.safetensors", "backbone.safetensors"}
