@@ -617,6 +617,21 @@ def make_experts(args, load, train="lora", scalars=0, autocast=contextlib.nullco
     return Experts(**experts)
 
 
+# ---- model: loading -------------------------------------------------------------------------------------
+
+def wan_part(args, run, part, dtype=torch.float32, expert="transformer"):
+    """A part of Wan: its pretrained weights, or random ones in its shape or in the tiny shape."""
+    tiny = args.model == "tiny"
+    torch.manual_seed(expert == "transformer_2")     # whatever --seed is: no checkpoint holds what is frozen
+    return common.load_wan(args.weights_from, part=part, config=TINY if tiny else args.model, dtype=dtype,
+                           device=run.device, random_init=args.random_init or tiny, expert=expert)
+
+
+def wide_dtype(args):
+    """What is frozen: bf16, and fp32 where it is tiny."""
+    return torch.float32 if args.model == "tiny" else torch.bfloat16
+
+
 # ---- objective ------------------------------------------------------------------------------------------
 
 def shift_sigma(u, shift):
@@ -944,7 +959,7 @@ class NativeI2V(Chain):
         return self.to_fields(z, history)
 
 
-# ---- data: The Well's files ------------------------------------------------------------------------------
+# ---- data: The Well's files -----------------------------------------------------------------------------
 
 @dataclass
 class WellFile:
@@ -1111,7 +1126,7 @@ def train_mean(root, dataset):
     return torch.tensor(np.concatenate(means), dtype=torch.float32)
 
 
-# ---- data: download --------------------------------------------------------------------------------------
+# ---- data: download -------------------------------------------------------------------------------------
 
 def download(dataset, root, splits=SPLITS):
     """Fetches a set of The Well into root/datasets/: by huggingface_hub where it is installed, else from the
@@ -1175,7 +1190,7 @@ def fetch(url, path):
     part.replace(path)
 
 
-# ---- data: the simulated twin ----------------------------------------------------------------------------
+# ---- data: the simulated twin ---------------------------------------------------------------------------
 # 2-D Euler with a cooling layer between hot dilute and cold dense gas (Fielding 2020), in The Well's units:
 # the box is 1 wide and 3 high, P = 1, hot rho = T = 1. Initial profile and cooling curve are this script's
 # choice, set so that the moments are near the published ones. Conserved U: rho, rho u, rho v, E; primitive W:
@@ -1442,138 +1457,7 @@ def print_moments(names, stats):
         print(f"simulated {name}: " + ", ".join(both))
 
 
-# ---- metrics ---------------------------------------------------------------------------------------------
-
-# Ohana 2024, tables 2 and 3 (turbulent_radiative_layer_2D): VRMSE on the real test split, 4 given frames.
-PUBLISHED = {"FNO": {"one_step": .5001, "6:12": 1.79, "13:30": 3.54},
-             "TFNO": {"one_step": .5016, "6:12": 6.01, "13:30": math.inf},          # published as > 10
-             "U-Net": {"one_step": .2418, "6:12": .66, "13:30": 1.04},
-             "CNextU-Net": {"one_step": .1956, "6:12": .54, "13:30": 1.01}}
-
-
-def vrmse(pred, truth):
-    """... C H W in physical units -> ... C, as the_well.benchmark.metrics.VRMSE: over the spatial axes alone,
-    with the unbiased variance and 1e-7 under the root. The truth's spatial mean scores sqrt((n - 1) / n)."""
-    error = (pred - truth).square().mean((-2, -1))
-    return (error / (truth.std((-2, -1)) ** 2 + 1e-7)).sqrt()
-
-
-def rollout_table(scores):
-    """VRMSE of forecasts, ... K C -> {row: float}, means over steps and all else; rows beyond K are left out.
-
-    "6:12" is steps 6 to 12 counted from 1, "[6:12]" the slice: the benchmark says only 6:12.
-    """
-    per_step = scores.movedim(-2, 0).flatten(1).mean(1)
-    K = len(per_step)
-    rows = {"one_step": (0, 1), "8_steps": (0, 8), "6:12": (5, 12), "[6:12]": (6, 12), "13:30": (12, 30),
-            "[13:30]": (13, 30), "rollout": (0, K)}
-    return {name: per_step[a:b].mean().item() for name, (a, b) in rows.items() if b <= K}
-
-
-def baselines(past, truth, train_mean):
-    """Forecasts without a model: {name: K C H W}. past: P C H W, the frames up to the start (the last is what
-    a model is given); truth: K C H W; train_mean: C. spatial_mean is the truth's own, which VRMSE calls 1."""
-    k = torch.arange(1, len(truth) + 1).view(-1, 1, 1, 1)
-    change = past[-1] - past[-2] if len(past) > 1 else torch.zeros_like(past[-1])
-    return {"persistence": past[-1].expand_as(truth),
-            "spatial_mean": truth.mean((-2, -1), keepdim=True).expand_as(truth),
-            "train_mean": train_mean.view(1, -1, 1, 1).expand_as(truth),
-            "linear": past[-1] + k * change}
-
-
-def physics_checks(pred, truth, names, axis=-2):
-    """-> {check: relative error, T}, 0 for equal ones. axis: a periodic one, of the spectra.
-
-    mass_by_temperature: sum over phases of |difference|, over all mass (T = P / rho in < .02 < .1 < .5 <).
-    kinetic_energy: |difference| / truth's. spectrum: mean over wave numbers and fields of |difference| over
-    the larger power, in 0 .. 1, so that the smallest scales count, which a blurred forecast lacks.
-    """
-    def power(x):                                          # T C K, mean over the other axis
-        waves = torch.fft.rfft(x, dim=axis, norm="forward").abs().square()
-        return waves.mean(-3 - axis)[..., 1:]
-
-    def of(x, name):
-        return x[:, names.index(name)]
-
-    a, b = power(pred), power(truth)
-    checks = {"spectrum": ((a - b).abs() / torch.maximum(a, b).clamp(min=1e-20)).mean((1, 2))}
-    if {"density", "pressure", "velocity_x", "velocity_y"} <= set(names):
-        mass, energy = [], []
-        for x in (pred, truth):
-            rho = of(x, "density")
-            bins = torch.bucketize(of(x, "pressure") / rho.clamp(min=1e-6), torch.tensor([.02, .1, .5]))
-            mass.append(torch.stack([(rho * (bins == i)).sum((1, 2)) for i in range(4)], 1))
-            energy.append((rho * (of(x, "velocity_x") ** 2 + of(x, "velocity_y") ** 2)).mean((1, 2)) / 2)
-        checks["mass_by_temperature"] = (mass[0] - mass[1]).abs().sum(1) / mass[1].sum(1)
-        checks["kinetic_energy"] = (energy[0] - energy[1]).abs() / energy[1].clamp(min=1e-12)
-    return checks
-
-
-# ---- pictures --------------------------------------------------------------------------------------------
-
-def field_video(truth, prediction, names, scale=None):
-    """T C H W twice -> T 3 H' W' uint8: a row per field, truth | prediction | bar | error | bar.
-
-    scale: pixels per cell, by default to a picture about 384 wide. Ranges are the truth's over all frames, so
-    a colour is one value in the whole video; those of components and errors are symmetric around 0.
-    """
-    import matplotlib
-    from PIL import Image, ImageDraw, ImageFont
-    font = ImageFont.load_default(size=13)
-    T, C, H, W = truth.shape
-    scale = scale or max(1, round(384 / W))
-    h, w, bar, left, top, gap = H * scale, W * scale, 74, 90, 24, 8
-    page = Image.new("RGB", (left + 3 * w + 2 * gap + 2 * bar, top + C * (h + gap)), "white")
-    pen = ImageDraw.Draw(page)
-    corners = [left, left + w + gap, left + 2 * (w + gap) + bar]
-    for title, x in zip(("truth", "prediction", "error (prediction - truth)"), corners):
-        pen.text((x + w // 2, top // 2), title, fill="black", font=font, anchor="mm")
-
-    def draw_bar(x, y, low, high, colours):
-        ramp = colours.flip(0)[torch.linspace(0, 255, h).long()][:, None].repeat(1, 12, 1)
-        page.paste(Image.fromarray(ramp.numpy()), (x, y))
-        for share in (0, .5, 1):
-            at, value = (x + 16, y + 6 + (h - 12) * (1 - share)), low + share * (high - low)
-            pen.text(at, f"{value:.3g}", fill="black", font=font, anchor="lm")
-
-    tiles = []                                             # y, x, T H W, its range and colours
-    for c, name in enumerate(names):
-        y, error = top + c * (h + gap), prediction[:, c] - truth[:, c]
-        low, high = np.percentile(truth[:, c].numpy(), [.1, 99.9])
-        shown = (low, high, "viridis")
-        if name.endswith(("_x", "_y")):
-            shown = (-max(-low, high), max(-low, high), "PuOr_r")
-        size = max(float(np.percentile(error.abs().numpy(), 99.5)), 1e-6)
-        pen.text((left - 6, y + h // 2), name.replace("_", "\n"), fill="black", font=font, anchor="rm")
-        for x, values, (a, b, colours) in zip(corners, (truth[:, c], prediction[:, c], error),
-                                              (shown, shown, (-size, size, "RdBu_r"))):
-            colours = matplotlib.colormaps[colours](np.arange(256), bytes=True)[:, :3]
-            colours = torch.from_numpy(colours.copy())
-            tiles.append((y, x, values, a, b, colours))
-            if x != corners[0]:
-                draw_bar(x + w + 4, y, a, b, colours)
-    video = torch.from_numpy(np.array(page)).permute(2, 0, 1).repeat(T, 1, 1, 1)
-    for y, x, values, a, b, colours in tiles:
-        index = ((values - a) / max(b - a, 1e-12) * 255).nan_to_num().round().clamp(0, 255).long()
-        tile = colours[index].permute(0, 3, 1, 2).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-        video[:, :, y:y + h, x:x + w] = tile
-    return video
-
-
-# ---- model: loading -------------------------------------------------------------------------------------
-
-def wan_part(args, run, part, dtype=torch.float32, expert="transformer"):
-    """A part of Wan: its pretrained weights, or random ones in its shape or in the tiny shape."""
-    tiny = args.model == "tiny"
-    torch.manual_seed(expert == "transformer_2")     # whatever --seed is: no checkpoint holds what is frozen
-    return common.load_wan(args.weights_from, part=part, config=TINY if tiny else args.model, dtype=dtype,
-                           device=run.device, random_init=args.random_init or tiny, expert=expert)
-
-
-def wide_dtype(args):
-    """What is frozen: bf16, and fp32 where it is tiny."""
-    return torch.float32 if args.model == "tiny" else torch.bfloat16
-
+# ---- data: windows and their cache ----------------------------------------------------------------------
 
 def encode_prompts(args, run, files):
     """-> [L D], the text of each file, and of no text. The encoder, which is 11 GB, is loaded and dropped."""
@@ -1594,8 +1478,6 @@ def plain_scalars(file):
     """A file's numbers that do not change: {name: number}."""
     return {name: value for name, value in file.scalars.items() if not isinstance(value, list)}
 
-
-# ---- windows and their cache ----------------------------------------------------------------------------
 
 class Windows:
     """The windows of n_in + n_out frames of a split: all of them, or `count`, evenly. Number n is window n %
@@ -1702,6 +1584,124 @@ def digest(tensors, config):
     for name, value in sorted(tensors.items()):
         total.update(name.encode() + value.detach().float().cpu().numpy().tobytes())
     return total.hexdigest()[:16]
+
+
+# ---- metrics --------------------------------------------------------------------------------------------
+
+# Ohana 2024, tables 2 and 3 (turbulent_radiative_layer_2D): VRMSE on the real test split, 4 given frames.
+PUBLISHED = {"FNO": {"one_step": .5001, "6:12": 1.79, "13:30": 3.54},
+             "TFNO": {"one_step": .5016, "6:12": 6.01, "13:30": math.inf},          # published as > 10
+             "U-Net": {"one_step": .2418, "6:12": .66, "13:30": 1.04},
+             "CNextU-Net": {"one_step": .1956, "6:12": .54, "13:30": 1.01}}
+
+
+def vrmse(pred, truth):
+    """... C H W in physical units -> ... C, as the_well.benchmark.metrics.VRMSE: over the spatial axes alone,
+    with the unbiased variance and 1e-7 under the root. The truth's spatial mean scores sqrt((n - 1) / n)."""
+    error = (pred - truth).square().mean((-2, -1))
+    return (error / (truth.std((-2, -1)) ** 2 + 1e-7)).sqrt()
+
+
+def rollout_table(scores):
+    """VRMSE of forecasts, ... K C -> {row: float}, means over steps and all else; rows beyond K are left out.
+
+    "6:12" is steps 6 to 12 counted from 1, "[6:12]" the slice: the benchmark says only 6:12.
+    """
+    per_step = scores.movedim(-2, 0).flatten(1).mean(1)
+    K = len(per_step)
+    rows = {"one_step": (0, 1), "8_steps": (0, 8), "6:12": (5, 12), "[6:12]": (6, 12), "13:30": (12, 30),
+            "[13:30]": (13, 30), "rollout": (0, K)}
+    return {name: per_step[a:b].mean().item() for name, (a, b) in rows.items() if b <= K}
+
+
+def baselines(past, truth, train_mean):
+    """Forecasts without a model: {name: K C H W}. past: P C H W, the frames up to the start (the last is what
+    a model is given); truth: K C H W; train_mean: C. spatial_mean is the truth's own, which VRMSE calls 1."""
+    k = torch.arange(1, len(truth) + 1).view(-1, 1, 1, 1)
+    change = past[-1] - past[-2] if len(past) > 1 else torch.zeros_like(past[-1])
+    return {"persistence": past[-1].expand_as(truth),
+            "spatial_mean": truth.mean((-2, -1), keepdim=True).expand_as(truth),
+            "train_mean": train_mean.view(1, -1, 1, 1).expand_as(truth),
+            "linear": past[-1] + k * change}
+
+
+def physics_checks(pred, truth, names, axis=-2):
+    """-> {check: relative error, T}, 0 for equal ones. axis: a periodic one, of the spectra.
+
+    mass_by_temperature: sum over phases of |difference|, over all mass (T = P / rho in < .02 < .1 < .5 <).
+    kinetic_energy: |difference| / truth's. spectrum: mean over wave numbers and fields of |difference| over
+    the larger power, in 0 .. 1, so that the smallest scales count, which a blurred forecast lacks.
+    """
+    def power(x):                                          # T C K, mean over the other axis
+        waves = torch.fft.rfft(x, dim=axis, norm="forward").abs().square()
+        return waves.mean(-3 - axis)[..., 1:]
+
+    def of(x, name):
+        return x[:, names.index(name)]
+
+    a, b = power(pred), power(truth)
+    checks = {"spectrum": ((a - b).abs() / torch.maximum(a, b).clamp(min=1e-20)).mean((1, 2))}
+    if {"density", "pressure", "velocity_x", "velocity_y"} <= set(names):
+        mass, energy = [], []
+        for x in (pred, truth):
+            rho = of(x, "density")
+            bins = torch.bucketize(of(x, "pressure") / rho.clamp(min=1e-6), torch.tensor([.02, .1, .5]))
+            mass.append(torch.stack([(rho * (bins == i)).sum((1, 2)) for i in range(4)], 1))
+            energy.append((rho * (of(x, "velocity_x") ** 2 + of(x, "velocity_y") ** 2)).mean((1, 2)) / 2)
+        checks["mass_by_temperature"] = (mass[0] - mass[1]).abs().sum(1) / mass[1].sum(1)
+        checks["kinetic_energy"] = (energy[0] - energy[1]).abs() / energy[1].clamp(min=1e-12)
+    return checks
+
+
+# ---- pictures -------------------------------------------------------------------------------------------
+
+def field_video(truth, prediction, names, scale=None):
+    """T C H W twice -> T 3 H' W' uint8: a row per field, truth | prediction | bar | error | bar.
+
+    scale: pixels per cell, by default to a picture about 384 wide. Ranges are the truth's over all frames, so
+    a colour is one value in the whole video; those of components and errors are symmetric around 0.
+    """
+    import matplotlib
+    from PIL import Image, ImageDraw, ImageFont
+    font = ImageFont.load_default(size=13)
+    T, C, H, W = truth.shape
+    scale = scale or max(1, round(384 / W))
+    h, w, bar, left, top, gap = H * scale, W * scale, 74, 90, 24, 8
+    page = Image.new("RGB", (left + 3 * w + 2 * gap + 2 * bar, top + C * (h + gap)), "white")
+    pen = ImageDraw.Draw(page)
+    corners = [left, left + w + gap, left + 2 * (w + gap) + bar]
+    for title, x in zip(("truth", "prediction", "error (prediction - truth)"), corners):
+        pen.text((x + w // 2, top // 2), title, fill="black", font=font, anchor="mm")
+
+    def draw_bar(x, y, low, high, colours):
+        ramp = colours.flip(0)[torch.linspace(0, 255, h).long()][:, None].repeat(1, 12, 1)
+        page.paste(Image.fromarray(ramp.numpy()), (x, y))
+        for share in (0, .5, 1):
+            at, value = (x + 16, y + 6 + (h - 12) * (1 - share)), low + share * (high - low)
+            pen.text(at, f"{value:.3g}", fill="black", font=font, anchor="lm")
+
+    tiles = []                                             # y, x, T H W, its range and colours
+    for c, name in enumerate(names):
+        y, error = top + c * (h + gap), prediction[:, c] - truth[:, c]
+        low, high = np.percentile(truth[:, c].numpy(), [.1, 99.9])
+        shown = (low, high, "viridis")
+        if name.endswith(("_x", "_y")):
+            shown = (-max(-low, high), max(-low, high), "PuOr_r")
+        size = max(float(np.percentile(error.abs().numpy(), 99.5)), 1e-6)
+        pen.text((left - 6, y + h // 2), name.replace("_", "\n"), fill="black", font=font, anchor="rm")
+        for x, values, (a, b, colours) in zip(corners, (truth[:, c], prediction[:, c], error),
+                                              (shown, shown, (-size, size, "RdBu_r"))):
+            colours = matplotlib.colormaps[colours](np.arange(256), bytes=True)[:, :3]
+            colours = torch.from_numpy(colours.copy())
+            tiles.append((y, x, values, a, b, colours))
+            if x != corners[0]:
+                draw_bar(x + w + 4, y, a, b, colours)
+    video = torch.from_numpy(np.array(page)).permute(2, 0, 1).repeat(T, 1, 1, 1)
+    for y, x, values, a, b, colours in tiles:
+        index = ((values - a) / max(b - a, 1e-12) * 255).nan_to_num().round().clamp(0, 255).long()
+        tile = colours[index].permute(0, 3, 1, 2).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+        video[:, :, y:y + h, x:x + w] = tile
+    return video
 
 
 # ---- evaluate and sample --------------------------------------------------------------------------------
