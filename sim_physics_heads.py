@@ -2211,7 +2211,7 @@ def run_stages(args, run, data, found, only=False):
 
 def prepare(args, run):
     """Scenes (simulated for the tiny preset's own folder) and their cache -> {part: Clips}."""
-    if run.rank == 0 and args.preset == "tiny" and "data_dir" not in args.given:
+    if run.rank == 0 and args.preset == "tiny" and args.data_dir == PRESETS["tiny"]["data_dir"]:
         simulate_scenes(args.data_dir, args.height, 0, args.sim_frames, args.sim_recordings)
     run.barrier()
     build_cache(args, run)
