@@ -16,14 +16,15 @@ Differs     from the document's code, LIX-shape-analysis/video_for_science, and 
             - both experts are trained, each on its own noise levels; the original trains one for all
             - processes average their gradients (the original calls past DDP), and what is trained is fp32
             - adapters learn through the VAE with gradient, then stand still: a target that can move collapses
-            - field values survive the adapter: no GroupNorm over a frame, no clamp at raw bounds
+            - field values survive the adapter: no GroupNorm over a frame, no clamp at raw bounds; frames are
+              resized by a fixed matrix and its inverse, beside which the document's learned layers start at 0
             - VRMSE is The Well's, on its test split, all files evenly; texts are encoded once; t_cool is told
 Run         python well_i2v.py                                    # simulation to evaluation: 7.6 minutes
             torchrun --nproc_per_node=4 well_i2v.py --lora_rank 32
             python well_i2v.py --sample --num_samples 2
             python well_i2v.py --eval --members 8
             python well_i2v.py --mode convlstm --output_dir runs/convlstm        # the document's older modes
-            python well_i2v.py --download --data_dir data/the_well               # 7 GB
+            python well_i2v.py --download --data_dir data/the_well               # 7 GB, from the hub
             torchrun --nproc_per_node=4 well_i2v.py --preset i2v_a14b --data_dir data/the_well
             python well_i2v.py --preset i2v_a14b --dry_run
 Shapes      B batch  T frames  C fields  H W their grid, axes as in the file (here x periodic, y open)
