@@ -5,15 +5,18 @@ Idea        Heads read per-pixel motion and depth off the tokens of Wan2.2-TI2V-
 Equations   x_s = (1 - s) z + s eps, frame 0 clean; v = eps - z     -> add_noise, PhysicsModel
             s = shift u / (1 + (shift - 1) u)                       -> shift_sigma; heads: density 3 (1 - s)^2
             v = Wan(x_s, 1000 s, text), opened between its blocks   -> run_backbone
+            dx/ds = v from s = 1 to 0, by Euler                     -> generate
             motion, standardised log depth, sky, all masked         -> PerFrameHeads, physics_loss
-            p_{t-k} = p_t + mv_t(p_t) + mv_{t-1}(...) + ...         -> read_clip
-Differs     from Windsao/Sim4VideoGen, and why:
+            p_{t-k} = p_t + mv_t(p_t) + mv_{t-1}(...) + ...         -> compose
+Differs     from the document's code, Windsao/Sim4VideoGen, and why:
             - files are paired by step number; motion over a stride is composed, not taken from its last step
-            - a frame's own targets train its own cells; the original shrinks 49 frames to 13 x 30 x 30
+            - a frame's own targets train its own cells, from several blocks; the original's one layer (--head
+              linear) reads the last block, and 49 frames of targets are shrunk to its 13 x 30 x 30
             - sky, first frames and occlusions are masked; the original teaches zeros or a million metres
             - scenes are held out, and the trivial answers and a random backbone stand beside every result
             - heads read a clean pass with the positive prompt, not the last pass of the guidance
-            - latents and texts are cached; what is trained is fp32; checkpoints resume
+            - latents and texts are cached, which saves an epoch's 2,100 passes of VAE and text encoder; what
+              is trained is fp32, since bf16 rounds small steps away; metadata.csv lies beside the scenes
 Run         python sim_physics_heads.py                          # scenes, cache, both stages: 9 min, 1.2 GB
             python sim_physics_heads.py --sample --num_samples 3
             python sim_physics_heads.py --eval                   # 1 min
@@ -64,6 +67,7 @@ MOTION_ROWS = 96                         # heads say motion in units of the pict
 FAR = 100.0                              # metres; from here on a pixel is sky
 MOVING = 0.5                             # px per frame of the clip, from which on a pixel counts as moving
 PROBE, SIGMAS = 0.05, (0.05, 0.3, 0.7)   # noise at which heads are read; at which they are measured
+LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
 NEGATIVE = ("vivid tones, overexposed, static, blurred details, subtitles, style, artwork, painting, still "
             "picture, grey overall, worst quality, low quality, JPEG artifacts, ugly, incomplete, deformed, "
             "messy background, walking backwards")
@@ -93,9 +97,9 @@ TINY = {
 }
 # What the weights mean: a checkpoint's own values hold. What the cache is made of: other values make it anew.
 MODEL_FLAGS = ("model", "stage", "head", "head_width", "head_blocks", "cells", "taps", "lora_rank", "last_k",
-               "random_backbone", "text_length")
+               "text_length")
 CACHE_FLAGS = ("model", "weights_from", "random_init", "height", "width", "frames", "strides", "clips",
-               "eval_clips", "zoom", "permute_colours", "target_height", "text_length", "far")
+               "eval_clips", "zoom", "permute_colours", "target_height", "text_length")
 
 
 def build_parser():
@@ -110,11 +114,11 @@ def build_parser():
     add("--strides", default="1,2", help="steps of the simulation from frame to frame; one is drawn per clip")
     add("--clips", type=int, default=16, help="cached clips of a training scene; their start and stride vary")
     add("--eval_clips", type=int, default=4, help="cached clips of a held-out scene")
-    add("--zoom", type=float, default=1.5, help="two in three training clips show a part, enlarged so much")
+    add("--zoom", type=float, default=1.5,
+        help="two in three training clips show a part, enlarged up to so many times (1: none)")
     add("--permute_colours", action=argparse.BooleanOptionalAction, default=False,
         help="swap colour channels at random, clip by clip")
     add("--target_height", type=int, default=120, help="rows of the training targets")
-    add("--far", type=float, default=FAR, help="metres from which on depth counts as sky")
     add("--fps", type=int, default=15, help="of the videos that are written")
     add("--sim_frames", type=int, default=0, help="frames of a simulated scene (0: 60 to 131, by scene)")
     add("--sim_recordings", type=int, default=3, help="of each simulated scene that moves")
@@ -128,7 +132,6 @@ def build_parser():
     add("--head_blocks", type=int, default=3, help="its residual blocks of 3x3x3 convolutions")
     add("--cells", type=int, default=8, help="rows and columns that a token predicts, even")
     add("--taps", default="", help="blocks after which heads read, as 0,8,15,23 (default: those quarters)")
-    add("--random_backbone", action="store_true", help="control: heads on an untrained backbone")
     add("--text_length", type=int, default=512, help="tokens of a prompt, zeros included")
     add = parser.add_argument_group("stages").add_argument
     add("--stage", choices=["heads", "lora", "last_k", "full", "all"], default="heads",
@@ -157,18 +160,25 @@ def build_parser():
 
 def check_args(args):
     """One clear line for values that no run can mean."""
-    for name in ("height", "width", "frames", "clips", "eval_clips", "target_height", "batch_size",
-                 "sim_recordings", "grad_accum", "max_steps", "steps", "num_samples", "lora_rank", "last_k",
-                 "cells", "head_width", "text_length"):
-        if getattr(args, name) < 1:
+    for name in ("height", "width", "clips", "eval_clips", "target_height", "batch_size", "sim_recordings",
+                 "grad_accum", "max_steps", "steps", "num_samples", "lora_rank", "last_k", "cells",
+                 "head_width", "text_length", "fps", "zoom"):
+        if not getattr(args, name) >= 1:
             raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
-    for name in ("seed", "lr", "lora_lr", "backbone_lr", "head_blocks", "lora_steps", "backbone_steps"):
+    for name in ("seed", "lr", "lora_lr", "backbone_lr", "head_blocks", "lora_steps", "backbone_steps",
+                 "sim_frames", "motion_weight", "depth_weight", "sky_weight", "warmup_steps", "weight_decay",
+                 "grad_clip", "log_every", "eval_every", "save_every", "keep_last"):
         if not getattr(args, name) >= 0:
             raise UserError(f"--{name} must not be negative, but is {getattr(args, name)}")
+    for name in ("ema_decay", "beta2"):
+        if not 0 <= getattr(args, name) < 1:
+            raise UserError(f"--{name} must be in [0, 1), not {getattr(args, name)}")
+    if not args.shift > 0:
+        raise UserError(f"--shift must be above 0, not {args.shift}")
     for name in ("height", "width"):
         if getattr(args, name) % 32:
             raise UserError(f"--{name} must be a multiple of 32, not {getattr(args, name)}")
-    if args.frames % 4 != 1:
+    if args.frames < 5 or args.frames % 4 != 1:
         raise UserError(f"--frames must be 4k + 1, not {args.frames}: Wan's VAE packs fours after the first")
     if args.cells % 2:
         raise UserError(f"--cells must be even, not {args.cells}: a token is 2 x 2 latents")
@@ -197,7 +207,8 @@ def run_backbone(dit, x, t, text, taps, velocity=True, checkpointing=False):
     """
     B, C, F_, h, w = x.shape
     pt, ph, pw = dit.config.patch_size
-    x, text = x.to(weight_dtype(dit)), text.to(weight_dtype(dit))
+    dtype = dit.patch_embedding.weight.dtype
+    x, text = x.to(dtype), text.to(dtype)
     rope = dit.rope(x)
     hidden = dit.patch_embedding(x).flatten(2).transpose(1, 2).contiguous()
     temb, modulation, text, _ = dit.condition_embedder(t.flatten(), text, None, timestep_seq_len=t.shape[1])
@@ -379,10 +390,6 @@ def trunk_dtype(args):
     return torch.float32 if args.model == "tiny" or args.stage == "full" else torch.bfloat16
 
 
-def weight_dtype(dit):
-    return dit.patch_embedding.weight.dtype
-
-
 def has_adapter(dit):
     return bool(getattr(dit, "peft_config", None))
 
@@ -411,9 +418,6 @@ def make_model(args, dit, stage):
     return PhysicsModel(dit, heads, args, taps)
 
 
-LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
-
-
 def export(args, run, model, stage, folder):
     """final/: heads.safetensors with heads.json, and what else the stage trained: the LoRA file that
     WanImageToVideoPipeline.load_lora_weights takes, or the trained backbone weights. Rank 0 writes."""
@@ -433,7 +437,7 @@ def export(args, run, model, stage, folder):
         common.save_weights(final / "backbone.safetensors", backbone)
 
 
-# ---- objective ------------------------------------------------------------------------------------------
+# ---- objective and sampler ------------------------------------------------------------------------------
 
 def speed(motion):
     """... 2 H W -> ... H W, the length. Tensor.norm over a dimension of 2 takes 20 times as long."""
@@ -495,27 +499,452 @@ def shift_sigma(u, shift):
     return shift * u / (1 + (shift - 1) * u)
 
 
-# ---- data: simulated scenes -----------------------------------------------------------------------------
+def fixed_noise(z, seed):
+    return torch.randn(z.shape, generator=torch.Generator().manual_seed(seed)).to(z.device)
+
+
+@torch.no_grad()
+def generate(dit, z0, text, negative, args, seed):
+    """Euler's method from noise to the flow's end, frame 0 given. z0 B C 1 h w, text B L D -> B C F h w.
+    Guidance compares with the negative prompt; --cfg 1 leaves it out."""
+    F_ = (args.frames - 1) // 4 + 1
+    noise = fixed_noise(z0.expand(-1, -1, F_, -1, -1), seed)
+    x, levels = noise, shift_sigma(torch.linspace(1, 0, args.steps + 1), args.shift).tolist()
+    for sigma, following in zip(levels, levels[1:]):
+        x = torch.cat([z0, x[:, :, 1:]], dim=2)
+        tokens = torch.full((len(x), F_, x.shape[3] // 2, x.shape[4] // 2), 1000 * sigma, device=x.device)
+        tokens[:, 0] = 0
+        velocity = lambda prompt: run_backbone(dit, x, tokens.flatten(1), prompt, ())[0].float()
+        v = velocity(text)
+        if args.cfg != 1:
+            v = (away := velocity(negative)) + args.cfg * (v - away)
+        x = x + (following - sigma) * v
+    return torch.cat([z0, x[:, :, 1:]], dim=2)
+
+
+# ---- data: files ----------------------------------------------------------------------------------------
+
+FOLDERS = {"rgb": ("rgb", "rgb_capture"), "motion": ("motion_vectors",), "depth": ("distance_to_camera",)}
+ENDINGS = {"rgb": (".png", ".jpg", ".jpeg"), "motion": (".npy",), "depth": (".npy",)}
+DEPTH_SHARE, DEPTH_METRES = .05, .02       # how much a tracked point's distance may change in one step
+UNITS = {"px": lambda W, H: (1, 1), "NDC": lambda W, H: (W / 2, H / 2), "UV": lambda W, H: (W, H)}
+OFFSETS = (-2, -1, 0, 1, 2)
+LEAST_MOVING = 200                         # pixels that the convention test needs
+
+
+@dataclass
+class Scene:
+    """name: the scene folder's, shared by its recordings; steps: step numbers that all three folders have;
+    spacing: the usual distance between steps; paths: {modality: {step: Path}}, unpaired files too; dropped:
+    {modality: files without partners}."""
+    name: str
+    folder: Path
+    prompt: str
+    steps: list
+    spacing: int
+    paths: dict
+    dropped: dict
+    memo: dict = field(default_factory=dict)               # what was read: a scene's clips share its frames
+
+    def once(self, key, work):
+        if key not in self.memo:
+            self.memo[key] = work()
+        return self.memo[key]
+
+
+# ---- data: finding scenes -------------------------------------------------------------------------------
+
+def find_scenes(data_dir):
+    """-> list of Scene, in metadata.csv's order. Without that file, all folders below data_dir that have the
+    three subfolders, and the file is written. UserError for rows, folders or steps that are missing."""
+    root = Path(data_dir)
+    table = root / "metadata.csv"
+    if table.is_file():
+        with open(table, newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+        if rows and not rows[0].get("video"):
+            raise UserError(f"{table} has no column video: it takes the columns video,prompt")
+    else:
+        rows = []
+        for folder, below, _ in os.walk(root):
+            if set(below) & {alias for aliases in FOLDERS.values() for alias in aliases}:
+                rows.append({"video": Path(folder).relative_to(root).as_posix()})
+                below.clear()
+        rows.sort(key=lambda row: row["video"])
+    if not rows:
+        raise UserError(f"no scenes in {root}: folders such as test_ball_ramp/env_0/0/0 that hold rgb, "
+                        "motion_vectors and distance_to_camera are needed")
+    scenes = [open_scene(root, row) for row in rows]
+    if not table.is_file():
+        write_table(table, rows, scenes)
+    return scenes
+
+
+def write_table(table, rows, scenes):
+    """metadata.csv; a folder that cannot be written to stays without."""
+    part = table.with_name(f"metadata.{os.getpid()}.tmp")  # several processes may write it at once
+    try:
+        with open(part, "w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["video", "prompt"])
+            writer.writerows([row["video"], scene.prompt] for row, scene in zip(rows, scenes))
+        os.replace(part, table)
+    except OSError as error:
+        print(f"{table} is not written: {error}")
+
+
+def open_scene(root, row):
+    """A row of metadata.csv -> Scene: files paired by step number, never by their place in a sorted list."""
+    folder = root / row["video"]           # an absolute path replaces root
+    if not folder.is_dir():
+        raise UserError(f"scene {scene_name(folder)}: metadata.csv names {folder}, which is no folder")
+    if (folder / "env_0/0/0").is_dir():
+        folder = folder / "env_0/0/0"
+    name, paths = scene_name(folder), {}
+    for modality, aliases in FOLDERS.items():
+        found = [folder / alias for alias in aliases if (folder / alias).is_dir()]
+        if not found:
+            raise UserError(f"scene {name}: {folder} lacks the folder {aliases[0]}")
+        paths[modality] = {}
+        for path in sorted(found[0].iterdir()):
+            numbers = re.findall(r"\d+", path.stem)
+            if path.suffix.lower() in ENDINGS[modality] and numbers:
+                other = paths[modality].setdefault(int(numbers[-1]), path)
+                if other != path:
+                    raise UserError(f"scene {name}: {other} and {path.name} are of the same step")
+    steps = sorted(set.intersection(*map(set, paths.values())))
+    if not steps:
+        counts = ", ".join(f"{len(files)} {modality}" for modality, files in paths.items())
+        raise UserError(f"scene {name}: the folders in {folder} share no step ({counts} files)")
+    spacing = Counter(np.diff(steps).tolist()).most_common(1)[0][0] if len(steps) > 1 else 1
+    prompt = row.get("prompt") or "A physics simulation of " + name.removeprefix("test_").replace("_", " ")
+    return Scene(name, folder, prompt, steps, spacing, paths,
+                 {modality: len(files) - len(steps) for modality, files in paths.items()})
+
+
+def scene_name(folder):
+    """.../test_ball_ramp/env_0/0/0 -> test_ball_ramp."""
+    return [part for part in Path(os.path.abspath(folder)).parts
+            if not re.fullmatch(r"\d+|env(_\d+)?|camera|cam_\d+", part)][-1]
+
+
+# ---- data: reading clips --------------------------------------------------------------------------------
+
+def load_array(scene, modality, step):
+    """-> H W 2 (motion) or H W (depth) floats of any precision, mapped: pages are read when used. None for an
+    empty file, which a renderer writes as long as there is no frame before. UserError names the file."""
+    return scene.once((modality, step), lambda: map_array(scene.paths[modality][step], modality))
+
+
+def map_array(path, modality):
+    try:
+        array = np.asarray(np.load(path, mmap_mode="r"))       # the plain class: indexing a memmap is slow
+    except (ValueError, EOFError, OSError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+    if array.size == 0:
+        return None
+    good = array.ndim == 3 and array.shape[2] in (2, 4) if modality == "motion" else \
+        array.ndim == 2 or array.ndim == 3 and array.shape[2] == 1
+    if not good or array.dtype not in (np.float16, np.float32, np.float64):
+        needs = "(H, W, 2 or 4)" if modality == "motion" else "(H, W)"
+        raise UserError(f"{path} is {array.dtype} {array.shape}: floats of shape {needs} are needed")
+    return array[..., :2] if modality == "motion" else array.reshape(array.shape[:2])
+
+
+def open_rgb(scene, step):
+    """-> PIL image in RGB."""
+    path = scene.paths["rgb"][step]
+    try:
+        return scene.once(("rgb", step), lambda: Image.open(path).convert("RGB"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
+
+
+def part_box(size, height, width, zoom):
+    """(W, H) of a picture -> left, top, width, height of its centred part with the target's aspect, and of
+    that the part that zoom (see read_clip) means."""
+    (W, H), (z, x, y) = size, zoom
+    w, h = min(W, max(1, round(H * width / height))), min(H, max(1, round(W * height / width)))
+    part_w, part_h = max(1, round(w / z)), max(1, round(h / z))
+    return (W - w) // 2 + round(x * (w - part_w)), (H - h) // 2 + round(y * (h - part_h)), part_w, part_h
+
+
+def clean_depth(depth):
+    """Metres with sky (Inf, <= 0, >= FAR) set to FAR; NaN, not known, stays and agrees with nothing."""
+    depth = np.asarray(depth, np.float32)
+    return np.where((depth <= 0) | (depth >= FAR), np.float32(FAR), depth)
+
+
+def interpolate(point, distance, motion, depth):
+    """motion at points N 2 (x, y) whose distance was N metres one step later -> motion, distance, valid N.
+
+    Bilinear among those of the four neighbours that lie on the same surface: where an object borders on
+    another, the ordinary bilinear mixture of both motions belongs to neither. Same surface means a distance
+    within 5 % + 2 cm of the point's (a point's own distance changes as it moves; at 60 frames/s and 4 m that
+    allows for 13 m/s). No such neighbour, or less than a tenth of the weight: the point is occluded.
+    """
+    H, W = depth.shape
+    corner = np.floor(point).astype(np.int64)
+    part = (point - corner)[:, None]
+    shift = np.array([[0, 0], [1, 0], [0, 1], [1, 1]])
+    weight = np.where(shift, part, 1 - part).prod(-1)
+    x, y = np.clip(corner[:, None] + shift, 0, [W - 1, H - 1]).transpose(2, 0, 1)
+    near = clean_depth(depth[y, x])
+    weight = weight * (np.abs(near - distance[:, None]) < DEPTH_SHARE * distance[:, None] + DEPTH_METRES)
+    vector = np.zeros((*near.shape, 2))
+    if motion is not None:
+        vector = np.asarray(motion[y, x], np.float64)
+        weight = weight * np.isfinite(vector).all(-1)
+    total = weight.sum(-1)
+    weight = weight / np.maximum(total, 1e-9)[:, None]
+    mean = (weight[..., None] * np.where(np.isfinite(vector), vector, 0)).sum(1)
+    return mean, (weight * np.where(weight > 0, near, 0)).sum(-1), total > .1
+
+
+def compose(motions, depths):
+    """Chains single-step vectors over a stride: k motions (frames t, t-1, .. t-k+1) and k + 1 depths (frames
+    t .. t-k), each H W .. -> motion H W 2 in native pixels, valid H W.
+
+    Starting at pixel p, p moves by motion[t](p), then by motion[t-1] at its new place, and so on. A point is
+    valid while it stays inside the image and every step finds its surface (see interpolate), so points that
+    were hidden k frames ago are dropped.
+    """
+    H, W = depths[0].shape
+    start = np.stack(np.meshgrid(np.arange(W), np.arange(H)), -1).astype(np.float32).reshape(-1, 2)
+    point, distance = start.copy(), clean_depth(depths[0]).reshape(-1)
+    valid, still = np.isfinite(distance), np.ones(len(start), bool)
+    for motion, depth in zip([*motions, None], depths):
+        # most pixels never move: those need no interpolation
+        near = clean_depth(depth).reshape(-1)
+        valid &= ~still | (np.abs(near - distance) < DEPTH_SHARE * distance + DEPTH_METRES)
+        distance = np.where(still, near, distance)
+        vector = np.zeros_like(point) if motion is None else motion.astype(np.float32).reshape(-1, 2)
+        moved = np.flatnonzero(~still & valid)
+        vector[moved], distance[moved], valid[moved] = interpolate(point[moved], distance[moved], motion,
+                                                                   depth)
+        dx, dy = vector.T                  # a reduction over an axis of two is slow
+        valid &= np.isfinite(dx) & np.isfinite(dy)
+        step = np.flatnonzero(valid & ((dx != 0) | (dy != 0)))
+        point[step] += vector[step]
+        still[step] = False
+        inside = (point[step] >= 0) & (point[step] <= np.float32([W - 1, H - 1]))
+        valid[step] = inside.all(-1)       # absurd vectors end here too
+    motion = np.where(valid[:, None], point - start, 0)
+    return motion.reshape(H, W, 2), valid.reshape(H, W)
+
+
+def read_clip(scene, start, stride, frames, height, width, flip=False, zoom=(1., 0., 0.)):
+    """Frames start, start + stride, ... of scene.steps, all modalities cropped and resized alike -> dict of
+    video T 3 H W uint8, motion T 2 H W float32 (previous chosen frame minus this one, in pixels at H x W; 0
+    where not valid), motion_valid T H W bool (never in frame 0), depth T H W float32 metres (FAR where not
+    valid), depth_valid T H W bool. flip mirrors left and right. zoom (z, x, y) takes a part z times
+    smaller, at the share x of what is left over to its sides and y above and below. UserError names the file.
+
+    RGB is averaged, motion and depth are picked from the nearest pixel: their mean over a border is no
+    surface. Vectors are chained at native resolution and then scaled.
+    """
+    last = start + stride * (frames - 1)
+    if start < 0 or stride < 1 or frames < 1 or last >= len(scene.steps):
+        raise UserError(f"scene {scene.name}: {frames} frames from {start} by {stride} do not fit into its "
+                        f"{len(scene.steps)} steps")
+    size = open_rgb(scene, scene.steps[start]).size
+    left, top, w, h = part_box(size, height, width, zoom)
+    rows = top + ((np.arange(height) + .5) * h / height).astype(int)
+    columns = left + ((np.arange(width) + .5) * w / width).astype(int)
+    pick = lambda array: array[np.ix_(rows, columns)]
+    video = np.zeros((frames, height, width, 3), np.uint8)
+    motion = np.zeros((frames, height, width, 2), np.float32)
+    motion_valid = np.zeros((frames, height, width), bool)
+    depth = np.full((frames, height, width), np.nan, np.float32)
+
+    def check_size(modality, index, W, H):
+        if (W, H) != size:
+            raise UserError(f"{scene.paths[modality][scene.steps[index]]} is {W} x {H}, the frames of scene "
+                            f"{scene.name} are {size[0]} x {size[1]}")
+
+    def load(modality, index):
+        array = load_array(scene, modality, scene.steps[index])
+        if array is not None:
+            check_size(modality, index, *array.shape[1::-1])
+        return array
+
+    for i, index in enumerate(range(start, last + 1, stride)):
+        picture = open_rgb(scene, scene.steps[index])
+        check_size("rgb", index, *picture.size)
+        video[i] = picture.resize((width, height), Image.BICUBIC, (left, top, left + w, top + h))
+        if (array := load("depth", index)) is not None:
+            depth[i] = pick(array)
+        chain = range(index, index - stride, -1)
+        # a vector leads to the step before it: where that one is missing, the chain is broken
+        if i and all(scene.steps[j] - scene.steps[j - 1] == scene.spacing for j in chain):
+            motions = [load("motion", j) for j in chain]
+            depths = [load("depth", j) for j in (*chain, index - stride)]
+            if all(array is not None for array in (*motions, *depths)):
+                vectors, valid = scene.once(("composed", index, stride), lambda: compose(motions, depths))
+                motion[i], motion_valid[i] = pick(vectors), pick(valid)
+    depth_valid = np.isfinite(depth) & (depth > 0) & (depth < FAR)
+    motion *= np.float32([width / w, height / h])
+    clip = {"video": video.transpose(0, 3, 1, 2), "motion": motion.transpose(0, 3, 1, 2),
+            "motion_valid": motion_valid, "depth": np.where(depth_valid, depth, np.float32(FAR)),
+            "depth_valid": depth_valid}
+    if flip:
+        clip = {name: value[..., ::-1] for name, value in clip.items()}
+        clip["motion"] = clip["motion"] * np.float32([-1, 1])[:, None, None]
+    return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in clip.items()}
+
+
+# ---- data: checking what vectors mean -------------------------------------------------------------------
+
+def sampled(items, count):
+    """At most count of a list's items, evenly spread."""
+    return [items[i] for i in sorted(set(np.linspace(0, len(items) - 1, min(count, len(items))).astype(int)))]
+
+
+def bilinear(picture, x, y):
+    """Picture H W 3 at N points; outside, the border is repeated."""
+    H, W = picture.shape[:2]
+    x, y = np.clip(x, 0, W - 1), np.clip(y, 0, H - 1)
+    left, top = np.minimum(x.astype(int), W - 2), np.minimum(y.astype(int), H - 2)
+    a, b = (x - left)[:, None], (y - top)[:, None]
+    return (1 - b) * ((1 - a) * picture[top, left] + a * picture[top, left + 1]) + \
+        b * ((1 - a) * picture[top + 1, left] + a * picture[top + 1, left + 1])
+
+
+def busiest_pairs(scenes, pairs):
+    """-> [(scene, step)] with the largest mean vectors, spread over the scenes; each with its neighbours in
+    reach of OFFSETS. Looks at every 8th pixel of at most 24 files per scene."""
+    ranked = []
+    for scene in scenes:
+        rgb, motion, gap = scene.paths["rgb"], scene.paths["motion"], scene.spacing
+        usable = [t for t in scene.steps if t - gap in rgb and all(t + o * gap in motion for o in OFFSETS)]
+        scores = []
+        for t in sampled(usable, 24):
+            array = load_array(scene, "motion", t)
+            if array is not None:
+                scores.append((float(np.nan_to_num(np.abs(array[::8, ::8]), posinf=0).mean()), t))
+        # a scene's second-best pair competes at half its score, and so on: not all come from one scene
+        ranked += [(score / (rank + 1), scene, t) for rank, (score, t) in enumerate(sorted(scores)[::-1])]
+    ranked.sort(key=lambda entry: -entry[0])
+    return [(scene, t) for _, scene, t in ranked[:pairs]]
+
+
+def convention_test(scenes, pairs=20):
+    """Which reading of the vectors explains the pictures? Warps rgb[t - 1] to t by sign x unit x vectors of
+    file t + offset, at native resolution -> dict of table {(sign, unit, offset): mean |difference|, 0..255},
+    unwarped (the same without warp), best (a key of table or None), moving (pixels compared), changed (those
+    of them where the picture changes at all).
+
+    All readings are compared at the same pixels: those that move by any of the five files (by more than a
+    tenth of that pair's longest vector, whatever its unit) and differ from the scene's median picture, which
+    are the moving objects in frame t. The rim that an object has just left must not count: no vector explains
+    what was hidden, and on a plain background the file before seems to.
+    """
+    plates = {}
+    keys = [(sign, unit, offset) for offset in OFFSETS for unit in UNITS for sign in (1, -1)]
+    total, unwarped, moving, changed = dict.fromkeys(keys, 0.), 0., 0, 0
+    for scene, t in busiest_pairs(scenes, pairs):
+        if scene.folder not in plates:
+            some = [np.asarray(open_rgb(scene, step)) for step in sampled(scene.steps, 9)]
+            plates[scene.folder] = np.median(some, 0).astype(np.float32)
+        vectors = [load_array(scene, "motion", t + offset * scene.spacing) for offset in OFFSETS]
+        now, before = (np.asarray(open_rgb(scene, step), np.float32)
+                       for step in (t, t - scene.spacing))
+        if any(array is None or array.shape[:2] != now.shape[:2] for array in vectors):
+            continue
+        vectors = [np.where(np.isfinite(array), array, 0).astype(np.float32) for array in vectors]
+        length = np.max([np.hypot(array[..., 0], array[..., 1]) for array in vectors], 0)
+        seen = np.abs(now - plates[scene.folder]).mean(-1) > 8
+        y, x = np.nonzero((length > .1 * length.max()) & seen)
+        target = now[y, x]
+        still = np.abs(before[y, x] - target).mean(1)
+        unwarped, moving, changed = unwarped + still.sum(), moving + len(x), changed + (still > 8).sum()
+        H, W = now.shape[:2]
+        for sign, unit, offset in keys:
+            dx, dy = (sign * vectors[OFFSETS.index(offset)][y, x] * UNITS[unit](W, H)).T
+            warped = bilinear(before, x + dx, y + dy)
+            total[sign, unit, offset] += float(np.abs(warped - target).mean(1).sum())
+    table = {key: value / max(moving, 1) for key, value in total.items()}
+    best = min(table, key=table.get) if changed >= LEAST_MOVING else None
+    if best and .97 * table[best[0], best[1], 0] <= table[best]:
+        best = (best[0], best[1], 0)       # a plain, slow object looks alike at all offsets
+    return {"table": table, "unwarped": float(unwarped / max(moving, 1)), "best": best, "moving": moving,
+            "changed": int(changed)}
+
+
+def verdict(result):
+    """What convention_test found -> None if the vectors are as read_clip takes them, else one line that names
+    the fault."""
+    if result["best"] is None:
+        return (f"too few moving pixels ({result['changed']}, {LEAST_MOVING} are needed) to test the sign, "
+                "unit and offset of motion_vectors")
+    (sign, unit, offset), error = result["best"], result["table"][result["best"]]
+    if error > .8 * result["unwarped"]:
+        return (f"motion_vectors do not explain the pictures: the best reading leaves an error of "
+                f"{error:.1f}, no motion at all {result['unwarped']:.1f}")
+    faults = []
+    if sign < 0:
+        faults.append("motion_vectors point the other way: multiply by -1")
+    if unit != "px":
+        factors = {"NDC": "x by W/2 and y by H/2", "UV": "x by W and y by H"}[unit]
+        faults.append(f"the unit of motion_vectors is {unit}, not pixels: multiply {factors}")
+    if offset:
+        faults.append(f"motion files are shifted by {offset:+d} frame{'s' * (abs(offset) > 1)} against rgb: "
+                      f"the file of step t{offset:+d} belongs to frame t")
+    return "; ".join(faults) or None
+
+
+def describe_scene(scene):
+    """Two lines on what a scene's files hold, by eight of its steps."""
+    motion, depth = ([load_array(scene, modality, step) for step in sampled(scene.steps, 8)]
+                     for modality in ("motion", "depth"))
+    motion = [np.asarray(array, np.float32) for array in motion if array is not None]
+    known = [np.isfinite(array).all(-1) for array in motion]
+    vectors = [array[good] for array, good in zip(motion, known)]
+    moving = [(np.hypot(*v.T) > .5).mean() if len(v) else 0 for v in vectors]
+    bad = 1 - np.mean(np.concatenate([good.ravel() for good in known])) if known else 1
+    low, high = (min(v.min(initial=0) for v in vectors), max(v.max(initial=0) for v in vectors)) \
+        if vectors else (0, 0)
+    depth = [np.asarray(array, np.float32).ravel() for array in depth if array is not None]
+    depth = np.concatenate(depth) if depth else np.full(1, np.nan, np.float32)
+    seen = depth[np.isfinite(depth) & (depth > 0) & (depth < FAR)]
+    metres = f"{seen.min():.2f} to {seen.max():.2f} m" if len(seen) else "never valid"
+    counts = ", ".join(f"{len(files)} {modality}" for modality, files in scene.paths.items())
+    dropped = ", ".join(f"{n} {modality}" for modality, n in scene.dropped.items() if n) or "none"
+    gaps, (W, H) = int((np.diff(scene.steps) != scene.spacing).sum()), open_rgb(scene, scene.steps[0]).size
+    return (f"{scene.name}: {counts}; {len(scene.steps)} paired, {gaps} gaps, unpaired: {dropped}; "
+            f"{W} x {H}\n  motion {low:.1f} to {high:.1f} px, {np.mean(moving or 0):.1%} of pixels move, "
+            f"{bad:.1%} NaN or Inf; depth {metres}, {np.isnan(depth).mean():.1%} NaN, "
+            f"{np.isinf(depth).mean():.1%} Inf, {1 - len(seen) / len(depth):.1%} not valid")
+
+
+def check(data_dir):
+    """Prints what the scenes hold and what their vectors mean. UserError with the verdict if they mean
+    something else than read_clip assumes; a data set that hardly moves cannot fail."""
+    scenes = find_scenes(data_dir)
+    for scene in scenes:
+        print(describe_scene(scene))
+        own = verdict(convention_test([scene], 6)) if len(scenes) > 1 else None
+        if own and not own.startswith("too few"):
+            print(f"  suspicious: {own}")
+    result = convention_test(scenes)
+    print(f"error of warping frame t-1 to t on {result['moving']} moving pixels (0..255), without warp "
+          f"{result['unwarped']:.2f}:")
+    rows = sorted(result["table"], key=result["table"].get)[:5]
+    for sign, unit, offset in rows if result["moving"] else []:
+        print(f"  {'+-'[sign < 0]}mv, {unit}, offset {offset:+d}: {result['table'][sign, unit, offset]:.2f}")
+    fault = verdict(result)
+    print(f"verdict: {fault or 'motion vectors are previous minus current, in pixels, in step with rgb'}")
+    if fault and result["best"] is not None:
+        raise UserError(f"{data_dir}: {fault}")
+
+
+# ---- data: simulated scenes, their bodies ---------------------------------------------------------------
 
 # World: metres, x to the right, y up, z away from the camera; the ground is y = 0, one frame is 1/30 s.
-FRAME, SUBSTEPS, GRAVITY = 1 / 30, 8, 9.81
+FRAME, SUBSTEPS, GRAVITY, ASLEEP = 1 / 30, 8, 9.81, 9      # s, per frame, m/s2, stillness of a sleeping body
 FRICTION, FLOOR = .45, 8.                # the ground is drawn for |z| < FLOOR; behind it is sky
 EYE, TARGET, FIELD_OF_VIEW = np.array([0, 1.3, -4.2]), np.array([0, .6, 0]), math.radians(55)
-SKY, GROUND = -2, -1                       # ids of pixels that show no body
-
-# name -> frames, and whether a motion file without a picture trails, as in the real set
-SCENES = {
-    "test_ball_and_block_fall": (99, True), "test_ball_collide": (80, False),
-    "test_ball_hits_duck": (80, False), "test_ball_hits_nothing": (60, False),
-    "test_ball_in_basket": (60, True), "test_ball_ramp": (80, True), "test_ball_rolls_off": (60, False),
-    "test_ball_rolls_on_glass": (80, False), "test_ball_train": (131, True),
-    "test_block_domino": (60, False), "test_domino_in_juice": (60, False),
-    "test_domino_with_space": (60, False), "test_duck_and_domino": (60, True),
-    "test_duck_falls_in_box": (60, False), "test_duck_static": (60, False),
-    "test_light_on_block": (60, False), "test_light_on_mug": (80, False),
-    "test_light_on_mug_block": (99, True), "test_light_on_sculpture": (60, False),
-    "test_roll_behind_box": (99, False), "test_roll_front_box": (99, True),
-}
+SKY, GROUND = -2, -1                     # ids of pixels that show no body
 
 
 def turn(axis_angle):
@@ -526,162 +955,194 @@ def turn(axis_angle):
     return np.eye(3) + math.sin(angle) * cross + (1 - math.cos(angle)) * cross @ cross
 
 
-def build(name, rng):
-    """A scene's bodies at its start, and the drag (1/s) of what they move in.
+def make_body(parts, at, velocity=(0, 0, 0), spin=(0, 0, 0), tilt=(0, 0, 0), fixed=False, bounce=.75):
+    """parts: (is it a ball, its offset from the body's centre 3, half extents 3 or three times the radius,
+    RGB 3) -> {"parts", "at" 3, "rotation" 3 3, "velocity" 3, "spin" 3, "fixed", "bounce"}."""
+    vectors = {"at": at, "velocity": velocity, "spin": spin}
+    vectors = {key: np.array(vector, float) for key, vector in vectors.items()}
+    return {"parts": [(ball, np.array(offset, float), np.array(half, float), np.array(rgb))
+                      for ball, offset, half, rgb in parts], "fixed": fixed, "bounce": bounce,
+            "rotation": turn(np.array(tilt, float)), **vectors}
 
-    A body is {"parts", "at" 3, "rotation" 3 3, "velocity" 3, "spin" 3, "fixed", "bounce"}; a part is
-    (is it a ball, its offset from the body's centre 3, half extents 3 or three times the radius, RGB 3).
-    """
-    hue, vary = rng.random(), rng.uniform
 
-    def colour():
-        nonlocal hue
-        hue = (hue + .382) % 1                             # golden section: neighbours differ much
-        return colorsys.hsv_to_rgb(hue, vary(.6, .85), vary(.8, 1))
+def still(body):
+    return {**body, "fixed": True}
 
-    def body(parts, at, velocity=(0, 0, 0), spin=(0, 0, 0), tilt=(0, 0, 0), fixed=False,
-             bounce=.75):
-        vectors = {"at": at, "velocity": velocity, "spin": spin}
-        vectors = {key: np.array(vector, float) for key, vector in vectors.items()}
-        return {"parts": [(ball, np.array(offset, float), np.array(half, float), np.array(rgb))
-                          for ball, offset, half, rgb in parts], "fixed": fixed, "bounce": bounce,
-                "rotation": turn(np.array(tilt, float)), **vectors}
 
-    def ball(x, y, z, speed=0., radius=None):
-        """A ball whose lowest point is at y; one with a speed (along x) rolls."""
-        r = radius or vary(.28, .36)
-        return body([(True, (0, 0, 0), (r, r, r), colour())], (x, y + r, z), (speed, 0, 0),
-                    (0, 0, -speed / r), rng.normal(0, 1, 3))
+class Maker:
+    """Makes bodies at x, y (of their lowest point), z. Colours and some sizes are drawn from `rng`."""
+    def __init__(self, rng):
+        self.rng, self.vary, self.hue = rng, rng.uniform, rng.random()
 
-    def block(x, y, z, half, rgb=None, **more):
-        return body([(False, (0, 0, 0), half, rgb or colour())], (x, y + half[1], z), **more)
+    def colour(self):
+        self.hue = (self.hue + .382) % 1                   # golden section: neighbours differ much
+        return colorsys.hsv_to_rgb(self.hue, self.vary(.6, .85), self.vary(.8, 1))
 
-    def wall(x, y, z, half, **more):
-        return block(x, y, z, half, fixed=True, **more)
+    def ball(self, x, y, z, speed=0., radius=None):
+        """One with a speed (along x) rolls."""
+        r = radius or self.vary(.28, .36)
+        return make_body([(True, (0, 0, 0), (r, r, r), self.colour())], (x, y + r, z), (speed, 0, 0),
+                         (0, 0, -speed / r), self.rng.normal(0, 1, 3))
 
-    def duck(x, y, z, size=.36, **more):
+    def block(self, x, y, z, half, rgb=None, **more):
+        return make_body([(False, (0, 0, 0), half, rgb or self.colour())], (x, y + half[1], z), **more)
+
+    def wall(self, x, y, z, half, **more):
+        return self.block(x, y, z, half, fixed=True, **more)
+
+    def duck(self, x, y, z, size=.36, **more):
         """Its centre of mass lies below the middle of its body, so that it rights itself."""
         yellow, orange = (1., .83, .1), (1., .4, .05)
-        return body([(True, (0, .3 * size, 0), [size] * 3, yellow),
-                     (True, (-.35 * size, 1.35 * size, 0), [.6 * size] * 3, yellow),
-                     (True, (-1. * size, 1.3 * size, 0), [.22 * size] * 3, orange)],
-                    (x, y + .7 * size, z), bounce=.5, **more)
+        return make_body([(True, (0, .3 * size, 0), [size] * 3, yellow),
+                          (True, (-.35 * size, 1.35 * size, 0), [.6 * size] * 3, yellow),
+                          (True, (-1. * size, 1.3 * size, 0), [.22 * size] * 3, orange)],
+                         (x, y + .7 * size, z), bounce=.5, **more)
 
-    def dominoes(places, lean=0., z=0.):
+    def dominoes(self, places, lean=0.):
         """Thin blocks at these x; the first is turned by `lean` on its lower right edge and falls."""
         half, row = np.array([.09, .52, .28]), []
         for number, x in enumerate(places):
             angle = 0 if number else lean
-            centre = np.array([x + half[0], 0, z]) + turn(np.array([0, 0, -angle])) @ (half * [-1, 1, 0])
-            row.append(body([(False, (0, 0, 0), half, colour())], centre, tilt=(0, 0, -angle),
-                            spin=(0, 0, -4 * angle), bounce=.2))
+            centre = np.array([x + half[0], 0, 0]) + turn(np.array([0, 0, -angle])) @ (half * [-1, 1, 0])
+            row.append(make_body([(False, (0, 0, 0), half, self.colour())], centre, tilt=(0, 0, -angle),
+                                 spin=(0, 0, -4 * angle), bounce=.2))
         return row
 
-    def basket(x, z, width, height):
+    def basket(self, x, z, width, height):
         """A floor and four walls, the front one lower."""
-        rgb, low = colour(), .6 * height
+        rgb, low = self.colour(), .6 * height
         sides = [((0, .03, 0), (width, .03, width)), ((0, low / 2, -width), (width, low / 2, .04)),
                  ((0, height / 2, width), (width, height / 2, .04))]
         sides += [((side * width, height / 2, 0), (.04, height / 2, width)) for side in (-1, 1)]
-        return body([(False, offset, half, rgb) for offset, half in sides], (x, 0, z), fixed=True,
-                    bounce=.3)
+        return make_body([(False, offset, half, rgb) for offset, half in sides], (x, 0, z), fixed=True,
+                         bounce=.3)
 
-    def mug(x, z):
+    def mug(self, x, z):
         """Two crossed boxes are round enough; three bars are the handle."""
-        rgb, height = colour(), vary(.36, .44)
+        rgb, height = self.colour(), self.vary(.36, .44)
         boxes = [((0, height, 0), (.3, height, .22)), ((0, height, 0), (.22, height, .3)),
                  ((.62, height, 0), (.06, .2, .07))]
         boxes += [((.48, height + side, 0), (.2, .06, .07)) for side in (-.2, .2)]
-        return body([(False, offset, half, rgb) for offset, half in boxes], (x, 0, z),
-                    tilt=(0, vary(-.4, .4), 0), fixed=True)
+        return make_body([(False, offset, half, rgb) for offset, half in boxes], (x, 0, z),
+                         tilt=(0, self.vary(-.4, .4), 0), fixed=True)
 
-    def still(body):
-        return {**body, "fixed": True}
 
-    near, speed = vary(-.1, .1), vary(2.1, 2.5)
-    drag = 1.5 if "juice" in name else 0.
-    match name.removeprefix("test_"):
+def ball_scene(name, make, near, speed):
+    """Bodies of the scenes whose balls roll, fall and collide. near: a place in z; speed: a ball's."""
+    ball, wall, vary = make.ball, make.wall, make.vary
+    match name:
         case "ball_and_block_fall":
             half = [vary(.22, .28)] * 3
-            bodies = [ball(vary(-1.2, -.8), vary(1.7, 2.2), near), ball(vary(.9, 1.2), vary(2.6, 3), .5),
-                      block(vary(-.1, .2), vary(1.3, 1.7), near, half, tilt=rng.normal(0, 1, 3),
-                            spin=rng.normal(0, 3, 3), velocity=(vary(-.4, .4), 0, 0))]
+            return [ball(vary(-1.2, -.8), vary(1.7, 2.2), near), ball(vary(.9, 1.2), vary(2.6, 3), .5),
+                    make.block(vary(-.1, .2), vary(1.3, 1.7), near, half, tilt=make.rng.normal(0, 1, 3),
+                               spin=make.rng.normal(0, 3, 3), velocity=(vary(-.4, .4), 0, 0))]
         case "ball_collide":
-            bodies = [ball(-2.3, 0, near, speed), ball(2.2, 0, near + vary(-.1, .1), -speed),
-                      ball(-4.6, 0, 1., speed)]
+            return [ball(-2.3, 0, near, speed), ball(2.2, 0, near + vary(-.1, .1), -speed),
+                    ball(-4.6, 0, 1., speed)]
         case "ball_hits_duck":
-            bodies = [ball(-2.3, 0, near, 1.3 * speed, .34), duck(.2, 0, near), ball(5, 0, 1.1, -speed)]
+            return [ball(-2.3, 0, near, 1.3 * speed, .34), make.duck(.2, 0, near), ball(5, 0, 1.1, -speed)]
         case "ball_hits_nothing":
-            bodies = [ball(-2.4, 0, near, speed), wall(vary(-.9, -.4), 0, 1., [.3, .3, .3]),
-                      wall(vary(.5, .9), 0, -.9, [.2, .2, .2])]
+            return [ball(-2.4, 0, near, speed), wall(vary(-.9, -.4), 0, 1., [.3, .3, .3]),
+                    wall(vary(.5, .9), 0, -.9, [.2, .2, .2])]
         case "ball_in_basket":
-            bodies = [basket(0, 0, .75, .6)]
-            bodies += [ball(vary(-.3, .3), height, vary(-.2, .2), radius=vary(.22, .28))
-                       for height in (1.3, 2.6, 5., 9.)]
+            return [make.basket(0, 0, .75, .6), *(
+                ball(vary(-.3, .3), height, vary(-.2, .2), radius=vary(.22, .28))
+                for height in (1.3, 2.6, 5., 9.))]
         case "ball_ramp":
             slope = vary(.4, .48)
             top = 1.15 * math.sin(slope)
             ramp = wall(-.85, top - .05, 0, [1.2, .05, .5], tilt=(0, 0, -slope))
-            bodies = [ramp, wall(-1.4, 0, 0, [.1, .5 * top, .4])]
-            bodies += [ball(x, top - math.tan(slope) * (x + .85) + .12, z, radius=.26)
-                       for x, z in ((-1.3, -.22 + near), (-1.8, .22 + near))]
-            bodies.append(ball(4.6, 0, 1., -speed))
+            return [ramp, wall(-1.4, 0, 0, [.1, .5 * top, .4]), *(
+                ball(x, top - math.tan(slope) * (x + .85) + .12, z, radius=.26)
+                for x, z in ((-1.3, -.22 + near), (-1.8, .22 + near))), ball(4.6, 0, 1., -speed)]
         case "ball_rolls_off":
             height = vary(.35, .45)
-            bodies = [wall(-1.1, 0, 0, [1.1, height, .6]), ball(-1.9, 2 * height, near, speed)]
+            return [wall(-1.1, 0, 0, [1.1, height, .6]), ball(-1.9, 2 * height, near, speed)]
         case "ball_rolls_on_glass":
-            bodies = [wall(0, .6, 0, [1.9, .03, .8], rgb=(.72, .9, .95)), wall(-1.2, 0, 0, [.1, .3, .1]),
-                      wall(1.2, 0, 0, [.1, .3, .1]), ball(-1.8, .66, -.35 + near, .6 * speed, .28),
-                      ball(1.8, .66, .4 + near, -.7 * speed, .3)]
+            return [wall(0, .6, 0, [1.9, .03, .8], rgb=(.72, .9, .95)), wall(-1.2, 0, 0, [.1, .3, .1]),
+                    wall(1.2, 0, 0, [.1, .3, .1]), ball(-1.8, .66, -.35 + near, .6 * speed, .28),
+                    ball(1.8, .66, .4 + near, -.7 * speed, .3)]
         case "ball_train":
-            bodies = [ball(x, 0, near, velocity, .3)
-                      for x, velocity in ((-2.3, speed), (-6.4, speed), (-.6, 0), (.01, 0), (.62, 0))]
+            return [ball(x, 0, near, velocity, .3)
+                    for x, velocity in ((-2.3, speed), (-6.4, speed), (-.6, 0), (.01, 0), (.62, 0))]
+        case "roll_behind_box":
+            return [wall(vary(-.2, .2), 0, -.5, [.55, .55, .2]), ball(-2.7, 0, .4 + near, speed),
+                    ball(5., 0, 1.1, -speed)]
+        case "roll_front_box":
+            return [wall(vary(-.2, .2), 0, 1., [.7, .55, .3]), ball(-2.2, 0, .1 + near, .8 * speed),
+                    ball(3.8, 0, -.6, -.9 * speed)]
+
+
+def domino_scene(name, make, near, speed):
+    """Bodies of the scenes whose dominoes or ducks fall."""
+    dominoes, duck, ball, vary = make.dominoes, make.duck, make.ball, make.vary
+    match name:
         case "block_domino":
-            bodies = dominoes(-.8 + .52 * np.arange(5))
-            bodies.append(block(-2.2, 0, near, [.3, .4, .3], velocity=(1.6 * speed, 0, 0),
-                                bounce=.3))
+            return [*dominoes(-.8 + .52 * np.arange(5)),
+                    make.block(-2.2, 0, near, [.3, .4, .3], velocity=(1.6 * speed, 0, 0), bounce=.3)]
         case "domino_in_juice":
-            bodies = dominoes(-1.2 + .52 * np.arange(4), vary(.3, .36))
-            bodies += [block(x, y, near, [.09, .5, .26], tilt=rng.normal(0, .6, 3), bounce=.2)
+            row = dominoes(-1.2 + .52 * np.arange(4), vary(.3, .36))
+            sinking = [make.block(x, y, near, [.09, .5, .26], tilt=make.rng.normal(0, .6, 3), bounce=.2)
                        for x, y in ((1.2, 1.4), (.9, 5.))]
-            bodies.append({**wall(.1, 0, 0, [1.9, .11, .9], rgb=(1., .55, .1)), "liquid": True})
+            juice = make.wall(.1, 0, 0, [1.9, .11, .9], rgb=(1., .55, .1))
+            return [*row, *sinking, {**juice, "liquid": True}]
         case "domino_with_space":
             places = np.array([-1.6, -1.1, -.6, vary(.75, .85), vary(1.25, 1.35)])
-            bodies = [*dominoes(places, vary(.26, .3)), ball(-2.4, 0, -1.3, .7 * speed, .26)]
+            return [*dominoes(places, vary(.26, .3)), ball(-2.4, 0, -1.3, .7 * speed, .26)]
         case "duck_and_domino":
-            bodies = [*dominoes(-1.6 + .55 * np.arange(4), vary(.26, .3)), duck(.85, 0, near, .3),
-                      ball(3.2, 0, 1.4, -1.1 * speed)]
+            return [*dominoes(-1.6 + .55 * np.arange(4), vary(.26, .3)), duck(.85, 0, near, .3),
+                    ball(3.2, 0, 1.4, -1.1 * speed)]
         case "duck_falls_in_box":
-            bodies = [basket(near, 0, .85, .55)]
-            bodies += [duck(near + x, height, 0, .28, spin=rng.normal(0, 2, 3))
-                       for x, height in ((-.25, 1.8), (.25, 5.))]
+            return [make.basket(near, 0, .85, .55), *(
+                duck(near + x, height, 0, .28, spin=make.rng.normal(0, 2, 3))
+                for x, height in ((-.25, 1.8), (.25, 5.)))]
+
+
+def still_scene(name, make, near, speed):
+    """Bodies of the scenes where nothing moves but, in some, the light."""
+    wall, vary = make.wall, make.vary
+    match name:
         case "duck_static":
-            bodies = [still(duck(near, 0, near, vary(.42, .52), tilt=(0, vary(-.6, .6), 0))),
-                      wall(vary(.9, 1.3), 0, .8, [.3, .3, .3])]
+            return [still(make.duck(near, 0, near, vary(.42, .52), tilt=(0, vary(-.6, .6), 0))),
+                    wall(vary(.9, 1.3), 0, .8, [.3, .3, .3])]
         case "light_on_block":
-            bodies = [wall(near, 0, 0, [vary(.4, .55), vary(.4, .55), .45], tilt=(0, vary(.3, 1.), 0)),
-                      wall(1.3, 0, .8, [.2, .25, .2])]
+            return [wall(near, 0, 0, [vary(.4, .55), vary(.4, .55), .45], tilt=(0, vary(.3, 1.), 0)),
+                    wall(1.3, 0, .8, [.2, .25, .2])]
         case "light_on_mug":
-            bodies = [mug(near, 0), wall(near, -.04, 0, [1., .05, .7])]
+            return [make.mug(near, 0), wall(near, -.04, 0, [1., .05, .7])]
         case "light_on_mug_block":
-            bodies = [mug(-.7 + near, 0),
-                      wall(.8, 0, near, [.4, vary(.3, .5), .4], tilt=(0, vary(.2, .9), 0))]
+            return [make.mug(-.7 + near, 0),
+                    wall(.8, 0, near, [.4, vary(.3, .5), .4], tilt=(0, vary(.2, .9), 0))]
         case "light_on_sculpture":
-            bodies = [wall(near, 0, 0, [.5, .15, .5]), wall(near, .3, 0, [.16, .4, .16], tilt=(0, .6, 0)),
-                      still(ball(near, 1.1, 0, radius=.28)),
-                      wall(near, .75, 0, [.5, .06, .1], tilt=(0, vary(-.5, .5), .3))]
-        case "roll_behind_box":
-            bodies = [wall(vary(-.2, .2), 0, -.5, [.55, .55, .2]), ball(-2.7, 0, .4 + near, speed),
-                      ball(5., 0, 1.1, -speed)]
-        case "roll_front_box":
-            bodies = [wall(vary(-.2, .2), 0, 1., [.7, .55, .3]), ball(-2.2, 0, .1 + near, .8 * speed),
-                      ball(3.8, 0, -.6, -.9 * speed)]
-        case _:
-            raise ValueError(f"no scene is called {name}")
-    return bodies, drag
+            return [wall(near, 0, 0, [.5, .15, .5]), wall(near, .3, 0, [.16, .4, .16], tilt=(0, .6, 0)),
+                    still(make.ball(near, 1.1, 0, radius=.28)),
+                    wall(near, .75, 0, [.5, .06, .1], tilt=(0, vary(-.5, .5), .3))]
 
 
-# ---- physics --------------------------------------------------------------------------------------------
+# name -> frames, whether a motion file without a picture trails, as in the real set, and what makes it
+SCENES = {
+    "test_ball_and_block_fall": (99, True, ball_scene), "test_ball_collide": (80, False, ball_scene),
+    "test_ball_hits_duck": (80, False, ball_scene), "test_ball_hits_nothing": (60, False, ball_scene),
+    "test_ball_in_basket": (60, True, ball_scene), "test_ball_ramp": (80, True, ball_scene),
+    "test_ball_rolls_off": (60, False, ball_scene), "test_ball_rolls_on_glass": (80, False, ball_scene),
+    "test_ball_train": (131, True, ball_scene), "test_block_domino": (60, False, domino_scene),
+    "test_domino_in_juice": (60, False, domino_scene), "test_domino_with_space": (60, False, domino_scene),
+    "test_duck_and_domino": (60, True, domino_scene), "test_duck_falls_in_box": (60, False, domino_scene),
+    "test_duck_static": (60, False, still_scene), "test_light_on_block": (60, False, still_scene),
+    "test_light_on_mug": (80, False, still_scene), "test_light_on_mug_block": (99, True, still_scene),
+    "test_light_on_sculpture": (60, False, still_scene), "test_roll_behind_box": (99, False, ball_scene),
+    "test_roll_front_box": (99, True, ball_scene),
+}
+
+
+def build(name, rng):
+    """A scene's bodies at its start, and the drag (1/s) of what they move in."""
+    make, (_, _, scene) = Maker(rng), SCENES[name]
+    near, speed = make.vary(-.1, .1), make.vary(2.1, 2.5)
+    return scene(name.removeprefix("test_"), make, near, speed), 1.5 if "juice" in name else 0.
+
+
+# ---- data: simulated scenes, their physics --------------------------------------------------------------
 
 def cross(a, b):
     """np.cross for two vectors of 3, without its overhead."""
@@ -689,44 +1150,43 @@ def cross(a, b):
 
 
 def with_inertia(body):
-    """Adds what the physics needs: inverse mass and inertia, and the spheres that stand for its surface in
-    contacts ("feelers", "feeler_radius"): a ball is one, a box has one in each corner."""
-    feelers, radii, mass, inertia = [], [], 0., np.zeros(3)
+    """Adds what the physics needs: inverse mass and inertia (0: it cannot be moved), a bounding radius, and
+    the spheres that stand for its surface in contacts: a ball is one, a box has one in each corner."""
+    spheres, radii, mass, inertia = [], [], 0., np.zeros(3)
     for ball, offset, half, _ in body["parts"]:
         small = half[0] if ball else .1 * half.min()
         corners = np.array([(x, y, z) for x in (-1, 1) for y in (-1, 1) for z in (-1, 1)])
         places = offset[None] if ball else offset + corners * (half - small)
-        feelers.extend(places)
+        spheres.extend(places)
         radii.extend([small] * len(places))
         weight = (4.19 if ball else 8) * half.prod()
         square = half ** 2 * (.2 if ball else 1 / 3) + offset ** 2
         mass, inertia = mass + weight, inertia + weight * (square.sum() - square)
     free = not body["fixed"]
-    body.update(feelers=np.array(feelers), feeler_radius=np.array(radii), weight=free / mass,
-                reach=max(np.linalg.norm(offset) + (half[0] if ball else np.linalg.norm(half))
-                          for ball, offset, half, _ in body["parts"]),
-                ease=free / inertia, calm=9, turned=free * np.diag(1 / inertia))
+    body.update(spheres=np.array(spheres), sphere_radii=np.array(radii), inverse_mass=free / mass,
+                inverse_inertia=free / inertia, world_inverse_inertia=free * np.diag(1 / inertia),
+                bounding_radius=max(np.linalg.norm(offset) + (half[0] if ball else np.linalg.norm(half))
+                                    for ball, offset, half, _ in body["parts"]))
     return body
 
 
 def touches(a, b):
-    """Contacts of a's feelers with the boxes and balls of b (None: the ground) -> a list of (point 3,
+    """Contacts of a's spheres with the boxes and balls of b (None: the ground) -> a list of (point 3,
     normal 3 away from b, depth)."""
-    feelers, radius, found = a["at"] + a["feelers"] @ a["rotation"].T, a["feeler_radius"], []
+    centres, radius, found = a["at"] + a["spheres"] @ a["rotation"].T, a["sphere_radii"], []
     if b is None:
-        for k in np.flatnonzero(feelers[:, 1] < radius):
-            found.append((feelers[k] - [0, radius[k], 0], np.array([0., 1, 0]), radius[k] - feelers[k, 1]))
+        for k in np.flatnonzero(centres[:, 1] < radius):
+            found.append((centres[k] - [0, radius[k], 0], np.array([0., 1, 0]), radius[k] - centres[k, 1]))
         return found
     for ball, offset, half, _ in b["parts"]:
-        local = (feelers - b["at"]) @ b["rotation"] - offset
+        local = (centres - b["at"]) @ b["rotation"] - offset
         if ball:
             if not a["parts"][0][0]:
                 continue                                   # found when a and b change places
-            away = local
-            gap = np.sqrt((away ** 2).sum(1)) - half[0]
+            away, inner = local, half[0]
         else:
-            away = local - np.clip(local, -half, half)
-            gap = np.sqrt((away ** 2).sum(1))
+            away, inner = local - np.clip(local, -half, half), 0.
+        gap = np.sqrt((away ** 2).sum(1)) - inner
         for k in np.flatnonzero(gap < radius):
             normal, distance = away[k], gap[k]
             if not normal.any():       # its centre is in the box: out at the nearest face
@@ -734,7 +1194,7 @@ def touches(a, b):
                 normal, distance = np.zeros(3), np.abs(local[k][face]) - half[face]
                 normal[face] = np.sign(local[k][face])
             normal = b["rotation"] @ (normal / np.linalg.norm(normal))
-            found.append((feelers[k] - radius[k] * normal, normal, radius[k] - distance))
+            found.append((centres[k] - radius[k] * normal, normal, radius[k] - distance))
     return found
 
 
@@ -744,54 +1204,55 @@ def collide(a, b, point, normal, depth):
             if body and not body["fixed"]]
     speed = sum(sign * (body["velocity"] + cross(body["spin"], arm)) for body, sign, arm in pair)
 
-    def yielding(direction):
+    def inverse_effective_mass(direction):
         """Speed along a direction that one unit of impulse along it gives."""
-        lever = [(body, cross(arm, direction)) for body, _, arm in pair]
-        return sum(body["weight"] + turning @ body["turned"] @ turning for body, turning in lever)
+        torques = [(body, cross(arm, direction)) for body, _, arm in pair]
+        return sum(body["inverse_mass"] + torque @ body["world_inverse_inertia"] @ torque
+                   for body, torque in torques)
 
     closing = speed @ normal
     if closing < 0:
         bounce = min(a["bounce"], b["bounce"] if b else 1) * (closing < -.4)      # slow things stay down
-        push = -(1 + bounce) * closing / yielding(normal)
+        push = -(1 + bounce) * closing / inverse_effective_mass(normal)
         slide = speed - closing * normal
         slip = math.sqrt(slide @ slide)
         impulse = push * normal
         if slip > 1e-6:
             slide /= slip
-            impulse = impulse - min(FRICTION * push, slip / yielding(slide)) * slide
+            impulse = impulse - min(FRICTION * push, slip / inverse_effective_mass(slide)) * slide
         for body, sign, arm in pair:
-            body["velocity"] = body["velocity"] + sign * body["weight"] * impulse
-            body["spin"] = body["spin"] + sign * body["turned"] @ cross(arm, impulse)
-    weights = sum(body["weight"] for body, _, _ in pair)
+            body["velocity"] = body["velocity"] + sign * body["inverse_mass"] * impulse
+            body["spin"] = body["spin"] + sign * body["world_inverse_inertia"] @ cross(arm, impulse)
+    total = sum(body["inverse_mass"] for body, _, _ in pair)
     for body, sign, _ in pair:                             # a millimetre stays, so that contacts last
-        body["at"] = body["at"] + sign * .3 * max(depth - .001, 0) * body["weight"] / weights * normal
+        body["at"] = body["at"] + sign * .3 * max(depth - .001, 0) * body["inverse_mass"] / total * normal
 
 
 def advance(bodies, drag, dt):
-    """One substep, in place. A body that was calm for a while sleeps until a moving one touches it."""
-    moving = [body for body in bodies if not body["fixed"] and body["calm"] < 9]
+    """One substep, in place. A body that is still for a while sleeps until a moving one touches it."""
+    moving = [body for body in bodies if not body["fixed"] and body["still_for"] < ASLEEP]
     for body in moving:
         body["velocity"] = (body["velocity"] - [0, GRAVITY * dt, 0]) * math.exp(-drag * dt)
         body["spin"] = body["spin"] * math.exp(-drag * dt)
         body["at"] = body["at"] + dt * body["velocity"]
         body["rotation"] = turn(dt * body["spin"]) @ body["rotation"]
-        body["turned"] = body["rotation"] * body["ease"] @ body["rotation"].T
+        body["world_inverse_inertia"] = body["rotation"] * body["inverse_inertia"] @ body["rotation"].T
         for contact in touches(body, None):
             collide(body, None, *contact)
     for a in bodies:
         for b in bodies:
-            apart = a["at"] - b["at"]
-            if a is b or a["fixed"] or b.get("liquid") or apart @ apart > (a["reach"] + b["reach"]) ** 2:
+            apart, near = a["at"] - b["at"], a["bounding_radius"] + b["bounding_radius"]
+            if a is b or a["fixed"] or b.get("liquid") or apart @ apart > near ** 2:
                 continue
-            if a["calm"] >= 9 and (b["fixed"] or b["calm"] >= 9):
+            if a["still_for"] >= ASLEEP and (b["fixed"] or b["still_for"] >= ASLEEP):
                 continue
             for contact in touches(a, b):
                 for body in (a, b):
-                    body["calm"] = min(body["calm"], 8)
+                    body["still_for"] = min(body["still_for"], ASLEEP - 1)
                 collide(a, b, *contact)
     for body in moving:
         quiet = body["velocity"] @ body["velocity"] < .05 ** 2 and body["spin"] @ body["spin"] < .3 ** 2
-        body["calm"] = body["calm"] + .25 if quiet else 0
+        body["still_for"] = body["still_for"] + .25 if quiet else 0
 
 
 def simulate(name, frames, seed):
@@ -802,8 +1263,9 @@ def simulate(name, frames, seed):
     bodies, drag = build(name, rng)
     for body in bodies:
         with_inertia(body)
-        moves = body["velocity"].any() or body["spin"].any() or body["at"][1] > 1.05 * body["reach"]
-        body["calm"] = 0 if moves or "ramp" in name else 9
+        above = body["at"][1] > 1.05 * body["bounding_radius"]
+        moves = body["velocity"].any() or body["spin"].any() or above or "ramp" in name
+        body["still_for"] = 0 if moves else ASLEEP
     path = []
     for _ in range(frames):
         path.append(([body["at"] for body in bodies], [body["rotation"] for body in bodies]))
@@ -819,7 +1281,7 @@ def simulate(name, frames, seed):
             "colour": np.array(rgb), "texture": rng.integers(0, 2 ** 31, len(owner))}
 
 
-# ---- pictures -------------------------------------------------------------------------------------------
+# ---- data: simulated scenes, their pictures -------------------------------------------------------------
 
 @cache
 def camera(side):
@@ -975,7 +1437,7 @@ def simulate_scenes(root, side, seed=0, most=0, recordings=3, scenes=SCENES):
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")) as pool:
         jobs = []
         for name in scenes:
-            frames, trailing = SCENES[name]
+            frames, trailing, _ = SCENES[name]
             for take in range(1 if "static" in name or "light" in name else recordings):
                 jobs.append(pool.submit(record, name, work / name / f"env_{take}/0/0",
                                         min(frames, most or frames), trailing, seed + take, side))
@@ -985,425 +1447,7 @@ def simulate_scenes(root, side, seed=0, most=0, recordings=3, scenes=SCENES):
     work.rename(root)
 
 
-# ---- data: files -----------------------------------------------------------------------------------------
-
-FOLDERS = {"rgb": ("rgb", "rgb_capture"), "motion": ("motion_vectors",), "depth": ("distance_to_camera",)}
-ENDINGS = {"rgb": (".png", ".jpg", ".jpeg"), "motion": (".npy",), "depth": (".npy",)}
-DEPTH_SHARE, DEPTH_METRES = .05, .02       # how much a tracked point's distance may change in one step
-UNITS = {"px": lambda W, H: (1, 1), "NDC": lambda W, H: (W / 2, H / 2), "UV": lambda W, H: (W, H)}
-OFFSETS = (-2, -1, 0, 1, 2)
-LEAST_MOVING = 200                         # pixels that the convention test needs
-
-
-@dataclass
-class Scene:
-    """name: the scene folder's, shared by its recordings; steps: step numbers that all three folders have;
-    spacing: the usual distance between steps; paths: {modality: {step: Path}}, unpaired files too; dropped:
-    {modality: files without partners}."""
-    name: str
-    folder: Path
-    prompt: str
-    steps: list
-    spacing: int
-    paths: dict
-    dropped: dict
-    memo: dict = field(default_factory=dict)               # what was read: a scene's clips share its frames
-
-    def once(self, key, work):
-        if key not in self.memo:
-            self.memo[key] = work()
-        return self.memo[key]
-
-
-# ---- finding --------------------------------------------------------------------------------------------
-
-def find_scenes(data_dir):
-    """-> list of Scene, in metadata.csv's order. Without that file, all folders below data_dir that have the
-    three subfolders, and the file is written. UserError for rows, folders or steps that are missing."""
-    root = Path(data_dir)
-    table = root / "metadata.csv"
-    if table.is_file():
-        with open(table, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-        if rows and not rows[0].get("video"):
-            raise UserError(f"{table} has no column video: it takes the columns video,prompt")
-    else:
-        rows = []
-        for folder, below, _ in os.walk(root):
-            if set(below) & {alias for aliases in FOLDERS.values() for alias in aliases}:
-                rows.append({"video": Path(folder).relative_to(root).as_posix()})
-                below.clear()
-        rows.sort(key=lambda row: row["video"])
-    if not rows:
-        raise UserError(f"no scenes in {root}: folders such as test_ball_ramp/env_0/0/0 that hold rgb, "
-                        "motion_vectors and distance_to_camera are needed")
-    scenes = [open_scene(root, row) for row in rows]
-    if not table.is_file():
-        write_table(table, rows, scenes)
-    return scenes
-
-
-def write_table(table, rows, scenes):
-    """metadata.csv; a folder that cannot be written to stays without."""
-    part = table.with_name(f"metadata.{os.getpid()}.tmp")  # several processes may write it at once
-    try:
-        with open(part, "w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["video", "prompt"])
-            writer.writerows([row["video"], scene.prompt] for row, scene in zip(rows, scenes))
-        os.replace(part, table)
-    except OSError as error:
-        print(f"{table} is not written: {error}")
-
-
-def open_scene(root, row):
-    """A row of metadata.csv -> Scene: files paired by step number, never by their place in a sorted list."""
-    folder = root / row["video"]           # an absolute path replaces root
-    if not folder.is_dir():
-        raise UserError(f"scene {scene_name(folder)}: metadata.csv names {folder}, which is no folder")
-    if (folder / "env_0/0/0").is_dir():
-        folder = folder / "env_0/0/0"
-    name, paths = scene_name(folder), {}
-    for modality, aliases in FOLDERS.items():
-        found = [folder / alias for alias in aliases if (folder / alias).is_dir()]
-        if not found:
-            raise UserError(f"scene {name}: {folder} lacks the folder {aliases[0]}")
-        paths[modality] = {}
-        for path in sorted(found[0].iterdir()):
-            numbers = re.findall(r"\d+", path.stem)
-            if path.suffix.lower() in ENDINGS[modality] and numbers:
-                other = paths[modality].setdefault(int(numbers[-1]), path)
-                if other != path:
-                    raise UserError(f"scene {name}: {other} and {path.name} are of the same step")
-    steps = sorted(set.intersection(*map(set, paths.values())))
-    if not steps:
-        counts = ", ".join(f"{len(files)} {modality}" for modality, files in paths.items())
-        raise UserError(f"scene {name}: the folders in {folder} share no step ({counts} files)")
-    spacing = Counter(np.diff(steps).tolist()).most_common(1)[0][0] if len(steps) > 1 else 1
-    prompt = row.get("prompt") or "A physics simulation of " + name.removeprefix("test_").replace("_", " ")
-    return Scene(name, folder, prompt, steps, spacing, paths,
-                 {modality: len(files) - len(steps) for modality, files in paths.items()})
-
-
-def scene_name(folder):
-    """.../test_ball_ramp/env_0/0/0 -> test_ball_ramp."""
-    parts = [part for part in Path(os.path.abspath(folder)).parts
-             if not re.fullmatch(r"\d+|env(_\d+)?|camera|cam_\d+", part)]
-    return parts[-1]
-
-
-# ---- reading --------------------------------------------------------------------------------------------
-
-def load_array(scene, modality, step):
-    """-> H W 2 (motion) or H W (depth) floats of any precision, mapped: pages are read when used. None for an
-    empty file, which a renderer writes as long as there is no frame before. UserError names the file."""
-    return scene.once((modality, step), lambda: map_array(scene.paths[modality][step], modality))
-
-
-def map_array(path, modality):
-    try:
-        array = np.asarray(np.load(path, mmap_mode="r"))       # the plain class: indexing a memmap is slow
-    except (ValueError, EOFError, OSError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-    if array.size == 0:
-        return None
-    good = array.ndim == 3 and array.shape[2] in (2, 4) if modality == "motion" else \
-        array.ndim == 2 or array.ndim == 3 and array.shape[2] == 1
-    if not good or array.dtype not in (np.float16, np.float32, np.float64):
-        needs = "(H, W, 2 or 4)" if modality == "motion" else "(H, W)"
-        raise UserError(f"{path} is {array.dtype} {array.shape}: floats of shape {needs} are needed")
-    return array[..., :2] if modality == "motion" else array.reshape(array.shape[:2])
-
-
-def open_rgb(scene, step):
-    """-> PIL image in RGB."""
-    path = scene.paths["rgb"][step]
-    try:
-        return scene.once(("rgb", step), lambda: Image.open(path).convert("RGB"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
-
-
-def crop_box(size, height, width):
-    """(W, H) of a picture -> left, top, width, height of its centred part with the target's aspect."""
-    W, H = size
-    w, h = min(W, max(1, round(H * width / height))), min(H, max(1, round(W * height / width)))
-    return (W - w) // 2, (H - h) // 2, w, h
-
-
-def clean_depth(depth, far):
-    """Metres with sky (Inf, <= 0, >= far) set to far; NaN, not known, stays and agrees with nothing."""
-    depth = np.asarray(depth, np.float32)
-    return np.where((depth <= 0) | (depth >= far), np.float32(far), depth)
-
-
-def interpolate(point, distance, motion, depth, far):
-    """motion at points N 2 (x, y) whose distance was N metres one step later -> motion, distance, valid N.
-
-    Bilinear among those of the four neighbours that lie on the same surface: where an object borders on
-    another, the ordinary bilinear mixture of both motions belongs to neither. Same surface means a distance
-    within 5 % + 2 cm of the point's (a point's own distance changes as it moves; at 60 frames/s and 4 m that
-    allows for 13 m/s). No such neighbour, or less than a tenth of the weight: the point is occluded.
-    """
-    H, W = depth.shape
-    corner = np.floor(point).astype(np.int64)
-    part = (point - corner)[:, None]
-    shift = np.array([[0, 0], [1, 0], [0, 1], [1, 1]])
-    weight = np.where(shift, part, 1 - part).prod(-1)
-    x, y = np.clip(corner[:, None] + shift, 0, [W - 1, H - 1]).transpose(2, 0, 1)
-    near = clean_depth(depth[y, x], far)
-    weight = weight * (np.abs(near - distance[:, None]) < DEPTH_SHARE * distance[:, None] + DEPTH_METRES)
-    vector = np.zeros((*near.shape, 2))
-    if motion is not None:
-        vector = np.asarray(motion[y, x], np.float64)
-        weight = weight * np.isfinite(vector).all(-1)
-    total = weight.sum(-1)
-    weight = weight / np.maximum(total, 1e-9)[:, None]
-    mean = (weight[..., None] * np.where(np.isfinite(vector), vector, 0)).sum(1)
-    return mean, (weight * np.where(weight > 0, near, 0)).sum(-1), total > .1
-
-
-def compose(motions, depths, far=FAR):
-    """Chains single-step vectors over a stride: k motions (frames t, t-1, .. t-k+1) and k + 1 depths (frames
-    t .. t-k), each H W .. -> motion H W 2 in native pixels, valid H W.
-
-    Starting at pixel p, p moves by motion[t](p), then by motion[t-1] at its new place, and so on. A point is
-    valid while it stays inside the image and every step finds its surface (see interpolate), so points that
-    were hidden k frames ago are dropped.
-    """
-    H, W = depths[0].shape
-    start = np.stack(np.meshgrid(np.arange(W), np.arange(H)), -1).astype(np.float32).reshape(-1, 2)
-    point, distance = start.copy(), clean_depth(depths[0], far).reshape(-1)
-    valid, still = np.isfinite(distance), np.ones(len(start), bool)
-    for motion, depth in zip([*motions, None], depths):
-        # most pixels never move: those need no interpolation
-        near = clean_depth(depth, far).reshape(-1)
-        valid &= ~still | (np.abs(near - distance) < DEPTH_SHARE * distance + DEPTH_METRES)
-        distance = np.where(still, near, distance)
-        vector = np.zeros_like(point) if motion is None else motion.astype(np.float32).reshape(-1, 2)
-        moved = np.flatnonzero(~still & valid)
-        vector[moved], distance[moved], valid[moved] = interpolate(
-            point[moved], distance[moved], motion, depth, far)
-        dx, dy = vector.T                  # a reduction over an axis of two is slow
-        valid &= np.isfinite(dx) & np.isfinite(dy)
-        step = np.flatnonzero(valid & ((dx != 0) | (dy != 0)))
-        point[step] += vector[step]
-        still[step] = False
-        inside = (point[step] >= 0) & (point[step] <= np.float32([W - 1, H - 1]))
-        valid[step] = inside.all(-1)       # absurd vectors end here too
-    motion = np.where(valid[:, None], point - start, 0)
-    return motion.reshape(H, W, 2), valid.reshape(H, W)
-
-
-def read_clip(scene, start, stride, frames, height, width, flip=False, zoom=(1., 0., 0.), far=FAR):
-    """Frames start, start + stride, ... of scene.steps, all modalities cropped and resized alike -> dict of
-    video T 3 H W uint8, motion T 2 H W float32 (previous chosen frame minus this one, in pixels at H x W; 0
-    where not valid), motion_valid T H W bool (never in frame 0), depth T H W float32 metres (far where not
-    valid), depth_valid T H W bool. flip mirrors left and right. zoom (z, x, y) takes a part z times
-    smaller, at the share x of what is left over to its sides and y above and below. UserError names the file.
-
-    RGB is averaged, motion and depth are picked from the nearest pixel: their mean over a border is no
-    surface. Vectors are chained at native resolution and then scaled.
-    """
-    last = start + stride * (frames - 1)
-    if start < 0 or stride < 1 or frames < 1 or last >= len(scene.steps):
-        raise UserError(f"scene {scene.name}: {frames} frames from {start} by {stride} do not fit into its "
-                        f"{len(scene.steps)} steps")
-    size = open_rgb(scene, scene.steps[start]).size
-    left, top, w, h = crop_box(size, height, width)
-    part = max(1, round(w / zoom[0])), max(1, round(h / zoom[0]))
-    left, top = left + round(zoom[1] * (w - part[0])), top + round(zoom[2] * (h - part[1]))
-    w, h = part
-    rows = top + ((np.arange(height) + .5) * h / height).astype(int)
-    columns = left + ((np.arange(width) + .5) * w / width).astype(int)
-    video = np.zeros((frames, height, width, 3), np.uint8)
-    motion = np.zeros((frames, height, width, 2), np.float32)
-    motion_valid = np.zeros((frames, height, width), bool)
-    depth = np.full((frames, height, width), np.nan, np.float32)
-
-    def load(modality, index):
-        array = load_array(scene, modality, scene.steps[index])
-        if array is not None and array.shape[1::-1] != size:
-            raise UserError(f"{scene.paths[modality][scene.steps[index]]} is {array.shape[1]} x "
-                            f"{array.shape[0]}, the frames of scene {scene.name} are {size[0]} x {size[1]}")
-        return array
-
-    for i, index in enumerate(range(start, last + 1, stride)):
-        picture = open_rgb(scene, scene.steps[index])
-        if picture.size != size:
-            raise UserError(f"{scene.paths['rgb'][scene.steps[index]]} is {picture.size[0]} x "
-                            f"{picture.size[1]}, the frames of scene {scene.name} are {size[0]} x {size[1]}")
-        video[i] = picture.resize((width, height), Image.BICUBIC, (left, top, left + w, top + h))
-        array = load("depth", index)
-        if array is not None:
-            depth[i] = array[np.ix_(rows, columns)]
-        chain = range(index, index - stride, -1)
-        # a vector leads to the step before it: where that one is missing, the chain is broken
-        if i and all(scene.steps[j] - scene.steps[j - 1] == scene.spacing for j in chain):
-            motions = [load("motion", j) for j in chain]
-            depths = [load("depth", j) for j in (*chain, index - stride)]
-            if all(array is not None for array in (*motions, *depths)):
-                vectors, valid = scene.once(("composed", index, stride, far),
-                                            lambda: compose(motions, depths, far))
-                motion[i], motion_valid[i] = vectors[np.ix_(rows, columns)], valid[np.ix_(rows, columns)]
-    depth_valid = np.isfinite(depth) & (depth > 0) & (depth < far)
-    depth = np.where(depth_valid, depth, np.float32(far))
-    motion *= np.float32([width / w, height / h])
-    clip = {"video": video.transpose(0, 3, 1, 2), "motion": motion.transpose(0, 3, 1, 2),
-            "motion_valid": motion_valid, "depth": depth, "depth_valid": depth_valid}
-    if flip:
-        clip = {name: value[..., ::-1] for name, value in clip.items()}
-        clip["motion"] = clip["motion"] * np.float32([-1, 1])[:, None, None]
-    return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in clip.items()}
-
-
-# ---- checking -------------------------------------------------------------------------------------------
-
-def sampled(items, count):
-    """At most count of a list's items, evenly spread."""
-    return [items[i] for i in sorted(set(np.linspace(0, len(items) - 1, min(count, len(items))).astype(int)))]
-
-
-def bilinear(picture, x, y):
-    """Picture H W 3 at N points; outside, the border is repeated."""
-    H, W = picture.shape[:2]
-    x, y = np.clip(x, 0, W - 1), np.clip(y, 0, H - 1)
-    left, top = np.minimum(x.astype(int), W - 2), np.minimum(y.astype(int), H - 2)
-    a, b = (x - left)[:, None], (y - top)[:, None]
-    return (1 - b) * ((1 - a) * picture[top, left] + a * picture[top, left + 1]) + \
-        b * ((1 - a) * picture[top + 1, left] + a * picture[top + 1, left + 1])
-
-
-def busiest_pairs(scenes, pairs):
-    """-> [(scene, step)] with the largest mean vectors, spread over the scenes; each with its neighbours in
-    reach of OFFSETS. Looks at every 8th pixel of at most 24 files per scene."""
-    ranked = []
-    for scene in scenes:
-        rgb, motion, gap = scene.paths["rgb"], scene.paths["motion"], scene.spacing
-        usable = [t for t in scene.steps if t - gap in rgb and all(t + o * gap in motion for o in OFFSETS)]
-        scores = []
-        for t in sampled(usable, 24):
-            array = load_array(scene, "motion", t)
-            if array is not None:
-                scores.append((float(np.nan_to_num(np.abs(array[::8, ::8]), posinf=0).mean()), t))
-        # a scene's second-best pair competes at half its score, and so on: not all come from one scene
-        ranked += [(score / (rank + 1), scene, t) for rank, (score, t) in enumerate(sorted(scores)[::-1])]
-    ranked.sort(key=lambda entry: -entry[0])
-    return [(scene, t) for _, scene, t in ranked[:pairs]]
-
-
-def convention_test(scenes, pairs=20):
-    """Which reading of the vectors explains the pictures? Warps rgb[t - 1] to t by sign x unit x vectors of
-    file t + offset, at native resolution -> dict of table {(sign, unit, offset): mean |difference|, 0..255},
-    unwarped (the same without warp), best (a key of table or None), moving (pixels compared), changed (those
-    of them where the picture changes at all).
-
-    All readings are compared at the same pixels: those that move by any of the five files (by more than a
-    tenth of that pair's longest vector, whatever its unit) and differ from the scene's median picture, which
-    are the moving objects in frame t. The rim that an object has just left must not count: no vector explains
-    what was hidden, and on a plain background the file before seems to.
-    """
-    plates = {}
-    keys = [(sign, unit, offset) for offset in OFFSETS for unit in UNITS for sign in (1, -1)]
-    total, unwarped, moving, changed = dict.fromkeys(keys, 0.), 0., 0, 0
-    for scene, t in busiest_pairs(scenes, pairs):
-        if scene.folder not in plates:
-            some = [np.asarray(open_rgb(scene, step)) for step in sampled(scene.steps, 9)]
-            plates[scene.folder] = np.median(some, 0).astype(np.float32)
-        vectors = [load_array(scene, "motion", t + offset * scene.spacing) for offset in OFFSETS]
-        now, before = (np.asarray(open_rgb(scene, step), np.float32)
-                       for step in (t, t - scene.spacing))
-        if any(array is None or array.shape[:2] != now.shape[:2] for array in vectors):
-            continue
-        vectors = [np.where(np.isfinite(array), array, 0).astype(np.float32) for array in vectors]
-        length = np.max([np.hypot(array[..., 0], array[..., 1]) for array in vectors], 0)
-        seen = np.abs(now - plates[scene.folder]).mean(-1) > 8
-        y, x = np.nonzero((length > .1 * length.max()) & seen)
-        target = now[y, x]
-        still = np.abs(before[y, x] - target).mean(1)
-        unwarped, moving, changed = unwarped + still.sum(), moving + len(x), changed + (still > 8).sum()
-        H, W = now.shape[:2]
-        for sign, unit, offset in keys:
-            dx, dy = (sign * vectors[OFFSETS.index(offset)][y, x] * UNITS[unit](W, H)).T
-            warped = bilinear(before, x + dx, y + dy)
-            total[sign, unit, offset] += float(np.abs(warped - target).mean(1).sum())
-    table = {key: value / max(moving, 1) for key, value in total.items()}
-    best = min(table, key=table.get) if changed >= LEAST_MOVING else None
-    if best and .97 * table[best[0], best[1], 0] <= table[best]:
-        best = (best[0], best[1], 0)       # a plain, slow object looks alike at all offsets
-    return {"table": table, "unwarped": float(unwarped / max(moving, 1)), "best": best, "moving": moving,
-            "changed": int(changed)}
-
-
-def verdict(result):
-    """What convention_test found -> None if the vectors are as read_clip takes them, else one line that names
-    the fault."""
-    if result["best"] is None:
-        return (f"too few moving pixels ({result['changed']}, {LEAST_MOVING} are needed) to test the sign, "
-                "unit and offset of motion_vectors")
-    (sign, unit, offset), error = result["best"], result["table"][result["best"]]
-    if error > .8 * result["unwarped"]:
-        return (f"motion_vectors do not explain the pictures: the best reading leaves an error of "
-                f"{error:.1f}, no motion at all {result['unwarped']:.1f}")
-    faults = []
-    if sign < 0:
-        faults.append("motion_vectors point the other way: multiply by -1")
-    if unit != "px":
-        factors = {"NDC": "x by W/2 and y by H/2", "UV": "x by W and y by H"}[unit]
-        faults.append(f"the unit of motion_vectors is {unit}, not pixels: multiply {factors}")
-    if offset:
-        faults.append(f"motion files are shifted by {offset:+d} frame{'s' * (abs(offset) > 1)} against rgb: "
-                      f"the file of step t{offset:+d} belongs to frame t")
-    return "; ".join(faults) or None
-
-
-def check(data_dir, far=FAR):
-    """Prints what the scenes hold and what their vectors mean. UserError with the verdict if they mean
-    something else than read_clip assumes; a data set that hardly moves cannot fail."""
-    scenes = find_scenes(data_dir)
-    for scene in scenes:
-        motion, moving, depth, bad, picture = [], [], [], [], open_rgb(scene, scene.steps[0]).size
-        for step in sampled(scene.steps, 8):
-            array = load_array(scene, "motion", step)
-            if array is not None:
-                array = np.asarray(array, np.float32)
-                bad.append(~np.isfinite(array).all(-1).ravel())
-                array = array[np.isfinite(array).all(-1)]
-                motion.append((array.min(initial=0), array.max(initial=0)))
-                moving.append((np.hypot(array[:, 0], array[:, 1]) > .5).mean() if len(array) else 0)
-            array = load_array(scene, "depth", step)
-            if array is not None:
-                array = np.asarray(array, np.float32).ravel()
-                depth.append(array)
-        depth = np.concatenate(depth) if depth else np.full(1, np.nan, np.float32)
-        seen = depth[np.isfinite(depth) & (depth > 0) & (depth < far)]
-        low, high = (min(a for a, _ in motion), max(b for _, b in motion)) if motion else (0, 0)
-        counts = ", ".join(f"{len(files)} {modality}" for modality, files in scene.paths.items())
-        dropped = ", ".join(f"{n} {modality}" for modality, n in scene.dropped.items() if n) or "none"
-        gaps = int((np.diff(scene.steps) != scene.spacing).sum())
-        print(f"{scene.name}: {counts}; {len(scene.steps)} paired, {gaps} gaps, unpaired: {dropped}; "
-              f"{picture[0]} x {picture[1]}\n"
-              f"  motion {low:.1f} to {high:.1f} px, {np.mean(moving or 0):.1%} of pixels move, "
-              f"{np.mean(np.concatenate(bad)) if bad else 1:.1%} NaN or Inf; depth "
-              + (f"{seen.min():.2f} to {seen.max():.2f} m" if len(seen) else "never valid")
-              + f", {np.isnan(depth).mean():.1%} NaN, {np.isinf(depth).mean():.1%} Inf, "
-              f"{1 - len(seen) / len(depth):.1%} not valid")
-        own = verdict(convention_test([scene], 6)) if len(scenes) > 1 else None
-        if own and not own.startswith("too few"):
-            print(f"  suspicious: {own}")
-    result = convention_test(scenes)
-    print(f"error of warping frame t-1 to t on {result['moving']} moving pixels (0..255), without warp "
-          f"{result['unwarped']:.2f}:")
-    rows = sorted(result["table"], key=result["table"].get)[:5]
-    for sign, unit, offset in rows if result["moving"] else []:
-        print(f"  {'+-'[sign < 0]}mv, {unit}, offset {offset:+d}: {result['table'][sign, unit, offset]:.2f}")
-    fault = verdict(result)
-    print(f"verdict: {fault or 'motion vectors are previous minus current, in pixels, in step with rgb'}")
-    if fault and result["best"] is not None:
-        raise UserError(f"{data_dir}: {fault}")
-
-
-# ---- cache ----------------------------------------------------------------------------------------------
+# ---- data: cache ----------------------------------------------------------------------------------------
 
 def split_scenes(scenes):
     """Whole scenes only, with all their recordings: of seven in the order of names the 4th is for validation,
@@ -1420,18 +1464,16 @@ def split_scenes(scenes):
 def choose_clips(scenes, part, args):
     """-> dicts of scene, start, stride, flip, zoom, angle, colours: random ones of the training scenes, plain
     and evenly spaced ones of the others. Scenes too short for --frames at any stride have none."""
-    rng, clips = np.random.default_rng(0), []
+    rng, clips, train = np.random.default_rng(0), [], part == "train"
     strides = sorted(int(k) for k in args.strides.split(","))
     for scene in scenes:
         fit = [k for k in strides if (args.frames - 1) * k < len(scene.steps)]
         if not fit:
             continue
-        for i in range(args.clips if part == "train" else args.eval_clips):
-            stride = int(rng.choice(fit)) if part == "train" else fit[len(fit) // 2]
+        for i in range(args.clips if train else args.eval_clips):
+            stride = int(rng.choice(fit)) if train else fit[len(fit) // 2]
             room = len(scene.steps) - (args.frames - 1) * stride
-            even = (2 * i + 1) * room // (2 * args.eval_clips)
-            start = int(rng.integers(room)) if part == "train" else even
-            train = part == "train"
+            start = int(rng.integers(room)) if train else (2 * i + 1) * room // (2 * args.eval_clips)
             near = train and args.zoom > 1 and i % 3 > 0
             clips.append({"scene": scene, "start": start, "stride": stride,
                           "flip": bool(train and rng.random() < .5),
@@ -1459,7 +1501,7 @@ def read_augmented(clip, args):
     """A clip of choose_clips -> read_clip's dict. Two in three are for motion alone, which remains what is
     seen when a part is enlarged and turned; their depth would be another one."""
     record = read_clip(clip["scene"], clip["start"], clip["stride"], args.frames, args.height, args.width,
-                       clip["flip"], clip["zoom"], args.far)
+                       clip["flip"], clip["zoom"])
     record["video"] = record["video"][:, clip["colours"].tolist()]
     record = turned(record, clip["angle"]) if clip["angle"] else record
     record["asked"] = torch.tensor(clip["zoom"][0] == 1)
@@ -1631,6 +1673,16 @@ def clip_scores(motion, depth, sky, clip):
     return {k: float(v) for k, v in out.items()} | {"sky_accuracy": float((sky != valid).double().mean())}
 
 
+def gather_rows(run, tables):
+    """{name: [row]} of each process -> that of all."""
+    if run.world == 1:
+        return tables
+    gathered = [None] * run.world
+    dist.all_gather_object(gathered, tables)
+    return {name: [row for part in gathered for row in part.get(name, [])]
+            for name in dict.fromkeys(name for part in gathered for name in part)}
+
+
 def mean_scores(rows):
     return {name: float(np.nanmean([row[name] for row in rows])) if any(
         np.isfinite(row[name]) for row in rows) else math.nan for name in rows[0]}
@@ -1651,62 +1703,55 @@ def describe_data(args):
             f"{args.width}, {args.frames} frames")
 
 
-def evaluate(args, models, data, run):
-    """Metrics on scenes that no training saw, at full resolution -> eval.json, curves.png. models: {name:
-    model}, of which "model" is what the run is about; the others are controls. Processes share the clips."""
-    began, clips, train = time.time(), data["test"], data["train"]
+def mean_depth_map(args, clips):
+    """The mean depth of each pixel over clips -> H W, and the mean of all of them, where none is known."""
     total = torch.zeros(2, args.height, args.width)
-    for i in range(0, len(train.rows), 16):      # the mean depth of each pixel, over the training clips
-        b = train.get(range(i, min(i + 16, len(train.rows))), ("depth", "depth_valid"), "cpu")
-        depth, valid = b["depth"], b["depth_valid"]
+    for i in range(0, len(clips.rows), 16):
+        batch = clips.get(range(i, min(i + 16, len(clips.rows))), ("depth", "depth_valid"), "cpu")
+        depth, valid = batch["depth"], batch["depth_valid"]
         sums = torch.stack([torch.where(valid, depth, 0.).sum((0, 1)), valid.float().sum((0, 1))])
         total += F.interpolate(sums[None], total.shape[1:], mode="nearest")[0]
     seen = total[1] > 0
     fallback = (total[0][seen].sum() / total[1][seen].sum()).item()
-    mean_depth = torch.where(seen, total[0] / total[1].clamp(min=1), fallback)
-    tables, flow = {}, {}
+    return torch.where(seen, total[0] / total[1].clamp(min=1), fallback), fallback
+
+
+def trivial_guesses(clip, mean_depth, fallback):
+    """What needs no model -> {name: (motion T 2 H W, depth T H W, sky T H W)}."""
+    zero, sky = torch.zeros_like(clip["motion"]), ~clip["depth_valid"][0]      # as in the frame that is given
+    first = torch.where(clip["depth_valid"][0], clip["depth"][0], fallback)
+    pairs = {"mean_depth_zero_motion": (zero, mean_depth), "copy": (clip["motion"][1].expand_as(zero), first)}
+    return {name: (motion, depth.expand_as(clip["depth"]), sky.expand_as(clip["depth"]))
+            for name, (motion, depth) in pairs.items()}
+
+
+def evaluate(args, run, models, data):
+    """Metrics on scenes that no training saw, at full resolution -> eval.json, curves.png. models: {name:
+    model}, of which "model" is what the run is about; the others are controls. Processes share the clips."""
+    began, clips, tables, flow = time.time(), data["test"], {}, {}
+    usual = mean_depth_map(args, data["train"])
     for i in range(run.rank, len(clips.rows), run.world):
         batch = clips.get([i], EVERYTHING, run.device)
         clip, scene = {name: value[0].cpu() for name, value in batch.items()}, clips.rows[i][0]
-        first = torch.where(clip["depth_valid"][0], clip["depth"][0], fallback)
-        zero = torch.zeros_like(clip["motion"])
-        guesses = {"mean_depth_zero_motion": (zero, mean_depth.expand_as(clip["depth"])),
-                   "copy": (clip["motion"][1].expand_as(zero), first.expand_as(clip["depth"]))}
-        sky = ~clip["depth_valid"][0].expand_as(clip["depth_valid"])           # as in the frame that is given
-        for name, (motion, depth) in guesses.items():
-            tables.setdefault(name, []).append((scene, clip_scores(motion, depth, sky, clip)))
+        guesses = trivial_guesses(clip, *usual)
         for name, model in models.items():
             for sigma in SIGMAS if name == "model" else (PROBE,):
                 with run.autocast():
-                    guess = [value[0].cpu() for value in predict(model, batch, sigma, i, args)]
-                label = name if sigma == PROBE else f"{name}_sigma{sigma}"
-                tables.setdefault(label, []).append((scene, clip_scores(*guess, clip)))
-        for label, value in flow_losses(models["model"], batch, i, run).items():
-            flow.setdefault(label, []).append(value)
-    if run.world > 1:
-        gathered = [None] * run.world
-        dist.all_gather_object(gathered, (tables, flow))
-        tables, flow = ({name: [row for part in gathered for row in part[k].get(name, [])]
-                         for name in gathered[0][k]} for k in (0, 1))
-    results = {name: mean_scores([row for _, row in rows]) for name, rows in tables.items()}
+                    guess = predict(model, batch, sigma, i, args)
+                guesses[name if sigma == PROBE else f"{name}_sigma{sigma}"] = [x[0].cpu() for x in guess]
+        for name, guess in guesses.items():
+            tables.setdefault(name, []).append((scene, clip_scores(*guess, clip)))
+        for name, value in flow_losses(models["model"], batch, i, run).items():
+            flow.setdefault(name, []).append(value)
+    tables, flow = (gather_rows(run, rows) for rows in (tables, flow))
+    means = {name: mean_scores([row for _, row in rows]) for name, rows in tables.items()}
     for name, rows in tables.items():
         for scene in {scene for scene, _ in rows}:
             own = mean_scores([row for its, row in rows if its == scene])
-            results[name][f"epe_moving_{scene.removeprefix('test_')}"] = own["epe_moving"]
-    report = {"script": SCRIPT, "preset": args.preset, "data": describe_data(args), "weights": args.weights,
-              "seconds": time.time() - began,
-              "headline": {"metric": "epe_moving", "value": results["model"]["epe_moving"],
-                           "baseline": results["mean_depth_zero_motion"]["epe_moving"],
-                           "lower_is_better": True},
-              "results": {**results["model"],
-                          **{f"{k}_{name.removeprefix('model_')}": v for name, row in results.items()
-                             if name.startswith("model_") for k, v in row.items()
-                             if k in ("epe_moving", "abs_rel_moving", "abs_rel", "epe")},
-                          **{f"flow_loss_{name}": float(np.mean(values)) for name, values in flow.items()}},
-              "baselines": {name: row for name, row in results.items() if not name.startswith("model")}}
+            means[name][f"epe_moving_{scene.removeprefix('test_')}"] = own["epe_moving"]
     if run.rank == 0:
-        common.write_json(Path(args.output_dir) / "eval.json", report)
-        show_report(report, results, clips.index["scenes"]["test"], args)
+        flow = {f"flow_loss_{name}": float(np.mean(values)) for name, values in flow.items()}
+        report(args, means, flow, clips.index["scenes"]["test"], time.time() - began)
 
 
 def flow_losses(model, batch, seed, run):
@@ -1714,7 +1759,7 @@ def flow_losses(model, batch, seed, run):
     without: heads must not cost the model what it generates."""
     out, z = {}, batch["latents"]
     plain = {"adapter_off": model.dit.disable_adapters} if has_adapter(model.dit) else {}
-    for label, switch in {"": lambda: None, **plain}.items():
+    for name, switch in {"heldout": lambda: None, **plain}.items():
         switch()
         losses = []
         for sigma in SIGMAS:
@@ -1722,42 +1767,48 @@ def flow_losses(model, batch, seed, run):
             with torch.no_grad(), run.autocast():
                 v, _ = model(z, noise, torch.full((len(z),), sigma, device=z.device), batch["text"])
             losses.append(F.mse_loss(v[:, :, 1:].float(), (noise - z)[:, :, 1:]).item())
-        out[label or "heldout"] = float(np.mean(losses))
+        out[name] = float(np.mean(losses))
     if plain:
         model.dit.enable_adapters()
     return out
 
 
-def show_report(report, results, scenes, args):
-    """Prints the table and draws curves.png."""
+def loss_panel(folder, title):
+    """What a run's metrics.jsonl says of losses -> a panel for common.plot_curves."""
+    path = folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    lines = {key: tuple(zip(*points)) for part in ("motion_loss", "depth_loss", "flow_loss")
+             for key in (part, f"val_{part}") if (points := [(r["step"], r[key]) for r in rows if key in r])}
+    return {"title": title, "xlabel": "step", "ylabel": "loss", "log": True, "lines": lines}
+
+
+def report(args, means, flow, scenes, seconds):
+    """Writes eval.json, prints it as a table, draws curves.png."""
+    own, base = means["model"], means["mean_depth_zero_motion"]
+    noisy = {f"{key}_{name.removeprefix('model_')}": row[key] for name, row in means.items()
+             if name.startswith("model_") for key in ("epe_moving", "abs_rel_moving", "abs_rel", "epe")}
+    common.write_json(Path(args.output_dir) / "eval.json", {
+        "script": SCRIPT, "preset": args.preset, "data": describe_data(args), "weights": args.weights,
+        "seconds": seconds, "headline": {"metric": "epe_moving", "value": own["epe_moving"],
+                                         "baseline": base["epe_moving"], "lower_is_better": True},
+        "results": {**own, **noisy, **flow},
+        "baselines": {name: row for name, row in means.items() if not name.startswith("model")}})
     shown = ("abs_rel", "abs_rel_moving", "delta1", "delta1_moving", "rmse", "silog", "epe", "epe_moving",
              "fl_moving")
     print(f"held-out scenes {', '.join(scenes)}, at {args.height}x{args.width}")
     print(f"{'':>24}" + "".join(f"{name:>16}" for name in shown))
-    for name, row in results.items():
+    for name, row in means.items():
         print(f"{name:>24}" + "".join(f"{row[metric]:16.3f}" for metric in shown))
-    r, base = results["model"], results["mean_depth_zero_motion"]
-    print(f"on moving pixels: AbsRel {r['abs_rel_moving'] / base['abs_rel_moving']:.2f} x the mean-depth "
-          f"map's, EPE {r['epe_moving'] / base['epe_moving']:.2f} x zero motion's")
+    print(f"on moving pixels: AbsRel {own['abs_rel_moving'] / base['abs_rel_moving']:.2f} x the mean-depth "
+          f"map's, EPE {own['epe_moving'] / base['epe_moving']:.2f} x zero motion's")
     print("by scene, EPE on moving pixels against zero motion's: " + ", ".join(
-        f"{name.removeprefix('epe_moving_')} {r[name]:.2f} / {base[name]:.2f}" for name in sorted(r)
+        f"{name.removeprefix('epe_moving_')} {own[name]:.2f} / {base[name]:.2f}" for name in sorted(own)
         if name.startswith("epe_moving_")))
     print("flow loss on held-out scenes: " + ", ".join(
-        f"{name.removeprefix('flow_loss_')} {value:.4f}" for name, value in report["results"].items()
-        if name.startswith("flow_loss")))
-    panels = []
-    for stage in ("backbone", "heads", "."):
-        path = Path(args.output_dir) / stage / "metrics.jsonl"
-        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-        lines, keys = {}, ("motion_loss", "depth_loss", "flow_loss")
-        for key in (*keys, *(f"val_{key}" for key in keys)):
-            points = [(row["step"], row[key]) for row in rows if key in row]
-            if points:
-                lines[key] = tuple(zip(*points))
-        if lines:
-            panels.append({"title": stage.replace(".", args.stage), "xlabel": "step", "ylabel": "loss",
-                           "log": True, "lines": lines})
-    common.plot_curves(Path(args.output_dir) / "curves.png", panels)
+        f"{name.removeprefix('flow_loss_')} {value:.4f}" for name, value in flow.items()))
+    panels = [loss_panel(Path(args.output_dir) / stage, stage.replace(".", args.stage))
+              for stage in ("backbone", "heads", ".")]
+    common.plot_curves(Path(args.output_dir) / "curves.png", [panel for panel in panels if panel["lines"]])
 
 
 def motion_picture(motion, scale):
@@ -1779,27 +1830,15 @@ def depth_picture(depth, low, high):
     return rgb.movedim(-1, 1) * 2 - 1
 
 
-@torch.no_grad()
-def generate(model, z0, text, negative, args, seed):
-    """Euler's method from noise to the flow's end, frame 0 given. z0 B C 1 h w, text B L D -> B C F h w.
-    Guidance compares with the negative prompt; --cfg 1 leaves it out."""
-    F_ = (args.frames - 1) // 4 + 1
-    noise = fixed_noise(z0.expand(-1, -1, F_, -1, -1), seed)
-    x, levels = noise, shift_sigma(torch.linspace(1, 0, args.steps + 1), args.shift).tolist()
-    for sigma, following in zip(levels, levels[1:]):
-        x = torch.cat([z0, x[:, :, 1:]], dim=2)
-        tokens = torch.full((len(x), F_, x.shape[3] // 2, x.shape[4] // 2), 1000 * sigma, device=x.device)
-        tokens[:, 0] = 0
-        velocity = lambda prompt: run_backbone(model.dit, x, tokens.flatten(1), prompt,
-                                               ())[0].float()
-        v = velocity(text)
-        if args.cfg != 1:
-            v = (away := velocity(negative)) + args.cfg * (v - away)
-        x = x + (following - sigma) * v
-    return torch.cat([z0, x[:, :, 1:]], dim=2)
+def ranges(truth, motion):
+    """Depth T H W in metres (sky inf) and motion T 2 H W -> what pictures are scaled by: a speed that one in
+    500 pixels has, and the logarithms of near and far."""
+    finite = truth[torch.isfinite(truth)].log()
+    fastest = speed(motion).flatten().topk(max(1, motion[:, 0].numel() // 500)).values.min().item()
+    return fastest, finite.quantile(.02).item(), finite.quantile(.98).item()
 
 
-def sample(args, models, data, run):
+def sample(args, run, models, data):
     """Generates a video per chosen held-out scene from its first frame, and lets the heads read it: one clean
     pass, the final latents at sigma 0.05 with the positive prompt. Also reads the real clip. -> files."""
     if run.rank:
@@ -1810,34 +1849,30 @@ def sample(args, models, data, run):
     folder.mkdir(exist_ok=True)
     negative = common.pad_text([encode_prompt(NEGATIVE)], args.text_length).to(run.device)
     names = [name for name, _, _ in clips.rows]
-    chosen = [names.index(name) for name in dict.fromkeys(names)]
-    for index in chosen[:args.num_samples]:
+    for stem in list(dict.fromkeys(names))[:args.num_samples]:
+        index = names.index(stem)
         batch = clips.get([index], EVERYTHING, run.device)
         z0 = batch["latents"][:, :, :1]
         with run.autocast():
-            z = generate(model, z0, batch["text"], negative, args, args.seed + index)
-            read = {"generated": predict(model, {"latents": z, "text": batch["text"]}, PROBE, index, args),
-                    "real": predict(model, batch, PROBE, index, args)}
-        film = {"generated": common.wan_decode(vae, z)[0].cpu(), "real": from_uint8(batch["video"][0]).cpu()}
+            z = generate(model.dit, z0, batch["text"], negative, args, args.seed + index)
+            guesses = {"sampled": predict(model, {"latents": z, "text": batch["text"]}, PROBE, index, args),
+                       "read": predict(model, batch, PROBE, index, args)}
+        film = {"sampled": common.wan_decode(vae, z)[0].cpu(), "read": from_uint8(batch["video"][0]).cpu()}
         truth = torch.where(batch["depth_valid"][0], batch["depth"][0], math.inf).cpu()
         moved = batch["motion"][0].cpu() * batch["motion_valid"][0].cpu()[:, None]
-        finite = truth[torch.isfinite(truth)].log()
-        low, high = finite.quantile(.02).item(), finite.quantile(.98).item()
-        scale = speed(moved).flatten().topk(max(1, moved[:, 0].numel() // 500)).values.min().item()
-        stem = names[index]
-        pictures = film["real"], motion_picture(moved, scale), depth_picture(truth, low, high)
-        panels = {"truth": torch.cat(pictures, 3)}
-        for kind, guess in read.items():
+        fastest, near, far = ranges(truth, moved)
+        panels = {"truth": [film["read"], motion_picture(moved, fastest), depth_picture(truth, near, far)]}
+        for name, guess in guesses.items():
             motion, depth, sky = (value[0].cpu() for value in guess)
             depth = depth.masked_fill(sky, math.inf)
-            pictures = motion_picture(motion, scale), depth_picture(depth, low, high)
-            panels[{"real": "read", "generated": "sampled"}[kind]] = torch.cat([film[kind], *pictures], 3)
-            if kind == "generated":
+            panels[name] = [film[name], motion_picture(motion, fastest), depth_picture(depth, near, far)]
+            if name == "sampled":
                 np.save(folder / f"{stem}_motion.npy", motion.movedim(1, -1).numpy())
                 np.save(folder / f"{stem}_depth.npy", depth.numpy())
-                files += [folder / f"{stem}_motion.npy", folder / f"{stem}_depth.npy"]
-                for name, pages in zip(("video", "motion", "depth"), (film[kind], *pictures)):
-                    files.append(common.write_video(folder / f"{stem}_{name}.mp4", pages, args.fps))
+        files += [folder / f"{stem}_motion.npy", folder / f"{stem}_depth.npy"]
+        files += [common.write_video(folder / f"{stem}_{name}.mp4", pages, args.fps)
+                  for name, pages in zip(("video", "motion", "depth"), panels["sampled"])]
+        panels = {name: torch.cat(pictures, 3) for name, pictures in panels.items()}
         grid = common.video_grid(panels, scale=max(1, 128 // args.height))
         files.append(common.write_video(folder / f"{stem}.mp4", grid, args.fps))
         some = grid[torch.linspace(1, args.frames - 1, 4).round().long()]          # 2 x 2 pages in a picture
@@ -2101,15 +2136,10 @@ def draw_batch(args, run, clips, step, micro, share):
     return batch, noise.to(run.device), sigma.to(run.device)
 
 
-def fixed_noise(z, seed):
-    return torch.randn(z.shape, generator=torch.Generator().manual_seed(seed)).to(z.device)
-
-
 def run_stage(args, run, data, stage, folder, dit, found=None, only=False, heads_from=None):
-    """One stage of training, none where `found` has all steps or `only` it counts. -> PhysicsModel with the
+    """One stage of training, none where `found` has all steps or `only` it counts -> PhysicsModel with the
     averaged weights. stage: backbone (tiny only: nobody has pretrained weights of that size), heads (the
-    backbone is frozen), lora, last_k, full. dit: the backbone, changed in place. heads_from: where to
-    start.
+    backbone is frozen), lora, last_k, full. dit: the backbone, changed in place. heads_from: where to start.
     """
     clips, held = data["train"], data["val"]
     torch.manual_seed(args.seed)                 # equal initial weights on all ranks and after any restart
@@ -2118,10 +2148,11 @@ def run_stage(args, run, data, stage, folder, dit, found=None, only=False, heads
         model.heads.depth_scale.copy_(torch.tensor(clips.depth_scale))
     if heads_from and not found:
         common.restore_state(model.heads, common.load_weights(heads_from), source=str(heads_from))
-    many = args.stage == "all"
-    steps, lr = {"backbone": (args.backbone_steps, args.backbone_lr),
-                 "lora": (many and args.lora_steps or args.max_steps, many and args.lora_lr or args.lr)}.get(
-        stage, (args.max_steps, args.lr))
+    steps, lr = args.max_steps, args.lr
+    if stage == "backbone":
+        steps, lr = args.backbone_steps, args.backbone_lr
+    elif stage == "lora" and args.stage == "all":
+        steps, lr = args.lora_steps or steps, args.lora_lr or lr
     share = {"backbone": 1., "heads": 0.}.get(stage, .5)
 
     def losses(model, step, micro):
@@ -2166,7 +2197,7 @@ def run_stages(args, run, data, found, only=False):
 
     dit = wan_part(args, run, "transformer", trunk_dtype(args))
     untrained = copy.deepcopy(dit) if args.controls and args.stage == "all" else None
-    if args.model == "tiny" and not args.random_backbone and args.backbone_steps:
+    if args.model == "tiny" and args.backbone_steps:
         dit = stage("backbone", "backbone", dit).dit
     if args.stage != "all":
         return {"model": run_stage(args, run, data, args.stage, folder, dit, found, only, args.heads)}
@@ -2180,7 +2211,7 @@ def run_stages(args, run, data, found, only=False):
 
 def prepare(args, run):
     """Scenes (simulated for the tiny preset's own folder) and their cache -> {part: Clips}."""
-    if run.rank == 0 and args.preset == "tiny" and "data_dir" not in args.given:
+    if run.rank == 0 and args.preset == "tiny" and args.data_dir == PRESETS["tiny"]["data_dir"]:
         simulate_scenes(args.data_dir, args.height, 0, args.sim_frames, args.sim_recordings)
     run.barrier()
     build_cache(args, run)
@@ -2253,10 +2284,10 @@ def work(args):
     models = run_stages(args, run, data, found, only and bool(found))
     written = []
     if args.eval or not only:
-        evaluate(args, models, data, run)
+        evaluate(args, run, models, data)
         written = [f"{folder}/eval.json", f"{folder}/curves.png"]
     if args.sample or not only:
-        written += sample(args, models, data, run)
+        written += sample(args, run, models, data)
     if run.rank == 0:
         common.show_results(folder, written, args.tensorboard, args.wandb)
         print("wrote " + ", ".join(written))

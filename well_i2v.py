@@ -10,20 +10,21 @@ Equations   x_s = (1 - s) z + s eps; loss |v - (eps - z)|^2                 -> a
             fields <-> [-1, 1] <-> 3 channels: learned, linear or tile      -> FieldMaps, Adapter
             VRMSE = sqrt(mean (x - y)^2 / (var y + 1e-7)), in space alone   -> vrmse
             d(rho, rho u, E)/dt = -div F - cooling (MUSCL, HLLC, Heun)      -> solve: the simulated twin
-Differs     from LIX-shape-analysis/video_for_science, and why:
+Differs     from the document's code, LIX-shape-analysis/video_for_science, and why:
             - the target is the velocity eps - z; the original's is eps, which Wan never predicted
             - latents are normalised; noise levels are drawn here, not read from a sampler's reversed table
             - both experts are trained, each on its own noise levels; the original trains one for all
             - processes average their gradients (the original calls past DDP), and what is trained is fp32
             - adapters learn through the VAE with gradient, then stand still: a target that can move collapses
-            - field values survive the adapter: no GroupNorm over a frame, no clamp at raw bounds
+            - field values survive the adapter: no GroupNorm over a frame, no clamp at raw bounds; frames are
+              resized by a fixed matrix and its inverse, beside which the document's learned layers start at 0
             - VRMSE is The Well's, on its test split, all files evenly; texts are encoded once; t_cool is told
 Run         python well_i2v.py                                    # simulation to evaluation: 7.6 minutes
             torchrun --nproc_per_node=4 well_i2v.py --lora_rank 32
             python well_i2v.py --sample --num_samples 2
             python well_i2v.py --eval --members 8
             python well_i2v.py --mode convlstm --output_dir runs/convlstm        # the document's older modes
-            python well_i2v.py --download --data_dir data/the_well               # 7 GB
+            python well_i2v.py --download --data_dir data/the_well               # 7 GB, from the hub
             torchrun --nproc_per_node=4 well_i2v.py --preset i2v_a14b --data_dir data/the_well
             python well_i2v.py --preset i2v_a14b --dry_run
 Shapes      B batch  T frames  C fields  H W their grid, axes as in the file (here x periodic, y open)
@@ -43,7 +44,6 @@ import shutil
 import signal
 import sys
 import time
-import urllib.request
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,8 +64,6 @@ SCRIPT = "well_i2v"
 DATASET = "turbulent_radiative_layer_2D"
 SPLITS = ("train", "valid", "test")
 T_COOLS = (.03, .06, .10, .18, .32, .56, 1.00, 1.78, 3.16)
-WELL_URL = "https://sdsc-users.flatironinstitute.org/~polymathic/data/the_well/datasets"
-REGISTRY_URL = "https://raw.githubusercontent.com/PolymathicAI/the_well/master/the_well/utils/registry.yaml"
 SPACING = 1.597033                         # between the published set's 101 snapshots
 BOUNDARY = 0.9                           # sigma from which on Wan2.2-I2V-A14B's high-noise expert is asked
 DIT = {"high": "transformer", "low": "transformer_2"}                          # names in diffusers' pipeline
@@ -111,8 +109,7 @@ def build_parser():
     add_shared_flags(parser, PRESETS)
     add = parser.add_argument_group("data").add_argument
     add("--dataset", default=DATASET, help="a 2-D set of The Well")
-    add("--download", action="store_true", help="fetch the set into --data_dir, then exit")
-    add("--simulate", action="store_true", help="write a simulated set into --data_dir, then exit")
+    add("--download", action="store_true", help="fetch the set from the Hugging Face hub, then exit")
     add("--sim_side", type=int, default=128, help="cells of what is simulated, in x; in y 3 times as many")
     add("--sim_t_cools", default=",".join(map(str, T_COOLS)), help="cooling times, a file each")
     add("--sim_train", type=int, default=8, help="simulated training trajectories of a file; 1 to test on")
@@ -122,7 +119,7 @@ def build_parser():
     add("--n_out", type=int, default=8, help="frames forecast in a call")
     add("--window_count", type=int, default=0, help="training windows, evenly chosen (0: all)")
     add("--augment", type=int, default=1, help="versions of a window, rolled along periodic axes")
-    add("--prompt", default="", help="said of all files (default: the set's name); scalars follow it")
+    add("--prompt", default="", help="text of all files (default: the set's name); their scalars follow it")
     add = parser.add_argument_group("model").add_argument
     add("--mode", choices=["native", "convlstm", "adapter", "oneshot"], default="native",
         help="native: Wan's diffusion from a frame; the others are the document's")
@@ -183,15 +180,24 @@ def check_args(args):
                  "eval_clips", "num_samples", "sample_frames", "sim_train", "fps"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
-    for name in ("seed", "lr", "adapter_lr", "base_lr", "adapter_steps", "base_steps", "rollout_steps",
-                 "window_count", "shift"):
+    for name in ("seed", "lr", "adapter_lr", "base_lr", "adapter_steps", "base_steps", "base_files",
+                 "rollout_steps", "window_count", "recon_weight", "adapter_weight", "latent_weight",
+                 "physics_weight", "warmup_steps", "weight_decay", "grad_clip", "log_every", "eval_every",
+                 "save_every", "keep_last"):
         if not getattr(args, name) >= 0:
             raise UserError(f"--{name} must not be negative, but is {getattr(args, name)}")
+    for name in ("ema_decay", "beta2"):
+        if not 0 <= getattr(args, name) < 1:
+            raise UserError(f"--{name} must be in [0, 1), not {getattr(args, name)}")
+    for name in ("shift", "sim_spacing"):
+        if not getattr(args, name) > 0:
+            raise UserError(f"--{name} must be above 0, not {getattr(args, name)}")
     if args.sim_side % 16:
         raise UserError(f"--sim_side must be a multiple of 16, not {args.sim_side}")
-    if not re.fullmatch(r"[\d.]+(,[\d.]+)*", args.sim_t_cools):
-        raise UserError(f"--sim_t_cools takes numbers such as .03,.32,3.16, not {args.sim_t_cools}")
-    if args.video_size and not re.fullmatch(r"\d+,\d+", args.video_size):
+    number = r"(\d+\.?\d*|\.\d+)"
+    if not re.fullmatch(f"{number}(,{number})*", args.sim_t_cools) or 0 in cooling_times(args):
+        raise UserError(f"--sim_t_cools takes numbers above 0 such as .03,.32,3.16, not {args.sim_t_cools}")
+    if args.video_size and not re.fullmatch(r"[1-9]\d*,[1-9]\d*", args.video_size):
         raise UserError(f"--video_size takes H,W such as 256,768, not {args.video_size}")
     if args.mode in ("native", "oneshot") and args.n_in != 1:
         raise UserError(f"--n_in {args.n_in}: --mode {args.mode} starts from one frame; convlstm from more")
@@ -206,11 +212,15 @@ def check_args(args):
     if (args.mode == "adapter" or args.joint) and args.adapter != "learned":
         raise UserError(f"{'--joint' if args.joint else '--mode adapter'} trains the adapter: --adapter "
                         f"learned, not {args.adapter}")
-    if args.fsdp and args.mode in ("convlstm", "adapter"):
-        raise UserError(f"--fsdp is for Wan's experts: --mode {args.mode} fits one GPU, and torchrun alone "
-                        f"shares out its batch")
+    for name in ("fsdp", "compile"):
+        if getattr(args, name) and args.mode in ("convlstm", "adapter"):
+            raise UserError(f"--{name} is for Wan's experts: --mode {args.mode} is small, leave it out")
     if args.mode == "oneshot":
         args.experts = "low"             # no other is asked; DDP would wait for its gradients
+
+
+def cooling_times(args):
+    return [float(t) for t in args.sim_t_cools.split(",")]
 
 
 # ---- model: fields <-> video ----------------------------------------------------------------------------
@@ -378,12 +388,8 @@ class Adapter(nn.Module):
         return tuple(size)
 
     def frames(self, T):
-        """Of the video of T frames of fields. UserError unless they are 4k + 1."""
-        n = 1 + self.repeat * (T - 1)
-        if n % 4 != 1:
-            raise UserError(f"{T} frames of fields, each but the first shown {self.repeat} times, are {n} of "
-                            f"video: Wan's VAE takes 4k + 1; change --n_out, --n_in or --frame_repeat")
-        return n
+        """How many frames of video T frames of fields make."""
+        return 1 + self.repeat * (T - 1)
 
     @torch.no_grad()
     def fit(self, fields):
@@ -578,19 +584,6 @@ class Experts(nn.Module):
         return v
 
 
-def add_lora(transformer, rank, targets):
-    """Low-rank adapters (alpha = rank) on the modules so named. UserError for a name that none has: peft is
-    silent as long as another one matches."""
-    from peft import LoraConfig
-    modules = [name for name, _ in transformer.named_modules()]
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in modules):
-            raise UserError(f"--lora_targets {target}: no module of Wan's transformer is named so")
-    if getattr(transformer, "peft_config", None):
-        transformer.delete_adapters("default")
-    transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets)))
-
-
 def make_experts(args, load, train="lora", scalars=0, autocast=contextlib.nullcontext):
     """Experts with what is trained requiring grad, in fp32: most steps of 1e-5 round a bf16 weight to itself.
 
@@ -598,12 +591,16 @@ def make_experts(args, load, train="lora", scalars=0, autocast=contextlib.nullco
     trains that one, and samples go on with the other as it is; "one" is the tiny base, a network for all
     noise levels. train: "lora", "full" (the base's own training) or "" (nothing).
     """
+    from peft import LoraConfig
     experts = {}
     for name in ("low",) if args.experts in ("low", "one") else ("high", "low"):
         own = train if args.experts in ("both", "one", name) else ""
         dit = load(DIT[name]).requires_grad_(False)
         if own == "lora":
-            add_lora(dit, args.lora_rank, args.lora_targets.split(","))
+            if getattr(dit, "peft_config", None):
+                dit.delete_adapters("default")
+            dit.add_adapter(LoraConfig(r=args.lora_rank, lora_alpha=args.lora_rank,
+                                       target_modules=args.lora_targets.split(",")))
         elif own:
             dit.requires_grad_(True)
         if args.grad_checkpoint and own:
@@ -615,6 +612,21 @@ def make_experts(args, load, train="lora", scalars=0, autocast=contextlib.nullco
         if scalars:
             experts[name].token.to(dit.patch_embedding.weight.device).requires_grad_(bool(own))
     return Experts(**experts)
+
+
+# ---- model: loading -------------------------------------------------------------------------------------
+
+def wan_part(args, run, part, dtype=torch.float32, expert="transformer"):
+    """A part of Wan: its pretrained weights, or random ones in its shape or in the tiny shape."""
+    tiny = args.model == "tiny"
+    torch.manual_seed(expert == "transformer_2")     # whatever --seed is: no checkpoint holds what is frozen
+    return common.load_wan(args.weights_from, part=part, config=TINY if tiny else args.model, dtype=dtype,
+                           device=run.device, random_init=args.random_init or tiny, expert=expert)
+
+
+def frozen_dtype(args):
+    """What is frozen: bf16, and fp32 where it is tiny."""
+    return torch.float32 if args.model == "tiny" else torch.bfloat16
 
 
 # ---- objective ------------------------------------------------------------------------------------------
@@ -944,23 +956,21 @@ class NativeI2V(Chain):
         return self.to_fields(z, history)
 
 
-# ---- data: The Well's files ------------------------------------------------------------------------------
+# ---- data: The Well's files -----------------------------------------------------------------------------
 
 @dataclass
 class WellFile:
     """What a file of The Well says of itself. fields: (group, name, components) of those that change with
-    time, in loading order; names: the channels' (t0, t1's components, t2's); shape: H, W; dims: names of
-    these axes; boundaries: of each axis, as ("PERIODIC",); times: T."""
+    time, in loading order; names: the channels' (t0, t1's components, t2's); shape: H, W; boundaries: of
+    these axes, as ("PERIODIC",); scalars: numbers that do not change, {name: number}."""
     path: Path
     fields: list
     names: list
     shape: tuple
-    dims: list
     boundaries: list
     trajectories: int
     steps: int
     scalars: dict
-    times: np.ndarray
 
 
 def set_folder(root, dataset):
@@ -1028,8 +1038,7 @@ def read_metadata(path, file):
     for name in file["scalars"].attrs["field_names"]:
         value = np.ravel(file["scalars"][name][()])[0]
         scalars[str(name)] = float(f"{value:.6g}")                # .03 is .029999999 in float32
-    times = np.array(file["dimensions/time"]).reshape(-1, steps)[0]
-    return WellFile(path, fields, names, shape, dims, boundaries, trajectories, steps, scalars, times)
+    return WellFile(path, fields, names, shape, boundaries, trajectories, steps, scalars)
 
 
 def read_window(file, trajectory, start, length):
@@ -1111,71 +1120,24 @@ def train_mean(root, dataset):
     return torch.tensor(np.concatenate(means), dtype=torch.float32)
 
 
-# ---- data: download --------------------------------------------------------------------------------------
+# ---- data: download -------------------------------------------------------------------------------------
 
-def download(dataset, root, splits=SPLITS):
-    """Fetches a set of The Well into root/datasets/: by huggingface_hub where it is installed, else from the
-    published addresses. What is there is kept, a broken transfer goes on. UserError without a network."""
-    folder = Path(root) / "datasets" / dataset
-    command = f"hf download polymathic-ai/{dataset} --repo-type dataset --local-dir {folder}"
+def download(dataset, root):
+    """Fetches a set of The Well from the Hugging Face hub into root/datasets/ -> its folder. What is there is
+    kept, a broken transfer goes on. UserError without a network, or for a set that there is not."""
+    from huggingface_hub import snapshot_download
+    folder, repo = Path(root) / "datasets" / dataset, f"polymathic-ai/{dataset}"
     try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        for url in published(dataset, splits):
-            fetch(url, folder / url.split(f"/{dataset}/")[1])
-        return folder
-    try:
-        snapshot_download(f"polymathic-ai/{dataset}", repo_type="dataset", local_dir=folder,
-                          allow_patterns=["stats.yaml", *(f"data/{split}/*" for split in splits)])
+        snapshot_download(repo, repo_type="dataset", local_dir=folder,
+                          allow_patterns=["stats.yaml", *(f"data/{split}/*" for split in SPLITS)])
     except Exception as error:                     # the hub's own, httpx's or OSError, by what failed
         reason = (str(error).splitlines() or [type(error).__name__])[0][:100]
-        url = f"https://huggingface.co/datasets/polymathic-ai/{dataset}"
-        raise UserError(f"cannot download {url} ({reason}): "
-                        f"where there is a network, {command}") from error
+        raise UserError(f"cannot download https://huggingface.co/datasets/{repo} ({reason}): where there is "
+                        f"a network, hf download {repo} --repo-type dataset --local-dir {folder}") from error
     return folder
 
 
-def published(dataset, splits):
-    """-> the set's addresses, stats.yaml first. The default set's are known, others' are in a registry."""
-    if dataset == DATASET:
-        names = [f"turbulent_radiative_layer_tcool_{t:.2f}.hdf5" for t in T_COOLS]
-        listed = {split: [f"{WELL_URL}/{dataset}/data/{split}/{name}" for name in names] for split in splits}
-        return [f"{WELL_URL}/{dataset}/stats.yaml"] + sum(listed.values(), [])
-    try:
-        with urllib.request.urlopen(REGISTRY_URL, timeout=60) as answer:
-            listed = yaml.safe_load(answer).get(dataset)
-    except OSError as error:
-        raise UserError(f"cannot fetch {REGISTRY_URL} ({error}): pip install huggingface_hub, or try where "
-                        "there is a network") from error
-    if not listed:
-        raise UserError(f"The Well has no set named {dataset}: see {REGISTRY_URL}")
-    return [listed["stats"]] + sum((listed[split] for split in splits), [])
-
-
-def fetch(url, path):
-    """Downloads into path.part, from where an earlier transfer broke off, and renames it when complete."""
-    part = path.with_name(path.name + ".part")
-    if path.exists():
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    there = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={there}-"} if there else {})
-    try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            more = answer.status == 206                    # 200: a server without ranges sends it all again
-            missing = int(answer.headers["Content-Length"])
-            with open(part, "ab" if more else "wb") as file:
-                while block := answer.read(1 << 20):
-                    missing -= file.write(block)
-        if missing:
-            raise OSError(f"{missing} bytes are missing")
-    except OSError as error:
-        raise UserError(f"cannot download {url} ({error}): the same command goes on, or curl -C - "
-                        f"--create-dirs -o {part} {url}") from error
-    part.replace(path)
-
-
-# ---- data: the simulated twin ----------------------------------------------------------------------------
+# ---- data: the simulated twin ---------------------------------------------------------------------------
 # 2-D Euler with a cooling layer between hot dilute and cold dense gas (Fielding 2020), in The Well's units:
 # the box is 1 wide and 3 high, P = 1, hot rho = T = 1. Initial profile and cooling curve are this script's
 # choice, set so that the moments are near the published ones. Conserved U: rho, rho u, rho v, E; primitive W:
@@ -1378,58 +1340,47 @@ def write_file(path, W, t_cool, times):
     part.replace(path)
 
 
-def simulate_files(folder, made_of, number, device):
+def simulate_files(folder, made_of, number):
     """Simulates the trajectories of t_cool `number`, all splits at once, and writes a file for each split."""
-    if device == "cpu":
-        torch.set_num_threads(1)                   # a process per core; a fork cannot use OpenMP's threads
+    torch.set_num_threads(1)                       # a process per core; a fork cannot use OpenMP's threads
     t_cool, counts, nx = made_of["t_cools"][number], made_of["trajectories"], made_of["nx"]
     paths = [folder / f"data/{split}/turbulent_radiative_layer_tcool_{t_cool:.2f}.hdf5" for split in SPLITS]
     if all(path.is_file() for path in paths):
         return
     total = sum(counts)
     seeds = np.random.SeedSequence([made_of["seed"], number]).generate_state(total, np.uint32).tolist()
-    U = initial_state(nx, seeds).to(device)
-    W = solve(U, 1 / nx, made_of["t_end"], made_of["snapshots"], [t_cool] * total)
+    W = solve(initial_state(nx, seeds), 1 / nx, made_of["t_end"], made_of["snapshots"], [t_cool] * total)
     times = np.linspace(0, made_of["t_end"], made_of["snapshots"])
     for path, part in zip(paths, W.split(counts)):
         write_file(path, part, t_cool, times)
 
 
-def simulate(root, nx, t_cools=T_COOLS, trajectories=(8, 1, 1), t_end=100 * SPACING, snapshots=101, seed=0,
-             device="cpu", processes=None):
-    """Writes the set, simulated on nx x 3 nx cells, under root/datasets/. -> its folder.
+def simulate(root, nx, t_cools, trajectories, t_end, snapshots, seed=0, processes=None):
+    """Writes the set, simulated on nx x 3 nx cells, under root/datasets/, a process per t_cool.
 
     trajectories: of train, valid and test, for every t_cool. The files that are there already are kept, so an
-    interrupted call goes on; UserError where they were made otherwise. On the CPU, a process per t_cool.
+    interrupted call goes on; UserError where they were made otherwise.
     """
     folder = Path(root) / "datasets" / DATASET
     made_of = {"nx": nx, "t_cools": list(t_cools), "trajectories": list(trajectories), "t_end": t_end,
                "snapshots": snapshots, "seed": seed}
     kept = folder / "simulated.json"
-    if nx % 16:
-        raise UserError(f"a simulated grid of {nx} x {3 * nx}: its sides must be multiples of 16")
     if folder.exists() and (not kept.is_file() or json.loads(kept.read_text()) != made_of):
         raise UserError(f"{folder} holds another set: remove it, or name what you want with --data_dir")
     if (folder / "stats.yaml").is_file():          # written last: the set is complete
-        return folder
+        return
     common.write_json(kept, made_of)
-    jobs = [(folder, made_of, number, device) for number in range(len(t_cools))]
-    if device == "cpu":
-        workers = min(processes or os.cpu_count(), len(jobs))
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool:
-            running = [pool.submit(simulate_files, *job) for job in jobs]
-            for job in tqdm(running, "simulate", unit="t_cool"):
-                job.result()
-    else:
+    workers = min(processes or os.cpu_count(), len(t_cools))
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool:
+        jobs = [pool.submit(simulate_files, folder, made_of, number) for number in range(len(t_cools))]
         for job in tqdm(jobs, "simulate", unit="t_cool"):
-            simulate_files(*job)
+            job.result()
     files = open_set(root, DATASET, "train")
     stats = compute_stats(files)
     print_moments(files[0].names, stats)
     part = folder / ".tmp_stats.yaml"
     part.write_text(yaml.safe_dump(stats))
     part.replace(folder / "stats.yaml")
-    return folder
 
 
 def print_moments(names, stats):
@@ -1442,160 +1393,26 @@ def print_moments(names, stats):
         print(f"simulated {name}: " + ", ".join(both))
 
 
-# ---- metrics ---------------------------------------------------------------------------------------------
+# ---- data: windows and their cache ----------------------------------------------------------------------
 
-# Ohana 2024, tables 2 and 3 (turbulent_radiative_layer_2D): VRMSE on the real test split, 4 given frames.
-PUBLISHED = {"FNO": {"one_step": .5001, "6:12": 1.79, "13:30": 3.54},
-             "TFNO": {"one_step": .5016, "6:12": 6.01, "13:30": math.inf},          # published as > 10
-             "U-Net": {"one_step": .2418, "6:12": .66, "13:30": 1.04},
-             "CNextU-Net": {"one_step": .1956, "6:12": .54, "13:30": 1.01}}
-
-
-def vrmse(pred, truth):
-    """... C H W in physical units -> ... C, as the_well.benchmark.metrics.VRMSE: over the spatial axes alone,
-    with the unbiased variance and 1e-7 under the root. The truth's spatial mean scores sqrt((n - 1) / n)."""
-    error = (pred - truth).square().mean((-2, -1))
-    return (error / (truth.std((-2, -1)) ** 2 + 1e-7)).sqrt()
-
-
-def rollout_table(scores):
-    """VRMSE of forecasts, ... K C -> {row: float}, means over steps and all else; rows beyond K are left out.
-
-    "6:12" is steps 6 to 12 counted from 1, "[6:12]" the slice: the benchmark says only 6:12.
-    """
-    per_step = scores.movedim(-2, 0).flatten(1).mean(1)
-    K = len(per_step)
-    rows = {"one_step": (0, 1), "8_steps": (0, 8), "6:12": (5, 12), "[6:12]": (6, 12), "13:30": (12, 30),
-            "[13:30]": (13, 30), "rollout": (0, K)}
-    return {name: per_step[a:b].mean().item() for name, (a, b) in rows.items() if b <= K}
-
-
-def baselines(past, truth, train_mean):
-    """Forecasts without a model: {name: K C H W}. past: P C H W, the frames up to the start (the last is what
-    a model is given); truth: K C H W; train_mean: C. spatial_mean is the truth's own, which VRMSE calls 1."""
-    k = torch.arange(1, len(truth) + 1).view(-1, 1, 1, 1)
-    change = past[-1] - past[-2] if len(past) > 1 else torch.zeros_like(past[-1])
-    return {"persistence": past[-1].expand_as(truth),
-            "spatial_mean": truth.mean((-2, -1), keepdim=True).expand_as(truth),
-            "train_mean": train_mean.view(1, -1, 1, 1).expand_as(truth),
-            "linear": past[-1] + k * change}
-
-
-def physics_checks(pred, truth, names, axis=-2):
-    """-> {check: relative error, T}, 0 for equal ones. axis: a periodic one, of the spectra.
-
-    mass_by_temperature: sum over phases of |difference|, over all mass (T = P / rho in < .02 < .1 < .5 <).
-    kinetic_energy: |difference| / truth's. spectrum: mean over wave numbers and fields of |difference| over
-    the larger power, in 0 .. 1, so that the smallest scales count, which a blurred forecast lacks.
-    """
-    def power(x):                                          # T C K, mean over the other axis
-        waves = torch.fft.rfft(x, dim=axis, norm="forward").abs().square()
-        return waves.mean(-3 - axis)[..., 1:]
-
-    def of(x, name):
-        return x[:, names.index(name)]
-
-    a, b = power(pred), power(truth)
-    checks = {"spectrum": ((a - b).abs() / torch.maximum(a, b).clamp(min=1e-20)).mean((1, 2))}
-    if {"density", "pressure", "velocity_x", "velocity_y"} <= set(names):
-        mass, energy = [], []
-        for x in (pred, truth):
-            rho = of(x, "density")
-            bins = torch.bucketize(of(x, "pressure") / rho.clamp(min=1e-6), torch.tensor([.02, .1, .5]))
-            mass.append(torch.stack([(rho * (bins == i)).sum((1, 2)) for i in range(4)], 1))
-            energy.append((rho * (of(x, "velocity_x") ** 2 + of(x, "velocity_y") ** 2)).mean((1, 2)) / 2)
-        checks["mass_by_temperature"] = (mass[0] - mass[1]).abs().sum(1) / mass[1].sum(1)
-        checks["kinetic_energy"] = (energy[0] - energy[1]).abs() / energy[1].clamp(min=1e-12)
-    return checks
-
-
-# ---- pictures --------------------------------------------------------------------------------------------
-
-def field_video(truth, prediction, names, scale=None):
-    """T C H W twice -> T 3 H' W' uint8: a row per field, truth | prediction | bar | error | bar.
-
-    scale: pixels per cell, by default to a picture about 384 wide. Ranges are the truth's over all frames, so
-    a colour is one value in the whole video; those of components and errors are symmetric around 0.
-    """
-    import matplotlib
-    from PIL import Image, ImageDraw, ImageFont
-    font = ImageFont.load_default(size=13)
-    T, C, H, W = truth.shape
-    scale = scale or max(1, round(384 / W))
-    h, w, bar, left, top, gap = H * scale, W * scale, 74, 90, 24, 8
-    page = Image.new("RGB", (left + 3 * w + 2 * gap + 2 * bar, top + C * (h + gap)), "white")
-    pen = ImageDraw.Draw(page)
-    corners = [left, left + w + gap, left + 2 * (w + gap) + bar]
-    for title, x in zip(("truth", "prediction", "error (prediction - truth)"), corners):
-        pen.text((x + w // 2, top // 2), title, fill="black", font=font, anchor="mm")
-
-    def draw_bar(x, y, low, high, colours):
-        ramp = colours.flip(0)[torch.linspace(0, 255, h).long()][:, None].repeat(1, 12, 1)
-        page.paste(Image.fromarray(ramp.numpy()), (x, y))
-        for share in (0, .5, 1):
-            at, value = (x + 16, y + 6 + (h - 12) * (1 - share)), low + share * (high - low)
-            pen.text(at, f"{value:.3g}", fill="black", font=font, anchor="lm")
-
-    tiles = []                                             # y, x, T H W, its range and colours
-    for c, name in enumerate(names):
-        y, error = top + c * (h + gap), prediction[:, c] - truth[:, c]
-        low, high = np.percentile(truth[:, c].numpy(), [.1, 99.9])
-        shown = (low, high, "viridis")
-        if name.endswith(("_x", "_y")):
-            shown = (-max(-low, high), max(-low, high), "PuOr_r")
-        size = max(float(np.percentile(error.abs().numpy(), 99.5)), 1e-6)
-        pen.text((left - 6, y + h // 2), name.replace("_", "\n"), fill="black", font=font, anchor="rm")
-        for x, values, (a, b, colours) in zip(corners, (truth[:, c], prediction[:, c], error),
-                                              (shown, shown, (-size, size, "RdBu_r"))):
-            colours = matplotlib.colormaps[colours](np.arange(256), bytes=True)[:, :3]
-            colours = torch.from_numpy(colours.copy())
-            tiles.append((y, x, values, a, b, colours))
-            if x != corners[0]:
-                draw_bar(x + w + 4, y, a, b, colours)
-    video = torch.from_numpy(np.array(page)).permute(2, 0, 1).repeat(T, 1, 1, 1)
-    for y, x, values, a, b, colours in tiles:
-        index = ((values - a) / max(b - a, 1e-12) * 255).nan_to_num().round().clamp(0, 255).long()
-        tile = colours[index].permute(0, 3, 1, 2).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-        video[:, :, y:y + h, x:x + w] = tile
-    return video
-
-
-# ---- model: loading -------------------------------------------------------------------------------------
-
-def wan_part(args, run, part, dtype=torch.float32, expert="transformer"):
-    """A part of Wan: its pretrained weights, or random ones in its shape or in the tiny shape."""
-    tiny = args.model == "tiny"
-    torch.manual_seed(expert == "transformer_2")     # whatever --seed is: no checkpoint holds what is frozen
-    return common.load_wan(args.weights_from, part=part, config=TINY if tiny else args.model, dtype=dtype,
-                           device=run.device, random_init=args.random_init or tiny, expert=expert)
-
-
-def wide_dtype(args):
-    """What is frozen: bf16, and fp32 where it is tiny."""
-    return torch.float32 if args.model == "tiny" else torch.bfloat16
-
-
-def encode_prompts(args, run, files):
-    """-> [L D], the text of each file, and of no text. The encoder, which is 11 GB, is loaded and dropped."""
+def encode_prompts(args, run, data):
+    """Gives the Windows of each split the texts of their files -> the empty text 1 L D, for guidance. The
+    encoder, which is 11 GB, is loaded and dropped."""
     words = (args.prompt or args.dataset.replace("_", " ")).strip()
-    prompts = [", ".join([words, *(f"{name} {value:g}" for name, value in plain_scalars(file).items())])
-               for file in files]
+    prompts = {split: [", ".join([words, *(f"{name} {value:g}" for name, value in file.scalars.items())])
+                       for file in data[split].files] for split in SPLITS}
     tokenizer = wan_part(args, run, "tokenizer")
-    encoder = wan_part(args, run, "text_encoder", wide_dtype(args))
-    unique = sorted({*prompts, ""})
-    texts = dict(zip(unique, common.encode_text(tokenizer, encoder, unique, args.text_length)))
-    longest = max(len(text) for text in texts.values())
+    encoder = wan_part(args, run, "text_encoder", frozen_dtype(args))
+    unique = sorted({"", *sum(prompts.values(), [])})
+    texts = [text.cpu() for text in common.encode_text(tokenizer, encoder, unique, args.text_length)]
+    longest = max(len(text) for text in texts)
     if longest >= args.text_length:      # the last token is the scalars'
         raise UserError(f"--text_length {args.text_length}: a prompt has {longest} tokens or more; raise it")
-    return [texts[prompt].cpu() for prompt in [*prompts, ""]]
+    texts = dict(zip(unique, texts))
+    for split, own in prompts.items():
+        data[split].texts = [texts[prompt] for prompt in own]
+    return common.pad_text([texts[""]], args.text_length).to(run.device)
 
-
-def plain_scalars(file):
-    """A file's numbers that do not change: {name: number}."""
-    return {name: value for name, value in file.scalars.items() if not isinstance(value, list)}
-
-
-# ---- windows and their cache ----------------------------------------------------------------------------
 
 class Windows:
     """The windows of n_in + n_out frames of a split: all of them, or `count`, evenly. Number n is window n %
@@ -1605,7 +1422,7 @@ class Windows:
         self.files, self.length = open_set(args.data_dir, args.dataset, split), args.n_in + args.n_out
         self.rows, self.versions = list_windows(self.files, self.length, count), versions
         self.names, self.shape, self.text_length = self.files[0].names, self.files[0].shape, args.text_length
-        self.scalars = torch.tensor([list(plain_scalars(file).values()) for file in self.files])
+        self.scalars = torch.tensor([list(file.scalars.values()) for file in self.files])
         self.counts = [sum(i == k for i, _, _ in self.rows) for k in range(len(self.files))]     # by file
         self.texts = self.shards = None
 
@@ -1615,6 +1432,10 @@ class Windows:
     def fields(self, numbers):
         """-> B T C H W, physical units."""
         return torch.stack([self.read(number) for number in numbers])
+
+    def some(self):
+        """-> fields of about 40 windows, evenly chosen, for statistics."""
+        return self.fields(range(0, len(self.rows), max(1, len(self.rows) // 40)))
 
     def read(self, number):
         i, trajectory, start = self.rows[number % len(self.rows)]
@@ -1686,7 +1507,7 @@ def build_cache(args, run, chain, data):
                 rows["latents"].append(chain.latents(fields))
                 rows["condition"].append(chain.condition(fields[:, 0], fields.shape[1])[:, 4:])
             common.save_weights(folder / f"{split}_{i:03d}.safetensors",
-                                {name: torch.cat(part).to(wide_dtype(args)) for name, part in rows.items()})
+                                {name: torch.cat(part).to(frozen_dtype(args)) for name, part in rows.items()})
         run.barrier()
         if run.rank == 0:
             common.write_json(index, {"made_of": made_of})
@@ -1702,6 +1523,124 @@ def digest(tensors, config):
     for name, value in sorted(tensors.items()):
         total.update(name.encode() + value.detach().float().cpu().numpy().tobytes())
     return total.hexdigest()[:16]
+
+
+# ---- metrics --------------------------------------------------------------------------------------------
+
+# Ohana 2024, tables 2 and 3 (turbulent_radiative_layer_2D): VRMSE on the real test split, 4 given frames.
+PUBLISHED = {"FNO": {"one_step": .5001, "6:12": 1.79, "13:30": 3.54},
+             "TFNO": {"one_step": .5016, "6:12": 6.01, "13:30": math.inf},          # published as > 10
+             "U-Net": {"one_step": .2418, "6:12": .66, "13:30": 1.04},
+             "CNextU-Net": {"one_step": .1956, "6:12": .54, "13:30": 1.01}}
+
+
+def vrmse(pred, truth):
+    """... C H W in physical units -> ... C, as the_well.benchmark.metrics.VRMSE: over the spatial axes alone,
+    with the unbiased variance and 1e-7 under the root. The truth's spatial mean scores sqrt((n - 1) / n)."""
+    error = (pred - truth).square().mean((-2, -1))
+    return (error / (truth.std((-2, -1)) ** 2 + 1e-7)).sqrt()
+
+
+def rollout_table(scores):
+    """VRMSE of forecasts, ... K C -> {row: float}, means over steps and all else; rows beyond K are left out.
+
+    "6:12" is steps 6 to 12 counted from 1, "[6:12]" the slice: the benchmark says only 6:12.
+    """
+    per_step = scores.movedim(-2, 0).flatten(1).mean(1)
+    K = len(per_step)
+    rows = {"one_step": (0, 1), "8_steps": (0, 8), "6:12": (5, 12), "[6:12]": (6, 12), "13:30": (12, 30),
+            "[13:30]": (13, 30), "rollout": (0, K)}
+    return {name: per_step[a:b].mean().item() for name, (a, b) in rows.items() if b <= K}
+
+
+def baselines(past, truth, train_mean):
+    """Forecasts without a model: {name: K C H W}. past: P C H W, the frames up to the start (the last is what
+    a model is given); truth: K C H W; train_mean: C. spatial_mean is the truth's own, which VRMSE calls 1."""
+    k = torch.arange(1, len(truth) + 1).view(-1, 1, 1, 1)
+    change = past[-1] - past[-2] if len(past) > 1 else torch.zeros_like(past[-1])
+    return {"persistence": past[-1].expand_as(truth),
+            "spatial_mean": truth.mean((-2, -1), keepdim=True).expand_as(truth),
+            "train_mean": train_mean.view(1, -1, 1, 1).expand_as(truth),
+            "linear": past[-1] + k * change}
+
+
+def physics_checks(pred, truth, names, axis=-2):
+    """-> {check: relative error, T}, 0 for equal ones. axis: a periodic one, of the spectra.
+
+    mass_by_temperature: sum over phases of |difference|, over all mass (T = P / rho in < .02 < .1 < .5 <).
+    kinetic_energy: |difference| / truth's. spectrum: mean over wave numbers and fields of |difference| over
+    the larger power, in 0 .. 1, so that the smallest scales count, which a blurred forecast lacks.
+    """
+    def power(x):                                          # T C K, mean over the other axis
+        waves = torch.fft.rfft(x, dim=axis, norm="forward").abs().square()
+        return waves.mean(-3 - axis)[..., 1:]
+
+    def of(x, name):
+        return x[:, names.index(name)]
+
+    a, b = power(pred), power(truth)
+    checks = {"spectrum": ((a - b).abs() / torch.maximum(a, b).clamp(min=1e-20)).mean((1, 2))}
+    if {"density", "pressure", "velocity_x", "velocity_y"} <= set(names):
+        mass, energy = [], []
+        for x in (pred, truth):
+            rho = of(x, "density")
+            bins = torch.bucketize(of(x, "pressure") / rho.clamp(min=1e-6), torch.tensor([.02, .1, .5]))
+            mass.append(torch.stack([(rho * (bins == i)).sum((1, 2)) for i in range(4)], 1))
+            energy.append((rho * (of(x, "velocity_x") ** 2 + of(x, "velocity_y") ** 2)).mean((1, 2)) / 2)
+        checks["mass_by_temperature"] = (mass[0] - mass[1]).abs().sum(1) / mass[1].sum(1)
+        checks["kinetic_energy"] = (energy[0] - energy[1]).abs() / energy[1].clamp(min=1e-12)
+    return checks
+
+
+# ---- pictures -------------------------------------------------------------------------------------------
+
+def field_video(truth, prediction, names, scale=None):
+    """T C H W twice -> T 3 H' W' uint8: a row per field, truth | prediction | bar | error | bar.
+
+    scale: pixels per cell, by default to a picture about 384 wide. Ranges are the truth's over all frames, so
+    a colour is one value in the whole video; those of components and errors are symmetric around 0.
+    """
+    import matplotlib
+    from PIL import Image, ImageDraw, ImageFont
+    font = ImageFont.load_default(size=13)
+    T, C, H, W = truth.shape
+    scale = scale or max(1, round(384 / W))
+    h, w, bar, left, top, gap = H * scale, W * scale, 74, 90, 24, 8
+    page = Image.new("RGB", (left + 3 * w + 2 * gap + 2 * bar, top + C * (h + gap)), "white")
+    pen = ImageDraw.Draw(page)
+    corners = [left, left + w + gap, left + 2 * (w + gap) + bar]
+    for title, x in zip(("truth", "prediction", "error (prediction - truth)"), corners):
+        pen.text((x + w // 2, top // 2), title, fill="black", font=font, anchor="mm")
+
+    def draw_bar(x, y, low, high, colours):
+        ramp = colours.flip(0)[torch.linspace(0, 255, h).long()][:, None].repeat(1, 12, 1)
+        page.paste(Image.fromarray(ramp.numpy()), (x, y))
+        for share in (0, .5, 1):
+            at, value = (x + 16, y + 6 + (h - 12) * (1 - share)), low + share * (high - low)
+            pen.text(at, f"{value:.3g}", fill="black", font=font, anchor="lm")
+
+    tiles = []                                             # y, x, T H W, its range and colours
+    for c, name in enumerate(names):
+        y, error = top + c * (h + gap), prediction[:, c] - truth[:, c]
+        low, high = np.percentile(truth[:, c].numpy(), [.1, 99.9])
+        shown = (low, high, "viridis")
+        if name.endswith(("_x", "_y")):
+            shown = (-max(-low, high), max(-low, high), "PuOr_r")
+        size = max(float(np.percentile(error.abs().numpy(), 99.5)), 1e-6)
+        pen.text((left - 6, y + h // 2), name.replace("_", "\n"), fill="black", font=font, anchor="rm")
+        for x, values, (a, b, colours) in zip(corners, (truth[:, c], prediction[:, c], error),
+                                              (shown, shown, (-size, size, "RdBu_r"))):
+            colours = matplotlib.colormaps[colours](np.arange(256), bytes=True)[:, :3]
+            colours = torch.from_numpy(colours.copy())
+            tiles.append((y, x, values, a, b, colours))
+            if x != corners[0]:
+                draw_bar(x + w + 4, y, a, b, colours)
+    video = torch.from_numpy(np.array(page)).permute(2, 0, 1).repeat(T, 1, 1, 1)
+    for y, x, values, a, b, colours in tiles:
+        index = ((values - a) / max(b - a, 1e-12) * 255).nan_to_num().round().clamp(0, 255).long()
+        tile = colours[index].permute(0, 3, 1, 2).repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+        video[:, :, y:y + h, x:x + w] = tile
+    return video
 
 
 # ---- evaluate and sample --------------------------------------------------------------------------------
@@ -1729,8 +1668,18 @@ def describe_data(args):
     return f"{args.data_dir}: {args.dataset}{', SIMULATED by this script' if simulated else ''}"
 
 
+def gather_rows(run, tables):
+    """{name: [row]} of each process -> that of all."""
+    if run.world == 1:
+        return tables
+    gathered = [None] * run.world
+    dist.all_gather_object(gathered, tables)
+    return {name: [row for part in gathered for row in part.get(name, [])]
+            for name in dict.fromkeys(name for part in gathered for name in part)}
+
+
 @torch.no_grad()
-def measure(args, model, data, places, steps, run):
+def measure(args, run, model, data, places, steps):
     """Forecasts of `steps` frames from places [(file, trajectory, first target)], and what they are held
     against -> {name: VRMSE N T C} on all ranks, each of which makes its share. "model" is the mean of
     --members samples, "single" the first; "spread" and "crps" are in units of the truth's deviation too."""
@@ -1769,13 +1718,8 @@ def measure(args, model, data, places, steps, run):
                 rows |= {f"{name}/{key}": value for key, value in checks.items()}
             for name, row in rows.items():
                 tables.setdefault(name, []).append((n, row.float()))
-    if run.world > 1:
-        gathered = [None] * run.world
-        dist.all_gather_object(gathered, tables)
-        names = dict.fromkeys(name for part in gathered for name in part)
-        tables = {name: [row for part in gathered for row in part.get(name, [])] for name in names}
     return {name: torch.stack([row for _, row in sorted(rows, key=lambda pair: pair[0])])
-            for name, rows in tables.items()}
+            for name, rows in gather_rows(run, tables).items()}
 
 
 def scores(short, long, names):
@@ -1789,82 +1733,80 @@ def scores(short, long, names):
     return out | {f"rollout_{key.removeprefix('rollout')}".rstrip("_"): value for key, value in table.items()}
 
 
-def evaluate(args, model, data, run):
+def evaluate(args, run, model, data):
     """Forecasts of windows and whole trajectories of the test split -> eval.json, curves.png, a table."""
-    began, test, names = time.time(), data["test"], data["test"].names
+    began, test = time.time(), data["test"]
     past, first = max(args.n_in, 2), max(FIRST, args.n_in)
-    windows = list_windows(test.files, past + args.n_out, args.eval_clips)
-    short = measure(args, model, data, [(i, k, start + past) for i, k, start in windows], args.n_out, run)
+    windows = [(i, k, start + past) for i, k, start in list_windows(
+        test.files, past + args.n_out, args.eval_clips)]
+    short = measure(args, run, model, data, windows, args.n_out)
     steps = min(args.rollout_steps, test.files[0].steps - first)
     places = [(i, k, first) for i, file in enumerate(test.files) for k in range(file.trajectories)]
-    long = measure(args, model, data, places, steps, run) if steps > 0 else {}
-    if run.rank:
-        return
+    long = measure(args, run, model, data, places, steps) if steps > 0 else {}
+    if run.rank == 0:
+        print(f"VRMSE on {len(windows)} held-out windows (all_steps: mean over 1 to {args.n_out}) and, "
+              f"rollout, on {len(places)} trajectories, the first target being frame {first}")
+        report(args, short, long, test.names, time.time() - began)
+        draw_curves(args, short, long)
+
+
+def report(args, short, long, names, seconds):
+    """Writes eval.json, prints it as a table beside the published rows. short, long: of measure."""
     rows = {name: scores(value, long.get(name), names) for name, value in short.items()
             if "/" not in name and name not in ("crps", "spread")}
-    physics = {name: value.mean().item() for name, value in short.items() if "/" in name}
-    extra = {}
+    physics = {name: {} for name in rows}
+    for name in [name for name in short if "/" in name]:
+        whose, check = name.split("/")
+        physics[whose][check] = short[name].mean().item()
+    extra = {f"single_{key}": rows["single"][key] for key in ("one_step", "all_steps")}
     for name in [name for name in ("crps", "spread") if name in short]:
         extra[f"{name}_one_step"] = short[name][:, 0].mean().item()
         extra[f"{name}_all_steps"] = short[name].mean().item()
-    single = {f"single_{key}": rows["single"][key] for key in ("one_step", "all_steps")}
-    own = {key.split("/")[1]: value for key, value in physics.items() if key.startswith("model/")}
-    others = {name: row | {key.split("/")[1]: value for key, value in physics.items()
-                           if key.startswith(f"{name}/")}
-              for name, row in rows.items() if name not in ("model", "single")}
-    report = {"script": SCRIPT, "preset": args.preset, "data": describe_data(args), "weights": args.weights,
-              "seconds": time.time() - began,
-              "headline": {"metric": "one_step", "value": rows["model"]["one_step"],
-                           "baseline": rows["persistence"]["one_step"], "lower_is_better": True},
-              "results": {**rows["model"], **single, **extra, **own}, "baselines": others}
-    common.write_json(Path(args.output_dir) / "eval.json", report)
-    show_report(args, report, rows, len(windows), len(places), first)
-    draw_curves(args, short, long)
-
-
-def show_report(args, report, rows, windows, trajectories, first):
-    """Prints the table, with the published rows."""
+    data = describe_data(args)
+    common.write_json(Path(args.output_dir) / "eval.json", {
+        "script": SCRIPT, "preset": args.preset, "data": data, "weights": args.weights, "seconds": seconds,
+        "headline": {"metric": "one_step", "value": rows["model"]["one_step"],
+                     "baseline": rows["persistence"]["one_step"], "lower_is_better": True},
+        "results": {**rows["model"], **extra, **physics["model"]},
+        "baselines": {name: row | physics[name] for name, row in rows.items()
+                      if name not in ("model", "single")}})
     columns = ["one_step", "all_steps", "rollout_6:12", "rollout_13:30"]
-    fields = [key for key in rows["model"] if key.startswith("one_step_") and key != "one_step_median"]
-    print(f"VRMSE on {windows} held-out windows (all_steps: mean over 1 to {args.n_out}) and, rollout, on "
-          f"{trajectories} trajectories, the first target being frame {first}")
-    print(f"{'':>22}" + "".join(f"{name:>15}" for name in columns + [key[9:] for key in fields]))
+    columns += [f"one_step_{name}" for name in names]
+    print(f"{'':>22}" + "".join(f"{key.removeprefix('one_step_'):>15}" for key in columns))
     for name, row in rows.items():
-        line = "".join(f"{row[key]:15.3f}" if key in row else f"{'':>15}" for key in columns + fields)
-        print(f"{name:>22}{line}")
+        print(f"{name:>22}" + "".join(f"{row[key]:15.3f}" if key in row else f"{'':>15}" for key in columns))
     if args.dataset == DATASET:
         for name, row in PUBLISHED.items():
-            cells = "".join(f"{row.get(key.removeprefix('rollout_'), ''):>15}" for key in columns)
+            cells = "".join(f"{row.get(key.removeprefix('rollout_'), ''):>15}" for key in columns[:4])
             print(f"{name + ', published':>22}{cells}")
-        other = "NOT the test set of the rows above: " if "SIMULATED" in report["data"] else ""
+        other = "NOT the test set of the rows above: " if "SIMULATED" in data else ""
         print(f"published: on The Well's test split, from 4 frames instead of {args.n_in}. {other}only on "
               f"the real data do they share one.")
 
 
+def loss_panel(folder, title):
+    """What a run's metrics.jsonl says of losses -> a panel for common.plot_curves."""
+    path = folder / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    lines = {key: tuple(zip(*points)) for key in ("loss", "val_loss", "loss_sigma_0.9", "loss_sigma_0.0")
+             if (points := [(r["step"], r[key]) for r in rows if key in r])}
+    return {"title": title, "xlabel": "step", "ylabel": "loss", "log": True, "lines": lines}
+
+
 def draw_curves(args, short, long):
     """curves.png: losses of the stages, error over the steps of windows and of rollouts."""
-    panels, folder = [], Path(args.output_dir)
-    for stage in ("adapter", "base", "."):
-        path = folder / stage / "metrics.jsonl"
-        table = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-        lines = {}
-        for key in ("loss", "val_loss", "loss_sigma_0.9", "loss_sigma_0.0"):
-            if points := [(row["step"], row[key]) for row in table if key in row]:
-                lines[key] = tuple(zip(*points))
-        if lines:
-            panels.append({"title": stage.replace(".", args.mode), "xlabel": "step", "ylabel": "loss",
-                           "log": True, "lines": lines})
+    panels = [loss_panel(Path(args.output_dir) / stage, stage.replace(".", args.mode))
+              for stage in ("adapter", "base", ".")]
     for title, tables in (("windows", short), ("rollouts", long)):
-        if tables:
-            shown = ("model", "single", "base_alone", "persistence", "train_mean", "round_trip")
-            lines = {name: (range(1, 1 + tables[name].shape[1]), tables[name].mean((0, 2)).tolist())
-                     for name in shown if name in tables}
-            panels.append({"title": title, "xlabel": "frames ahead", "ylabel": "VRMSE", "lines": lines})
-    common.plot_curves(folder / "curves.png", panels)
+        shown = ("model", "single", "base_alone", "persistence", "train_mean", "round_trip")
+        lines = {name: (range(1, 1 + tables[name].shape[1]), tables[name].mean((0, 2)).tolist())
+                 for name in shown if name in tables}
+        panels.append({"title": title, "xlabel": "frames ahead", "ylabel": "VRMSE", "lines": lines})
+    common.plot_curves(Path(args.output_dir) / "curves.png", [panel for panel in panels if panel["lines"]])
 
 
 @torch.no_grad()
-def sample(args, model, data, run):
+def sample(args, run, model, data):
     """Forecasts of held-out trajectories from their middle, where the flow has developed, one sample of each,
     field by field beside the truth -> files."""
     if run.rank:
@@ -2234,11 +2176,10 @@ def start_adapter(args, run, data, folder):
     train, kept = data["train"], folder / "adapter.safetensors"
     place = folder if kept.is_file() else Path(args.adapter_from) if args.adapter_from else None
     size = [int(n) for n in args.video_size.split(",")] if args.video_size else list(train.shape)
-    some = train.fields(range(0, len(train.rows), max(1, len(train.rows) // 40)))
+    some = train.some()
     wanted = dict(kind=args.adapter, names=train.names, size=list(train.shape), repeat=args.frame_repeat,
                   maps=parse_maps(args.field_maps, train.names), width=args.adapter_width,
-                  ahead=args.n_out if args.carry_detail else 0,
-                  video_size=size)
+                  ahead=args.n_out if args.carry_detail else 0, video_size=size)
     if place:
         adapter = load_adapter(place, **wanted)
     else:
@@ -2269,10 +2210,32 @@ def print_floor(args, run, adapter, vae, windows):
         + f", mean {sum(errors) / len(errors):.3f}: the floor of this run")
 
 
+def adapter_stage(args, run, data, stage, plain):
+    """Stage 0: an adapter that stands still in what follows, and its VAE, both kept in adapter/. -> both"""
+    folder = Path(args.output_dir) / "adapter"
+    adapter, vae = start_adapter(args, run, data, folder)
+    fresh = not (folder / "adapter.safetensors").is_file()
+    if args.mode != "adapter" and args.adapter == "learned" and args.adapter_steps and not args.adapter_from:
+        make = lambda: AdapterOnly(copy.deepcopy(adapter).requires_grad_(True), vae, args)
+        trained = stage("adapter", make, *plain, args.adapter_steps, args.adapter_lr)
+        adapter, fresh = trained.adapter, fresh or trained.fresh
+    adapter.requires_grad_(False)
+    if args.carry_detail and not adapter.detail.any():
+        Chain(adapter, vae, args).fit_detail(data["train"].some().to(run.device))
+    if run.rank == 0 and fresh:
+        folder.mkdir(exist_ok=True)
+        if args.model == "tiny":
+            common.save_weights(folder / "codec.safetensors", vae.tensors)
+        save_adapter(folder, adapter)
+    if run.rank == 0:
+        print_floor(args, run, adapter, vae, data["valid"])
+    return adapter, vae
+
+
 def run_stages(args, run, data, found, only=False):
     """Stage 0: the learned adapter. Then the base of tiny experts (nobody has weights of that size), then
     --mode's own training, each going on from its own checkpoint. -> the mode's model"""
-    folder, train, valid = Path(args.output_dir), data["train"], data["valid"]
+    folder = Path(args.output_dir)
     if run.rank == 0 and not only:
         common.write_json(folder / "args.json", {**public_flags(args), **common.provenance()})
 
@@ -2282,49 +2245,31 @@ def run_stages(args, run, data, found, only=False):
         return run_stage(args, run, folder / place, make, losses, validate, before, steps, lr,
                          only and bool(before))
 
-    plain = plain_losses(args, run, train), plain_validation(args, run, valid)
-    adapter, vae = start_adapter(args, run, data, folder / "adapter")
-    fresh = not (folder / "adapter/adapter.safetensors").is_file()
+    plain = plain_losses(args, run, data["train"]), plain_validation(args, run, data["valid"])
+    empty = encode_prompts(args, run, data) if args.mode in ("native", "oneshot") else None
+    adapter, vae = adapter_stage(args, run, data, stage, plain)
 
     def own_adapter(trained):                    # a copy: FSDP shards what it is given in place
         return copy.deepcopy(adapter).requires_grad_(trained and args.adapter == "learned")
 
-    if args.mode != "adapter" and args.adapter == "learned" and args.adapter_steps and not args.adapter_from:
-        trained = stage("adapter", lambda: AdapterOnly(own_adapter(True), vae, args), *plain,
-                        args.adapter_steps, args.adapter_lr)
-        adapter, fresh = trained.adapter, fresh or trained.fresh
-    adapter.requires_grad_(False)
-    if args.carry_detail and not adapter.detail.any():
-        some = train.fields(range(0, len(train.rows), max(1, len(train.rows) // 40))).to(run.device)
-        Chain(adapter, vae, args).fit_detail(some)
-    if run.rank == 0 and fresh:
-        if args.model == "tiny":
-            (folder / "adapter").mkdir(exist_ok=True)
-            common.save_weights(folder / "adapter/codec.safetensors", vae.tensors)
-        save_adapter(folder / "adapter", adapter)
-    if run.rank == 0:
-        print_floor(args, run, adapter, vae, valid)
     if args.mode in ("adapter", "convlstm"):
         make = {"adapter": lambda: AdapterOnly(own_adapter(True), vae, args),
                 "convlstm": lambda: ConvLSTMForecast(own_adapter(args.joint), vae, args).to(run.device)}
         model = stage(".", make[args.mode], *plain, args.max_steps, args.lr)
     else:
-        model = run_experts(args, run, data, stage, own_adapter, vae, only)
+        model = run_experts(args, run, data, stage, own_adapter, vae, empty)
     if run.rank == 0 and (model.fresh or not (folder / "final/adapter.safetensors").is_file()):
         export(args, model, folder / "final")
     return model
 
 
-def run_experts(args, run, data, stage, own_adapter, vae, only):
-    """The stages of the modes that Wan's experts work in. -> NativeI2V or OneShot"""
+def run_experts(args, run, data, stage, own_adapter, vae, empty):
+    """The stages of the modes that Wan's experts work in. empty: the text of nothing 1 L D. -> NativeI2V or
+    OneShot"""
     train, valid = data["train"], data["valid"]
-    texts = iter(encode_prompts(args, run, [file for split in SPLITS for file in data[split].files]))
-    for split in SPLITS:
-        data[split].texts = [next(texts) for _ in data[split].files]
-    negative = common.pad_text([next(texts)], args.text_length).to(run.device)
     shape = latent_shape(args, own_adapter(False))
     scalars = train.scalars.shape[1] if args.scalar_token else 0
-    load = lambda name: wan_part(args, run, "transformer", wide_dtype(args), name)
+    load = lambda name: wan_part(args, run, "transformer", frozen_dtype(args), name)
     tokens = {}
 
     def experts(args, train_what):
@@ -2356,7 +2301,7 @@ def run_experts(args, run, data, stage, own_adapter, vae, only):
         make = lambda: OneShot(own_adapter(args.joint), vae, experts(args, "lora"), args)
         return stage(".", make, plain_losses(args, run, train), plain_validation(args, run, valid),
                      args.max_steps, args.lr)
-    make = lambda: NativeI2V(own_adapter(args.joint), vae, experts(args, "lora"), args, negative)
+    make = lambda: NativeI2V(own_adapter(args.joint), vae, experts(args, "lora"), args, empty)
     if args.joint:
         train.shards = valid.shards = None
     return stage(".", make, diffusion_losses(args, run, train, shape, args.experts),
@@ -2384,17 +2329,11 @@ def export(args, model, final):
     save_adapter(final, model.adapter)           # last: where it is, the rest is
 
 
-def simulate_set(args, run):
-    """The simulated twin of the radiative layer, where --data_dir says."""
-    t_cools = [float(t) for t in args.sim_t_cools.split(",")]
-    return simulate(args.data_dir, args.sim_side, t_cools, (args.sim_train, 1, 1),
-                    args.sim_spacing * (args.sim_frames - 1), args.sim_frames, device=run.device.type)
-
-
 def prepare(args, run):
     """Opens the set, which is simulated first for the tiny preset's own folder. -> {split: Windows}"""
     if run.rank == 0 and args.preset == "tiny" and args.data_dir == PRESETS["tiny"]["data_dir"]:
-        simulate_set(args, run)
+        simulate(args.data_dir, args.sim_side, cooling_times(args), (args.sim_train, 1, 1),
+                 args.sim_spacing * (args.sim_frames - 1), args.sim_frames)
     run.barrier()
     data = {"train": Windows(args, "train", args.window_count, args.augment),
             "valid": Windows(args, "valid", 32), "test": Windows(args, "test")}
@@ -2433,7 +2372,7 @@ def dry_run(args):
         "cpu", torch.bfloat16, enabled=not tiny))
     args.random_init = True
     with torch.device("meta"):
-        load = lambda name: wan_part(args, run, "transformer", wide_dtype(args), name)
+        load = lambda name: wan_part(args, run, "transformer", frozen_dtype(args), name)
         for stage in ("full", "lora") if tiny else ("lora",):
             experts = make_experts(args, load, stage, int(args.scalar_token), run.autocast)
             model = NativeI2V(nn.Identity(), None, experts, args)
@@ -2463,8 +2402,6 @@ def work(args):
     if args.dry_run:
         return dry_run(args)
     run, only = Run(args), args.sample or args.eval
-    if args.simulate:
-        return print(f"wrote {simulate_set(args, run)}")
     if args.preset == "tiny" and not found and "batch_size" not in args.given and run.world > 1:
         args.batch_size = max(1, args.batch_size // run.world)   # processes on one laptop share its batch
     args.weights = args.weights_from + (" shape, RANDOM weights" if args.random_init else "")
@@ -2486,10 +2423,10 @@ def work(args):
     model = run_stages(args, run, data, found, only and bool(found))
     written = [f"{folder}/final/"]
     if args.eval or not only:
-        evaluate(args, model, data, run)
+        evaluate(args, run, model, data)
         written += [f"{folder}/eval.json", f"{folder}/curves.png"]
     if args.sample or not only:
-        written += sample(args, model, data, run)
+        written += sample(args, run, model, data)
     if run.rank == 0:
         common.show_results(folder, written, args.tensorboard, args.wandb)
         print("wrote " + ", ".join(written))
