@@ -1,13 +1,13 @@
 """common.py: tensor utilities and run files shared by the scripts. Verified once, by test_smoke.py.
 
-Tensors      seed_all draw expand_to to_uint8 from_uint8 ema_update swapped count_params all_mean
+Tensors      seed_all draw expand_to to_uint8 from_uint8 swapped count_params all_mean gather_rows
 Metrics      mse psnr ssim fair_crps
 Video        ffmpeg read_video write_video video_grid
 Checkpoints  save_checkpoint checkpoints latest_checkpoint load_checkpoint find_checkpoint save_weights
              load_weights gather_state restore_state
 Wan          load_wan wan_encode wan_decode LinearCodec encode_text pad_text save_lora
-Run files    UserError reason one_line_errors write_json append_jsonl Log show_results plot_curves
-             provenance dry_run_report
+Run files    UserError reason one_line_errors write_json append_jsonl Log show_results loss_panel
+             plot_curves provenance dry_run_report
 
 Shapes: B batch, T frames, C channels, H W pixels. A video is B T C H W (or T C H W) in [-1, 1] unless a name
 says otherwise.
@@ -92,16 +92,6 @@ def from_uint8(x):
     return x.float() / 127.5 - 1
 
 
-@torch.no_grad()
-def ema_update(ema, model, decay):
-    """ema <- decay * ema + (1 - decay) * model, in place, sharded or not; buffers are copied."""
-    def local(tensors):
-        return [t.to_local() if hasattr(t, "to_local") else t.detach() for t in tensors]
-    torch._foreach_lerp_(local(ema.parameters()), local(model.parameters()), 1 - decay)
-    for a, b in zip(ema.buffers(), model.buffers()):
-        a.copy_(b)
-
-
 @contextlib.contextmanager
 def swapped(trained, averages):
     """Within it the parameters `trained` have the values `averages`, afterwards their own again."""
@@ -112,6 +102,16 @@ def swapped(trained, averages):
         yield
         for p, value in zip(trained, own):
             p.copy_(value)
+
+
+def gather_rows(tables):
+    """{name: [row]} of each process -> that of all processes, on each of them; the identity with one."""
+    if not dist.is_initialized():
+        return tables
+    gathered = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, tables)
+    return {name: [row for part in gathered for row in part.get(name, [])]
+            for name in dict.fromkeys(name for part in gathered for name in part)}
 
 
 def count_params(model, trainable_only=False):
@@ -830,6 +830,15 @@ class Log:
                 track(step, {f"{self.name}/{key}": value for key, value in values.items()})
             shown = {key: f"{value:.4g}" for key, value in values.items() if key in ("loss", "val_loss")}
             self.bar.set_postfix(shown, refresh=False)
+
+
+def loss_panel(folder, title, keys=("loss", "val_loss")):
+    """Columns of folder/metrics.jsonl -> a panel for plot_curves; those that have no rows are left out."""
+    path = Path(folder) / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    lines = {key: tuple(zip(*points)) for key in keys
+             if (points := [(row["step"], row[key]) for row in rows if row.get(key) is not None])}
+    return {"title": title, "xlabel": "step", "ylabel": "loss", "log": True, "lines": lines}
 
 
 def plot_curves(path, panels):

@@ -119,7 +119,6 @@ def build_parser():
     add("--temporal_weight", type=float, default=.01, help="of motion against the target's motion")
     add("--no_perceptual", action="store_true", help="without the perceptual loss, for CPUs")
     add("--vgg_weights", default="https://download.pytorch.org/models/vgg16-397923af.pth", help="URL or file")
-    add("--beta2", type=float, default=.999, help="AdamW's")
     add = parser.add_argument_group("sampling and evaluation").add_argument
     add("--num_predict", type=int, default=30, help="frames of the rollout demo, up to 300")
     add("--video_idx", type=int, default=-1, help="test video of the demo (-1: one of each kind)")
@@ -130,20 +129,10 @@ def build_parser():
 
 def check_args(args):
     """One clear line for values that no run can mean."""
-    for name in ("T_in", "T_out", "stride", "tau", "context", "rollout", "window", "batch_size", "grad_accum",
-                 "max_steps", "num_videos", "num_frames", "hidden_dim"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
-    for name in ("seed", "data_seed", "lr", "warmup_steps", "weight_decay", "grad_clip", "log_every",
-                 "eval_every", "save_every", "keep_last", "latent_dim", "num_layers", "eval_clips",
-                 "brightness", "foreground", "foreground_end", "recon_weight", "perceptual_weight",
-                 "temporal_weight"):
-        if not getattr(args, name) >= 0:
-            raise UserError(f"--{name} must not be negative, but is {getattr(args, name)}")
-    if not 0 <= args.ema_decay <= 1:
-        raise UserError(f"--ema_decay must be in [0, 1], not {args.ema_decay}")
-    if not 0 <= args.beta2 < 1:
-        raise UserError(f"--beta2 must be in [0, 1), not {args.beta2}")
+    check_numbers(args, least_1=("T_in", "T_out", "stride", "tau", "context", "rollout", "window",
+                                 "num_videos", "num_frames", "hidden_dim"),
+                  least_0=("data_seed", "latent_dim", "num_layers", "eval_clips", "brightness", "foreground",
+                           "foreground_end", "recon_weight", "perceptual_weight", "temporal_weight"))
     if not 1 <= args.num_predict <= 300:
         raise UserError(f"--num_predict must be from 1 to 300, not {args.num_predict}")
     if args.video_idx < -1:
@@ -1142,22 +1131,14 @@ def show_report(report, curves, best, args):
                     for key in ("model", "copy_last", "linear_motion")]
             print(f"{what:>32}: " + "; ".join(rows))
     print(f"{r['ms_per_frame']:.2f} ms per predicted frame")
-    panels = [loss_panel(Path(args.output_dir), "training loss")]
+    panels = [common.loss_panel(Path(args.output_dir), "training loss",
+                                ("loss", "recon_loss", "one_step_loss", "rollout_loss"))]
     for name, label in (("mse", "MSE (0 to 255)"), ("com_px", "centre of ink off by, px"),
                         ("ink_ratio", "ink, of the true amount")):
         lines = {key: (list(range(1, args.T_out + 1)), curve[name].tolist()) for key, curve in curves.items()
                  if key in ("model", "copy_last", "linear_motion") or name == "mse"}
         panels.append(dict(title=label, xlabel="horizon (frames)", ylabel=label, lines=lines))
     common.plot_curves(Path(args.output_dir) / "curves.png", panels)
-
-
-def loss_panel(folder, title):
-    """What a run's metrics.jsonl says of losses -> a panel for common.plot_curves."""
-    path = folder / "metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    lines = {key: tuple(zip(*points)) for key in ("loss", "recon_loss", "one_step_loss", "rollout_loss")
-             if (points := [(r["step"], r[key]) for r in rows if key in r])}
-    return {"title": title, "xlabel": "step", "ylabel": "loss", "log": True, "lines": lines}
 
 
 @torch.no_grad()
@@ -1272,6 +1253,7 @@ def add_shared_flags(parser, presets):
     add("--warmup_steps", type=int, default=100, help="steps of linear warm-up; cosine decay follows")
     add("--weight_decay", type=float, default=1e-2, help="AdamW's")
     add("--grad_clip", type=float, default=1.0, help="largest gradient norm (0: no clipping)")
+    add("--beta2", type=float, default=0.999, help="AdamW's")
     add("--ema_decay", type=float, default=0.999, help="of the weights that sampling uses (0: no averaging)")
     add = parser.add_argument_group("machine and records").add_argument
     add("--compile", action="store_true", help="torch.compile the model")
@@ -1298,6 +1280,24 @@ def parse_args(argv=None):
     parser.set_defaults(**PRESETS[preset])
     parser.parse_args(argv, args).preset = preset
     return args
+
+
+def check_numbers(args, least_1=(), least_0=(), shares=()):
+    """UserError, one line, for a value of the shared flags and of those named that no run can mean. NaN is
+    neither at least 1, nor at least 0, nor a share, which is in [0, 1]."""
+    for name in ("batch_size", "grad_accum", "max_steps", *least_1):
+        if not getattr(args, name) >= 1:
+            raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
+    for name in ("seed", "lr", "warmup_steps", "weight_decay", "grad_clip", "log_every", "eval_every",
+                 "save_every", "keep_last", *least_0):
+        if not getattr(args, name) >= 0:
+            raise UserError(f"--{name} must not be negative, but is {getattr(args, name)}")
+    for name in ("ema_decay", "beta2"):
+        if not 0 <= getattr(args, name) < 1:
+            raise UserError(f"--{name} must be in [0, 1), not {getattr(args, name)}")
+    for name in shares:
+        if not 0 <= getattr(args, name) <= 1:
+            raise UserError(f"--{name} must be in [0, 1], not {getattr(args, name)}")
 
 
 def adopt(args, saved, locked, source):

@@ -62,12 +62,13 @@ WARM_STARTS = (0.0, 0.1, 0.2, 0.3, 0.5)  # rows of the table that evaluation pri
 
 PRESETS = {
     "tiny": dict(data_dir="data/river_smoke/final_dataset", max_steps=1000, lr=1e-3, warmup_steps=50,
-                 ema_decay=0.99),
+                 beta2=0.95, ema_decay=0.99),
     # The document's: VQ latents 8x8x256 of 1024 codes, sequences of 10, depth 4, 300k steps of 32.
     "paper": dict(data_dir="final_dataset", quantizer="vq", latent_channels=256, ae_width=48,
                   ae_steps=100_000, ae_batch_size=64, ae_lr=2e-4, depth=4, heads=8, history=1,
                   batch_size=32, max_steps=300_000, lr=1e-4, warmup_steps=1000, weight_decay=5e-6,
-                  ema_decay=0.9999, eval_every=5000, save_every=5000, log_every=100, eval_clips=256),
+                  beta2=0.95, ema_decay=0.9999, eval_every=5000, save_every=5000, log_every=100,
+                  eval_clips=256),
 }
 # What shapes the weights or gives them their meaning: a checkpoint's own values hold.
 MODEL_FLAGS = ("quantizer", "latent_channels", "codes", "fsq_levels", "ae_width", "ae_depth", "width",
@@ -107,7 +108,6 @@ def build_parser():
     add("--mid_depth", type=int, default=2, help="layers in the middle")
     add("--heads", type=int, default=4, help="attention heads")
     add("--history", type=int, default=3, help="reference frames z^{tau-1}, z^{tau-2}, ... (the document: 1)")
-    add("--beta2", type=float, default=.95, help="AdamW's, of both stages")
     add = parser.add_argument_group("sampling and evaluation").add_argument
     add("--condition_frames", type=int, default=10, help="observed frames to start from, 1 or more")
     add("--frames_to_generate", type=int, default=10, help="frames to predict after them")
@@ -123,19 +123,12 @@ def build_parser():
 
 def check_args(args):
     """One clear line for values that no run can mean."""
-    for name in ("steps", "batch_size", "grad_accum", "max_steps", "ae_steps", "ae_batch_size", "history",
-                 "heads", "frames_to_generate", "condition_frames", "num_samples", "eval_clips", "sim_clips",
-                 "sim_frames", "width", "ae_width", "latent_channels", "codes"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
-    for name in ("seed", "lr", "ae_lr", "warmup_steps", "weight_decay", "grad_clip", "log_every",
-                 "eval_every", "save_every", "keep_last", "depth", "mid_depth", "ae_depth", "gan", "sigma",
-                 "bridge_noise", "smoke_weight", "past_horizon"):
-        if not getattr(args, name) >= 0:
-            raise UserError(f"--{name} must not be negative, but is {getattr(args, name)}")
-    for name in ("ema_decay", "masked_finetune"):
-        if not 0 <= getattr(args, name) <= 1:
-            raise UserError(f"--{name} must be in [0, 1], not {getattr(args, name)}")
+    check_numbers(args, least_1=("steps", "ae_steps", "ae_batch_size", "history", "heads",
+                                 "frames_to_generate", "condition_frames", "num_samples", "eval_clips",
+                                 "sim_clips", "sim_frames", "width", "ae_width", "latent_channels", "codes"),
+                  least_0=("ae_lr", "depth", "mid_depth", "ae_depth", "gan", "sigma", "bridge_noise",
+                           "smoke_weight", "past_horizon"),
+                  shares=("masked_finetune",))
     if not 0 <= args.warm_start < 1:
         raise UserError(f"--warm_start must be in [0, 1), not {args.warm_start}: 1 is the old frame itself")
     if args.num_observations < 3:
@@ -872,21 +865,13 @@ def show_report(report, args):
             "calls", "seconds", "psnr_ensemble_mean", "crps", "spread_skill"))
         print(f"{s:15.1f}{calls:7d}{seconds:9.2f}{quality:14.2f}{crps:8.4f}{spread:14.2f}")
     folder = Path(args.output_dir)
-    panels = [loss_panel(folder / "autoencoder", "autoencoder"), loss_panel(folder, "flow matching")]
+    panels = [common.loss_panel(folder / "autoencoder", "autoencoder"),
+              common.loss_panel(folder, "flow matching")]
     errors = {"CRPS": series(r, "crps"), "persistence MAE": series(b["persistence"], "mae"),
               "black MAE": series(b["black"], "mae")}
     panels += [dict(title="PSNR", xlabel="horizon (frames)", ylabel="dB", lines=psnr),
                dict(title="error", xlabel="horizon (frames)", ylabel="in [0, 1]", lines=errors)]
     common.plot_curves(Path(args.output_dir) / "curves.png", panels)
-
-
-def loss_panel(folder, title):
-    """What a run's metrics.jsonl says of losses -> a panel for common.plot_curves."""
-    path = folder / "metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    lines = {key: tuple(zip(*points)) for key in ("loss", "val_loss")
-             if (points := [(r["step"], r[key]) for r in rows if key in r])}
-    return {"title": title, "xlabel": "step", "ylabel": "loss", "log": True, "lines": lines}
 
 
 def sample(args, run, autoencoder, field, windows, count=3):
@@ -961,6 +946,7 @@ def add_shared_flags(parser, presets):
     add("--warmup_steps", type=int, default=100, help="steps of linear warm-up; cosine decay follows")
     add("--weight_decay", type=float, default=1e-2, help="AdamW's")
     add("--grad_clip", type=float, default=1.0, help="largest gradient norm (0: no clipping)")
+    add("--beta2", type=float, default=0.999, help="AdamW's")
     add("--ema_decay", type=float, default=0.999, help="of the weights that sampling uses (0: no averaging)")
     add = parser.add_argument_group("machine and records").add_argument
     add("--compile", action="store_true", help="torch.compile the model")
@@ -987,6 +973,24 @@ def parse_args(argv=None):
     parser.set_defaults(**PRESETS[preset])
     parser.parse_args(argv, args).preset = preset
     return args
+
+
+def check_numbers(args, least_1=(), least_0=(), shares=()):
+    """UserError, one line, for a value of the shared flags and of those named that no run can mean. NaN is
+    neither at least 1, nor at least 0, nor a share, which is in [0, 1]."""
+    for name in ("batch_size", "grad_accum", "max_steps", *least_1):
+        if not getattr(args, name) >= 1:
+            raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
+    for name in ("seed", "lr", "warmup_steps", "weight_decay", "grad_clip", "log_every", "eval_every",
+                 "save_every", "keep_last", *least_0):
+        if not getattr(args, name) >= 0:
+            raise UserError(f"--{name} must not be negative, but is {getattr(args, name)}")
+    for name in ("ema_decay", "beta2"):
+        if not 0 <= getattr(args, name) < 1:
+            raise UserError(f"--{name} must be in [0, 1), not {getattr(args, name)}")
+    for name in shares:
+        if not 0 <= getattr(args, name) <= 1:
+            raise UserError(f"--{name} must be in [0, 1], not {getattr(args, name)}")
 
 
 def adopt(args, saved, locked, source):

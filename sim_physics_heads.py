@@ -150,7 +150,6 @@ def build_parser():
     add("--depth_weight", type=float, default=1.0, help="of the depth loss")
     add("--sky_weight", type=float, default=.1, help="of telling sky from what has a depth")
     add("--shift", type=float, default=5.0, help="of Wan's noise schedule")
-    add("--beta2", type=float, default=.999, help="AdamW's")
     add = parser.add_argument_group("sampling").add_argument
     add("--steps", type=int, default=50, help="network calls of a sampled video, guidance not counted")
     add("--cfg", type=float, default=5.0, help="guidance (1: none)")
@@ -160,19 +159,11 @@ def build_parser():
 
 def check_args(args):
     """One clear line for values that no run can mean."""
-    for name in ("height", "width", "clips", "eval_clips", "target_height", "batch_size", "sim_recordings",
-                 "grad_accum", "max_steps", "steps", "num_samples", "lora_rank", "last_k", "cells",
-                 "head_width", "text_length", "fps", "zoom"):
-        if not getattr(args, name) >= 1:
-            raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
-    for name in ("seed", "lr", "lora_lr", "backbone_lr", "head_blocks", "lora_steps", "backbone_steps",
-                 "sim_frames", "motion_weight", "depth_weight", "sky_weight", "warmup_steps", "weight_decay",
-                 "grad_clip", "log_every", "eval_every", "save_every", "keep_last"):
-        if not getattr(args, name) >= 0:
-            raise UserError(f"--{name} must not be negative, but is {getattr(args, name)}")
-    for name in ("ema_decay", "beta2"):
-        if not 0 <= getattr(args, name) < 1:
-            raise UserError(f"--{name} must be in [0, 1), not {getattr(args, name)}")
+    check_numbers(args, least_1=("height", "width", "clips", "eval_clips", "target_height", "sim_recordings",
+                                 "steps", "num_samples", "lora_rank", "last_k", "cells", "head_width",
+                                 "text_length", "fps", "zoom"),
+                  least_0=("lora_lr", "backbone_lr", "head_blocks", "lora_steps", "backbone_steps",
+                           "sim_frames", "motion_weight", "depth_weight", "sky_weight"))
     if not args.shift > 0:
         raise UserError(f"--shift must be above 0, not {args.shift}")
     for name in ("height", "width"):
@@ -1673,16 +1664,6 @@ def clip_scores(motion, depth, sky, clip):
     return {k: float(v) for k, v in out.items()} | {"sky_accuracy": float((sky != valid).double().mean())}
 
 
-def gather_rows(run, tables):
-    """{name: [row]} of each process -> that of all."""
-    if run.world == 1:
-        return tables
-    gathered = [None] * run.world
-    dist.all_gather_object(gathered, tables)
-    return {name: [row for part in gathered for row in part.get(name, [])]
-            for name in dict.fromkeys(name for part in gathered for name in part)}
-
-
 def mean_scores(rows):
     return {name: float(np.nanmean([row[name] for row in rows])) if any(
         np.isfinite(row[name]) for row in rows) else math.nan for name in rows[0]}
@@ -1743,7 +1724,7 @@ def evaluate(args, run, models, data):
             tables.setdefault(name, []).append((scene, clip_scores(*guess, clip)))
         for name, value in flow_losses(models["model"], batch, i, run).items():
             flow.setdefault(name, []).append(value)
-    tables, flow = (gather_rows(run, rows) for rows in (tables, flow))
+    tables, flow = (common.gather_rows(rows) for rows in (tables, flow))
     means = {name: mean_scores([row for _, row in rows]) for name, rows in tables.items()}
     for name, rows in tables.items():
         for scene in {scene for scene, _ in rows}:
@@ -1773,15 +1754,6 @@ def flow_losses(model, batch, seed, run):
     return out
 
 
-def loss_panel(folder, title):
-    """What a run's metrics.jsonl says of losses -> a panel for common.plot_curves."""
-    path = folder / "metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    lines = {key: tuple(zip(*points)) for part in ("motion_loss", "depth_loss", "flow_loss")
-             for key in (part, f"val_{part}") if (points := [(r["step"], r[key]) for r in rows if key in r])}
-    return {"title": title, "xlabel": "step", "ylabel": "loss", "log": True, "lines": lines}
-
-
 def report(args, means, flow, scenes, seconds):
     """Writes eval.json, prints it as a table, draws curves.png."""
     own, base = means["model"], means["mean_depth_zero_motion"]
@@ -1806,7 +1778,8 @@ def report(args, means, flow, scenes, seconds):
         if name.startswith("epe_moving_")))
     print("flow loss on held-out scenes: " + ", ".join(
         f"{name.removeprefix('flow_loss_')} {value:.4f}" for name, value in flow.items()))
-    panels = [loss_panel(Path(args.output_dir) / stage, stage.replace(".", args.stage))
+    keys = [key for part in ("motion_loss", "depth_loss", "flow_loss") for key in (part, f"val_{part}")]
+    panels = [common.loss_panel(Path(args.output_dir) / stage, stage.replace(".", args.stage), keys)
               for stage in ("backbone", "heads", ".")]
     common.plot_curves(Path(args.output_dir) / "curves.png", [panel for panel in panels if panel["lines"]])
 
@@ -1908,6 +1881,7 @@ def add_shared_flags(parser, presets):
     add("--warmup_steps", type=int, default=100, help="steps of linear warm-up; cosine decay follows")
     add("--weight_decay", type=float, default=1e-2, help="AdamW's")
     add("--grad_clip", type=float, default=1.0, help="largest gradient norm (0: no clipping)")
+    add("--beta2", type=float, default=0.999, help="AdamW's")
     add("--ema_decay", type=float, default=0.999, help="of the weights that sampling uses (0: no averaging)")
     add = parser.add_argument_group("machine and records").add_argument
     add("--compile", action="store_true", help="torch.compile the model")
@@ -1934,6 +1908,24 @@ def parse_args(argv=None):
     parser.set_defaults(**PRESETS[preset])
     parser.parse_args(argv, args).preset = preset
     return args
+
+
+def check_numbers(args, least_1=(), least_0=(), shares=()):
+    """UserError, one line, for a value of the shared flags and of those named that no run can mean. NaN is
+    neither at least 1, nor at least 0, nor a share, which is in [0, 1]."""
+    for name in ("batch_size", "grad_accum", "max_steps", *least_1):
+        if not getattr(args, name) >= 1:
+            raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
+    for name in ("seed", "lr", "warmup_steps", "weight_decay", "grad_clip", "log_every", "eval_every",
+                 "save_every", "keep_last", *least_0):
+        if not getattr(args, name) >= 0:
+            raise UserError(f"--{name} must not be negative, but is {getattr(args, name)}")
+    for name in ("ema_decay", "beta2"):
+        if not 0 <= getattr(args, name) < 1:
+            raise UserError(f"--{name} must be in [0, 1), not {getattr(args, name)}")
+    for name in shares:
+        if not 0 <= getattr(args, name) <= 1:
+            raise UserError(f"--{name} must be in [0, 1], not {getattr(args, name)}")
 
 
 def adopt(args, saved, locked, source):
@@ -2032,44 +2024,58 @@ def wrap(model, args, run):
     return model
 
 
-# ---- train ----------------------------------------------------------------------------------------------
+# ---- shared:fit (identical in all scripts, checked by test_smoke.py) ------------------------------------
 
-def fit(args, run, folder, model, losses, validate, found, steps, lr):
+def fill_moments(optimizer):
+    """Gives AdamW the moments that it makes at a parameter's first gradient. A checkpoint from before that
+    gradient would lack them, and torch's loader would then count the parameter one step too far."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if not optimizer.state[p]:
+                optimizer.state[p] = {"step": torch.zeros((), device=p.device),
+                                      "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+
+
+def fit(args, run, folder, model, losses, validate, found, steps, lr, whole=False, **more):
     """Trains what requires grad of `model` to `steps`, on from checkpoint `found`; then it has the averages.
 
-    Checkpoints hold only what is trained: a LoRA's are 1 GB, the model has 10. losses(model, step, micro)
-    -> loss of a micro-batch and its parts; validate(model) -> {name: number}.
+    losses(model, step, micro) -> loss of a micro-batch and parts of it, {name: number or NaN for none}, whose
+    means since the last row go to metrics.jsonl. validate(model) -> {name: number}, of the averages.
+    Checkpoints hold what is trained (a LoRA's 1 GB, not its model's 29), or with `whole` what is frozen too,
+    and `more`, {name: state dict}. Call it on all ranks.
     """
+    part = not whole
     model = wrap(model, args, run)
     trained = [p for p in model.parameters() if p.requires_grad]
-    averages = [p.detach().clone() for p in trained]
+    keep = (lambda p: p.detach().clone()) if args.ema_decay else (lambda p: p.detach())
+    averages = [keep(p) for p in trained]
     optimizer = torch.optim.AdamW(trained, lr, betas=(.9, args.beta2), weight_decay=args.weight_decay,
                                   fused=True)
+    fill_moments(optimizer)
     start = 0
     if found:
         path, state, saved = found
-        common.restore_state(model, state["ema"], source=str(path), trained_only=True)
-        averages = [p.detach().clone() for p in trained]
-        common.restore_state(model, state["model"], optimizer, state["optimizer"], str(path), True)
+        common.restore_state(model, state["ema"], source=str(path), trained_only=part)
+        averages = [keep(p) for p in trained]
+        common.restore_state(model, state["model"], optimizer, state["optimizer"], str(path), part)
         start = saved["step"]
-    log = common.Log(folder, f"{SCRIPT} {folder.name}", start, steps, run.rank, args.tensorboard, args.wandb,
-                     public_flags(args))
+    name = SCRIPT if folder == Path(args.output_dir) else f"{SCRIPT} {folder.name}"
+    log = common.Log(folder, name, start, steps, run.rank, args.tensorboard, args.wandb, public_flags(args))
     run.barrier()                                # rank 0 has removed what lies beyond `start`
-    clock, logged = time.time(), start
+    clock, logged, sums = time.time(), start, {}
     run.heed_sigterm(True)
     for step in range(start, steps):
         for group in optimizer.param_groups:
             group["lr"] = get_lr(step, lr, args.warmup_steps, steps)
         model.train()
-        sums = {}
         for micro in range(args.grad_accum):     # processes average their gradients at the last one only
             hold = micro < args.grad_accum - 1 and hasattr(model, "no_sync")
             with model.no_sync() if hold else contextlib.nullcontext():
-                with run.autocast():
-                    loss, parts = losses(model, step, micro)
+                loss, parts = losses(model, step, micro)
                 (loss / args.grad_accum).backward()
             for name, value in {"loss": loss.detach(), **parts}.items():
-                sums[name] = sums.get(name, 0) + value / args.grad_accum
+                none = value.isnan()
+                sums[name] = sums.get(name, 0) + torch.stack([value.masked_fill(none, 0), (~none).to(value)])
         norm = nn.utils.clip_grad_norm_(trained, args.grad_clip or math.inf)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         done, stop = step + 1, run.stopping()
@@ -2086,24 +2092,25 @@ def fit(args, run, folder, model, losses, validate, found, steps, lr):
         with torch.no_grad():
             torch._foreach_lerp_(averages, [p.detach() for p in trained], 1 - decay)
         if logging:
-            log.row(done, **{name: common.all_mean(value).item() for name, value in sums.items()},
+            means = {name: common.all_mean(pair).tolist() for name, pair in sums.items()}
+            log.row(done, **{name: total / count for name, (total, count) in means.items() if count},
                     lr=optimizer.param_groups[0]["lr"], grad_norm=norm.item(),
                     seconds_per_step=(time.time() - clock) / (done - logged))
-            clock, logged = time.time(), done
+            clock, logged, sums = time.time(), done, {}
         log.bar.update()
         if saving:                               # before validation: what fails there loses nothing
-            weights, moments = common.gather_state(model, optimizer, trained_only=True)
+            weights, moments = common.gather_state(model, optimizer, trained_only=part)
             with common.swapped(trained, averages):
-                averaged, _ = common.gather_state(model, trained_only=True)
+                averaged, _ = common.gather_state(model, trained_only=part)
             if run.rank == 0:
-                state = {"model": weights, "ema": averaged, "optimizer": moments}
+                state = {"model": weights, "ema": averaged, "optimizer": moments, **more}
                 common.save_checkpoint(folder / "ckpt", done, state,
                                        {"script": SCRIPT, "args": public_flags(args)}, args.keep_last)
             run.barrier()
         if stop:
             raise UserError(f"stopped by SIGTERM after step {done}, which is saved: the same command goes on")
         if args.eval_every and (done % args.eval_every == 0 or done == steps):
-            with common.swapped(trained, averages), torch.no_grad(), run.autocast():
+            with common.swapped(trained, averages), torch.no_grad():
                 model.eval()
                 log.row(done, **validate(model))
             clock = time.time()
@@ -2112,7 +2119,10 @@ def fit(args, run, folder, model, losses, validate, found, steps, lr):
     with torch.no_grad():
         for p, average in zip(trained, averages):
             p.copy_(average)
+# end shared:fit
 
+
+# ---- train ----------------------------------------------------------------------------------------------
 
 def draw_batch(args, run, clips, step, micro, share):
     """Clips, noise levels and noise of a micro-batch, a function of (seed, step) and of a sample's place in
@@ -2157,7 +2167,8 @@ def run_stage(args, run, data, stage, folder, dit, found=None, only=False, heads
 
     def losses(model, step, micro):
         batch, noise, sigma = draw_batch(args, run, clips, step, micro, share)
-        return model(batch["latents"], noise, sigma, batch["text"], batch, velocity=share > 0)
+        with run.autocast():
+            return model(batch["latents"], noise, sigma, batch["text"], batch, velocity=share > 0)
 
     def validate(model):
         rows, totals = range(0, len(held.rows), args.batch_size), {}
@@ -2166,7 +2177,8 @@ def run_stage(args, run, data, stage, folder, dit, found=None, only=False, heads
             z = batch["latents"]
             sigma = torch.full((len(z),), .5 if stage == "backbone" else PROBE, device=z.device)
             noise = torch.cat([fixed_noise(one[None], i + k) for k, one in enumerate(z)])
-            loss, parts = model(z, noise, sigma, batch["text"], batch, velocity=share > 0)
+            with run.autocast():
+                loss, parts = model(z, noise, sigma, batch["text"], batch, velocity=share > 0)
             for name, value in {"loss": loss, **parts}.items():
                 totals[f"val_{name}"] = totals.get(f"val_{name}", 0) + value.item() / len(rows)
         return totals

@@ -147,7 +147,6 @@ def build_parser():
     add("--shift", type=float, default=5.0, help="of Wan's noise schedule")
     add("--cfg_drop", type=float, default=.1, help="share of samples without instruction")
     add("--mask_weight", type=float, default=3e-3, help="Eq. 4's lambda")
-    add("--beta2", type=float, default=.999, help="AdamW's")
     add = parser.add_argument_group("sampling and evaluation").add_argument
     add("--steps", type=int, default=20, help="of UniPC; guidance doubles the network's calls")
     add("--cfg", type=float, default=5.0, help="guidance (1: none)")
@@ -165,20 +164,14 @@ def video_size(args):
 
 def check_args(args):
     """One clear line for values that no run can mean."""
-    for name in ("batch_size", "grad_accum", "max_steps", "windows", "text_length", "steps", "candidates",
-                 "num_samples", "sim_episodes", "sim_frames", "sim_poses", "idm_steps", "idm_batch_size",
-                 "idm_frames"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
-    for name in ("seed", "lr", "idm_lr", "eta", "lora_rank", "mask_weight", "worlds", "warmup_steps",
-                 "eval_clips"):
-        if not getattr(args, name) >= 0:
-            raise UserError(f"--{name} must not be negative, but is {getattr(args, name)}")
+    check_numbers(args, least_1=("windows", "text_length", "steps", "candidates", "num_samples",
+                                 "sim_episodes", "sim_frames", "sim_poses", "idm_steps", "idm_batch_size",
+                                 "idm_frames"),
+                  least_0=("idm_lr", "eta", "lora_rank", "mask_weight", "worlds", "eval_clips"),
+                  shares=("cfg_drop",))
     check_shape(args)
     if not re.fullmatch(r"\d+,\d+", args.mask_steps):
         raise UserError(f"--mask_steps takes A,B such as 1200,1360, not {args.mask_steps}")
-    if not 0 <= args.cfg_drop <= 1:
-        raise UserError(f"--cfg_drop must be in [0, 1], not {args.cfg_drop}")
     for name in ("vidar", "idm"):
         if getattr(args, name) and not Path(getattr(args, name)).is_file():
             raise UserError(f"--{name}: there is no file {getattr(args, name)}")
@@ -1477,16 +1470,6 @@ def video_scores(video, truth, arm, valid):
     return out
 
 
-def gather_rows(run, tables):
-    """{name: [row]} of each process -> that of all."""
-    if run.world == 1:
-        return tables
-    gathered = [None] * run.world
-    dist.all_gather_object(gathered, tables)
-    return {name: [row for part in gathered for row in part.get(name, [])]
-            for name in dict.fromkeys(name for part in gathered for name in part)}
-
-
 def mean_scores(rows):
     return {name: float(np.nanmean([row[name] for row in rows])) if any(
         np.isfinite(row[name]) for row in rows) else math.nan for name in rows[0]}
@@ -1573,22 +1556,13 @@ def evaluate(args, run, models, parts, data):
         for k in range(run.rank, args.worlds, run.world):
             for name, row in act(args, run, models, vae, clips, encode_prompt, FIRST_WORLD + k).items():
                 tables.setdefault(f"world_{name}", []).append(row)
-    tables, pairs = (gather_rows(run, rows) for rows in (tables, pairs))
+    tables, pairs = (common.gather_rows(rows) for rows in (tables, pairs))
     means = {name: mean_scores(rows) for name, rows in tables.items()}
     for name, rows in pairs.items():
         scores = idm_scores(*(torch.cat(column) for column in zip(*rows)))
         means[name] = {f"action_{metric}": value for metric, value in scores.items()}
     if run.rank == 0:
         report(args, means, len(everyone), time.time() - began)
-
-
-def loss_panel(folder, title):
-    """What a run's metrics.jsonl says of losses -> a panel for common.plot_curves."""
-    path = folder / "metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    lines = {key: tuple(zip(*points)) for key in ("loss", "val_loss", "flow_loss", "val_l1")
-             if (points := [(r["step"], r[key]) for r in rows if key in r])}
-    return {"title": title, "xlabel": "step", "ylabel": "loss", "log": True, "lines": lines}
 
 
 def report(args, means, episodes, seconds):
@@ -1628,7 +1602,8 @@ def report(args, means, episodes, seconds):
                   f"{world['open_loop_distance']:.2f} from the plate")
     panels = []
     for stage in ("idm", "."):
-        panel = loss_panel(Path(args.output_dir) / stage, stage.replace(".", args.stage))
+        panel = common.loss_panel(Path(args.output_dir) / stage, stage.replace(".", args.stage),
+                                  ("loss", "val_loss", "flow_loss", "val_l1"))
         panels += [panel] if panel["lines"] else []
     common.plot_curves(Path(args.output_dir) / "curves.png", panels)
 
@@ -1700,6 +1675,7 @@ def add_shared_flags(parser, presets):
     add("--warmup_steps", type=int, default=100, help="steps of linear warm-up; cosine decay follows")
     add("--weight_decay", type=float, default=1e-2, help="AdamW's")
     add("--grad_clip", type=float, default=1.0, help="largest gradient norm (0: no clipping)")
+    add("--beta2", type=float, default=0.999, help="AdamW's")
     add("--ema_decay", type=float, default=0.999, help="of the weights that sampling uses (0: no averaging)")
     add = parser.add_argument_group("machine and records").add_argument
     add("--compile", action="store_true", help="torch.compile the model")
@@ -1726,6 +1702,24 @@ def parse_args(argv=None):
     parser.set_defaults(**PRESETS[preset])
     parser.parse_args(argv, args).preset = preset
     return args
+
+
+def check_numbers(args, least_1=(), least_0=(), shares=()):
+    """UserError, one line, for a value of the shared flags and of those named that no run can mean. NaN is
+    neither at least 1, nor at least 0, nor a share, which is in [0, 1]."""
+    for name in ("batch_size", "grad_accum", "max_steps", *least_1):
+        if not getattr(args, name) >= 1:
+            raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
+    for name in ("seed", "lr", "warmup_steps", "weight_decay", "grad_clip", "log_every", "eval_every",
+                 "save_every", "keep_last", *least_0):
+        if not getattr(args, name) >= 0:
+            raise UserError(f"--{name} must not be negative, but is {getattr(args, name)}")
+    for name in ("ema_decay", "beta2"):
+        if not 0 <= getattr(args, name) < 1:
+            raise UserError(f"--{name} must be in [0, 1), not {getattr(args, name)}")
+    for name in shares:
+        if not 0 <= getattr(args, name) <= 1:
+            raise UserError(f"--{name} must be in [0, 1], not {getattr(args, name)}")
 
 
 def adopt(args, saved, locked, source):

@@ -119,7 +119,6 @@ def build_parser():
     add("--rollout_steps", type=int, default=4, help="Euler steps of a latent that training imagines")
     add("--shift", type=float, default=5.0, help="of Wan's noise schedule")
     add("--cfg_drop", type=float, default=.1, help="share of samples without instruction")
-    add("--beta2", type=float, default=.999, help="AdamW's")
     add = parser.add_argument_group("closed loop and evaluation").add_argument
     add("--chunk_size", type=int, default=16, help="PIXEL frames between two observations")
     add("--kv_cache_length", type=int, default=64, help="PIXEL frames after the first that the cache holds")
@@ -143,16 +142,10 @@ def build_parser():
 
 def check_args(args):
     """One clear line for values that no run can mean."""
-    for name in ("batch_size", "grad_accum", "max_steps", "windows", "text_length", "steps", "rollout_steps",
-                 "chunk_latents", "worlds", "horizon", "moved", "num_samples"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
-    for name in ("seed", "lr", "eta", "warmup_steps", "eval_clips", "self_forcing_after", "latency_chunks"):
-        if not getattr(args, name) >= 0:
-            raise UserError(f"--{name} must not be negative, but is {getattr(args, name)}")
-    for name in ("cfg_drop", "context_noise", "self_forcing"):
-        if not 0 <= getattr(args, name) <= 1:
-            raise UserError(f"--{name} must be in [0, 1], not {getattr(args, name)}")
+    check_numbers(args, least_1=("windows", "text_length", "steps", "rollout_steps", "chunk_latents",
+                                 "worlds", "horizon", "moved", "num_samples"),
+                  least_0=("eta", "eval_clips", "self_forcing_after", "latency_chunks"),
+                  shares=("cfg_drop", "context_noise", "self_forcing"))
     vidar.check_shape(args)
     chunk = 4 * args.chunk_latents
     for name, frames in (("chunk_size", args.chunk_size), ("kv_cache_length", args.kv_cache_length),
@@ -895,7 +888,7 @@ def evaluate(args, run, model, idm, parts, data):
                 success, distance = perform(policy, args, vidar.FIRST_WORLD + number, moved, closed)
                 name = f"{'moved' if moved else 'static'}_{'closed' if closed else 'open'}_loop"
                 tables.setdefault(name, []).append({"success": success, "distance": distance})
-    tables, pairs = (vidar.gather_rows(run, rows) for rows in (tables, pairs))
+    tables, pairs = (common.gather_rows(rows) for rows in (tables, pairs))
     means = {name: vidar.mean_scores(rows) for name, rows in tables.items()}
     for name, rows in pairs.items():
         scores = vidar.idm_scores(*(torch.cat(column) for column in zip(*rows)))
@@ -944,7 +937,7 @@ def report(args, means, seconds, episodes, took):
 
 def draw_curves(args, means, curves):
     """curves.png: losses, quality from chunk to chunk, latency from chunk to chunk."""
-    panels = [vidar.loss_panel(Path(args.output_dir), "stage 2")]
+    panels = [common.loss_panel(Path(args.output_dir), "stage 2")]
     metric = "psnr_arm_chunk_" if "psnr_arm" in means["reprefill"] else "psnr_chunk_"
     lines = {}
     for name in ("reprefill", "imagination"):
@@ -1018,6 +1011,7 @@ def add_shared_flags(parser, presets):
     add("--warmup_steps", type=int, default=100, help="steps of linear warm-up; cosine decay follows")
     add("--weight_decay", type=float, default=1e-2, help="AdamW's")
     add("--grad_clip", type=float, default=1.0, help="largest gradient norm (0: no clipping)")
+    add("--beta2", type=float, default=0.999, help="AdamW's")
     add("--ema_decay", type=float, default=0.999, help="of the weights that sampling uses (0: no averaging)")
     add = parser.add_argument_group("machine and records").add_argument
     add("--compile", action="store_true", help="torch.compile the model")
@@ -1044,6 +1038,24 @@ def parse_args(argv=None):
     parser.set_defaults(**PRESETS[preset])
     parser.parse_args(argv, args).preset = preset
     return args
+
+
+def check_numbers(args, least_1=(), least_0=(), shares=()):
+    """UserError, one line, for a value of the shared flags and of those named that no run can mean. NaN is
+    neither at least 1, nor at least 0, nor a share, which is in [0, 1]."""
+    for name in ("batch_size", "grad_accum", "max_steps", *least_1):
+        if not getattr(args, name) >= 1:
+            raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
+    for name in ("seed", "lr", "warmup_steps", "weight_decay", "grad_clip", "log_every", "eval_every",
+                 "save_every", "keep_last", *least_0):
+        if not getattr(args, name) >= 0:
+            raise UserError(f"--{name} must not be negative, but is {getattr(args, name)}")
+    for name in ("ema_decay", "beta2"):
+        if not 0 <= getattr(args, name) < 1:
+            raise UserError(f"--{name} must be in [0, 1), not {getattr(args, name)}")
+    for name in shares:
+        if not 0 <= getattr(args, name) <= 1:
+            raise UserError(f"--{name} must be in [0, 1], not {getattr(args, name)}")
 
 
 def adopt(args, saved, locked, source):

@@ -24,6 +24,7 @@ Run         python well_i2v.py                                    # simulation t
             python well_i2v.py --sample --num_samples 2
             python well_i2v.py --eval --members 8
             python well_i2v.py --mode convlstm --output_dir runs/convlstm        # the document's older modes
+            python well_i2v.py --simulate --preset i2v_a14b --data_dir data/simulated   # 90 runs of 128 x 384
             python well_i2v.py --download --data_dir data/the_well               # 7 GB, from the hub
             torchrun --nproc_per_node=4 well_i2v.py --preset i2v_a14b --data_dir data/the_well
             python well_i2v.py --preset i2v_a14b --dry_run
@@ -110,6 +111,7 @@ def build_parser():
     add = parser.add_argument_group("data").add_argument
     add("--dataset", default=DATASET, help="a 2-D set of The Well")
     add("--download", action="store_true", help="fetch the set from the Hugging Face hub, then exit")
+    add("--simulate", action="store_true", help="write a simulated set into --data_dir, then exit")
     add("--sim_side", type=int, default=128, help="cells of what is simulated, in x; in y 3 times as many")
     add("--sim_t_cools", default=",".join(map(str, T_COOLS)), help="cooling times, a file each")
     add("--sim_train", type=int, default=8, help="simulated training trajectories of a file; 1 to test on")
@@ -159,7 +161,6 @@ def build_parser():
     add("--latent_weight", type=float, default=2.0, help="of latents (convlstm, oneshot)")
     add("--physics_weight", type=float, default=1.0, help="of decoded fields (convlstm, oneshot)")
     add("--shift", type=float, default=5.0, help="of Wan's noise schedule")
-    add("--beta2", type=float, default=.999, help="AdamW's")
     add = parser.add_argument_group("sampling").add_argument
     add("--steps", type=int, default=30, help="network calls of a forecast, guidance not counted")
     add("--solver", choices=["unipc", "euler"], default="unipc", help="unipc: Wan's own")
@@ -175,20 +176,12 @@ def build_parser():
 
 def check_args(args):
     """One clear line for values that no run can mean."""
-    for name in ("sim_side", "sim_frames", "n_in", "n_out", "augment", "lora_rank", "text_length",
-                 "adapter_width", "frame_repeat", "batch_size", "grad_accum", "max_steps", "steps", "members",
-                 "eval_clips", "num_samples", "sample_frames", "sim_train", "fps"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
-    for name in ("seed", "lr", "adapter_lr", "base_lr", "adapter_steps", "base_steps", "base_files",
-                 "rollout_steps", "window_count", "recon_weight", "adapter_weight", "latent_weight",
-                 "physics_weight", "warmup_steps", "weight_decay", "grad_clip", "log_every", "eval_every",
-                 "save_every", "keep_last"):
-        if not getattr(args, name) >= 0:
-            raise UserError(f"--{name} must not be negative, but is {getattr(args, name)}")
-    for name in ("ema_decay", "beta2"):
-        if not 0 <= getattr(args, name) < 1:
-            raise UserError(f"--{name} must be in [0, 1), not {getattr(args, name)}")
+    check_numbers(args, least_1=("sim_side", "sim_frames", "n_in", "n_out", "augment", "lora_rank",
+                                 "text_length", "adapter_width", "frame_repeat", "steps", "members",
+                                 "eval_clips", "num_samples", "sample_frames", "sim_train", "fps"),
+                  least_0=("adapter_lr", "base_lr", "adapter_steps", "base_steps", "base_files",
+                           "rollout_steps", "window_count", "recon_weight", "adapter_weight", "latent_weight",
+                           "physics_weight"))
     for name in ("shift", "sim_spacing"):
         if not getattr(args, name) > 0:
             raise UserError(f"--{name} must be above 0, not {getattr(args, name)}")
@@ -666,10 +659,10 @@ def add_noise(z, noise, sigma):
 SIGMA_EDGES = (0., .3, .6, .9)
 
 
-def sigma_bins(sigma, errors):
-    """sigma, errors B -> 4 x 2 sums and counts of the errors from edge to edge, to be added up."""
-    rows = [(sigma >= a) & (sigma < b) for a, b in zip(SIGMA_EDGES, (*SIGMA_EDGES[1:], 1.1))]
-    return torch.stack([torch.stack([(errors * row).sum(), row.sum().to(errors)]) for row in rows])
+def loss_by_sigma(sigma, errors):
+    """sigma, errors B -> {"loss_sigma_EDGE": mean error from this edge to the next, NaN where none is}."""
+    return {f"loss_sigma_{a}": errors.where((sigma >= a) & (sigma < b), math.nan).nanmean()
+            for a, b in zip(SIGMA_EDGES, (*SIGMA_EDGES[1:], 1.1))}
 
 
 # ---- sampler --------------------------------------------------------------------------------------------
@@ -1340,23 +1333,25 @@ def write_file(path, W, t_cool, times):
     part.replace(path)
 
 
-def simulate_files(folder, made_of, number):
+def simulate_files(folder, made_of, number, device="cpu"):
     """Simulates the trajectories of t_cool `number`, all splits at once, and writes a file for each split."""
-    torch.set_num_threads(1)                       # a process per core; a fork cannot use OpenMP's threads
+    if device == "cpu":
+        torch.set_num_threads(1)                   # a process per core; a fork cannot use OpenMP's threads
     t_cool, counts, nx = made_of["t_cools"][number], made_of["trajectories"], made_of["nx"]
     paths = [folder / f"data/{split}/turbulent_radiative_layer_tcool_{t_cool:.2f}.hdf5" for split in SPLITS]
     if all(path.is_file() for path in paths):
         return
     total = sum(counts)
     seeds = np.random.SeedSequence([made_of["seed"], number]).generate_state(total, np.uint32).tolist()
-    W = solve(initial_state(nx, seeds), 1 / nx, made_of["t_end"], made_of["snapshots"], [t_cool] * total)
+    U = initial_state(nx, seeds).to(device)
+    W = solve(U, 1 / nx, made_of["t_end"], made_of["snapshots"], [t_cool] * total)
     times = np.linspace(0, made_of["t_end"], made_of["snapshots"])
     for path, part in zip(paths, W.split(counts)):
         write_file(path, part, t_cool, times)
 
 
-def simulate(root, nx, t_cools, trajectories, t_end, snapshots, seed=0, processes=None):
-    """Writes the set, simulated on nx x 3 nx cells, under root/datasets/, a process per t_cool.
+def simulate(root, nx, t_cools, trajectories, t_end, snapshots, seed=0, device="cpu", processes=None):
+    """Writes the set, simulated on nx x 3 nx cells, under root/datasets/. On the CPU, a process per t_cool.
 
     trajectories: of train, valid and test, for every t_cool. The files that are there already are kept, so an
     interrupted call goes on; UserError where they were made otherwise.
@@ -1370,11 +1365,16 @@ def simulate(root, nx, t_cools, trajectories, t_end, snapshots, seed=0, processe
     if (folder / "stats.yaml").is_file():          # written last: the set is complete
         return
     common.write_json(kept, made_of)
-    workers = min(processes or os.cpu_count(), len(t_cools))
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool:
-        jobs = [pool.submit(simulate_files, folder, made_of, number) for number in range(len(t_cools))]
-        for job in tqdm(jobs, "simulate", unit="t_cool"):
-            job.result()
+    numbers = range(len(t_cools))
+    if device == "cpu":
+        workers = min(processes or os.cpu_count(), len(t_cools))
+        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork")) as pool:
+            jobs = [pool.submit(simulate_files, folder, made_of, number) for number in numbers]
+            for job in tqdm(jobs, "simulate", unit="t_cool"):
+                job.result()
+    else:
+        for number in tqdm(numbers, "simulate", unit="t_cool"):
+            simulate_files(folder, made_of, number, device)
     files = open_set(root, DATASET, "train")
     stats = compute_stats(files)
     print_moments(files[0].names, stats)
@@ -1668,16 +1668,6 @@ def describe_data(args):
     return f"{args.data_dir}: {args.dataset}{', SIMULATED by this script' if simulated else ''}"
 
 
-def gather_rows(run, tables):
-    """{name: [row]} of each process -> that of all."""
-    if run.world == 1:
-        return tables
-    gathered = [None] * run.world
-    dist.all_gather_object(gathered, tables)
-    return {name: [row for part in gathered for row in part.get(name, [])]
-            for name in dict.fromkeys(name for part in gathered for name in part)}
-
-
 @torch.no_grad()
 def measure(args, run, model, data, places, steps):
     """Forecasts of `steps` frames from places [(file, trajectory, first target)], and what they are held
@@ -1719,7 +1709,7 @@ def measure(args, run, model, data, places, steps):
             for name, row in rows.items():
                 tables.setdefault(name, []).append((n, row.float()))
     return {name: torch.stack([row for _, row in sorted(rows, key=lambda pair: pair[0])])
-            for name, rows in gather_rows(run, tables).items()}
+            for name, rows in common.gather_rows(tables).items()}
 
 
 def scores(short, long, names):
@@ -1784,18 +1774,10 @@ def report(args, short, long, names, seconds):
               f"the real data do they share one.")
 
 
-def loss_panel(folder, title):
-    """What a run's metrics.jsonl says of losses -> a panel for common.plot_curves."""
-    path = folder / "metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    lines = {key: tuple(zip(*points)) for key in ("loss", "val_loss", "loss_sigma_0.9", "loss_sigma_0.0")
-             if (points := [(r["step"], r[key]) for r in rows if key in r])}
-    return {"title": title, "xlabel": "step", "ylabel": "loss", "log": True, "lines": lines}
-
-
 def draw_curves(args, short, long):
     """curves.png: losses of the stages, error over the steps of windows and of rollouts."""
-    panels = [loss_panel(Path(args.output_dir) / stage, stage.replace(".", args.mode))
+    keys = ("loss", "val_loss", "loss_sigma_0.9", "loss_sigma_0.0")
+    panels = [common.loss_panel(Path(args.output_dir) / stage, stage.replace(".", args.mode), keys)
               for stage in ("adapter", "base", ".")]
     for title, tables in (("windows", short), ("rollouts", long)):
         shown = ("model", "single", "base_alone", "persistence", "train_mean", "round_trip")
@@ -1859,6 +1841,7 @@ def add_shared_flags(parser, presets):
     add("--warmup_steps", type=int, default=100, help="steps of linear warm-up; cosine decay follows")
     add("--weight_decay", type=float, default=1e-2, help="AdamW's")
     add("--grad_clip", type=float, default=1.0, help="largest gradient norm (0: no clipping)")
+    add("--beta2", type=float, default=0.999, help="AdamW's")
     add("--ema_decay", type=float, default=0.999, help="of the weights that sampling uses (0: no averaging)")
     add = parser.add_argument_group("machine and records").add_argument
     add("--compile", action="store_true", help="torch.compile the model")
@@ -1885,6 +1868,24 @@ def parse_args(argv=None):
     parser.set_defaults(**PRESETS[preset])
     parser.parse_args(argv, args).preset = preset
     return args
+
+
+def check_numbers(args, least_1=(), least_0=(), shares=()):
+    """UserError, one line, for a value of the shared flags and of those named that no run can mean. NaN is
+    neither at least 1, nor at least 0, nor a share, which is in [0, 1]."""
+    for name in ("batch_size", "grad_accum", "max_steps", *least_1):
+        if not getattr(args, name) >= 1:
+            raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
+    for name in ("seed", "lr", "warmup_steps", "weight_decay", "grad_clip", "log_every", "eval_every",
+                 "save_every", "keep_last", *least_0):
+        if not getattr(args, name) >= 0:
+            raise UserError(f"--{name} must not be negative, but is {getattr(args, name)}")
+    for name in ("ema_decay", "beta2"):
+        if not 0 <= getattr(args, name) < 1:
+            raise UserError(f"--{name} must be in [0, 1), not {getattr(args, name)}")
+    for name in shares:
+        if not 0 <= getattr(args, name) <= 1:
+            raise UserError(f"--{name} must be in [0, 1], not {getattr(args, name)}")
 
 
 def adopt(args, saved, locked, source):
@@ -1992,11 +1993,11 @@ def wrap(model, args, run):
     return model
 
 
-# ---- train ----------------------------------------------------------------------------------------------
+# ---- shared:fit (identical in all scripts, checked by test_smoke.py) ------------------------------------
 
 def fill_moments(optimizer):
-    """Gives AdamW the moments it would make at a parameter's first gradient. A checkpoint saved before an
-    expert's first turn lacks them, and torch's loader would then count that expert one step too far."""
+    """Gives AdamW the moments that it makes at a parameter's first gradient. A checkpoint from before that
+    gradient would lack them, and torch's loader would then count the parameter one step too far."""
     for group in optimizer.param_groups:
         for p in group["params"]:
             if not optimizer.state[p]:
@@ -2004,44 +2005,46 @@ def fill_moments(optimizer):
                                       "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
 
 
-def fit(args, run, folder, model, losses, validate, found, steps, lr):
+def fit(args, run, folder, model, losses, validate, found, steps, lr, whole=False, **more):
     """Trains what requires grad of `model` to `steps`, on from checkpoint `found`; then it has the averages.
 
-    Checkpoints hold only what is trained: a LoRA's are 1 GB, an expert has 29. losses(model, step, micro) ->
-    loss of a micro-batch and its parts; "bins", sums and counts by noise level, are averaged from row to row.
-    validate(model) -> {name: number}.
+    losses(model, step, micro) -> loss of a micro-batch and parts of it, {name: number or NaN for none}, whose
+    means since the last row go to metrics.jsonl. validate(model) -> {name: number}, of the averages.
+    Checkpoints hold what is trained (a LoRA's 1 GB, not its model's 29), or with `whole` what is frozen too,
+    and `more`, {name: state dict}. Call it on all ranks.
     """
+    part = not whole
     model = wrap(model, args, run)
     trained = [p for p in model.parameters() if p.requires_grad]
-    averages = [p.detach().clone() for p in trained]
+    keep = (lambda p: p.detach().clone()) if args.ema_decay else (lambda p: p.detach())
+    averages = [keep(p) for p in trained]
     optimizer = torch.optim.AdamW(trained, lr, betas=(.9, args.beta2), weight_decay=args.weight_decay,
                                   fused=True)
     fill_moments(optimizer)
     start = 0
     if found:
         path, state, saved = found
-        common.restore_state(model, state["ema"], source=str(path), trained_only=True)
-        averages = [p.detach().clone() for p in trained]
-        common.restore_state(model, state["model"], optimizer, state["optimizer"], str(path), True)
+        common.restore_state(model, state["ema"], source=str(path), trained_only=part)
+        averages = [keep(p) for p in trained]
+        common.restore_state(model, state["model"], optimizer, state["optimizer"], str(path), part)
         start = saved["step"]
-    log = common.Log(folder, f"{SCRIPT} {folder.name}", start, steps, run.rank, args.tensorboard, args.wandb,
-                     public_flags(args))
+    name = SCRIPT if folder == Path(args.output_dir) else f"{SCRIPT} {folder.name}"
+    log = common.Log(folder, name, start, steps, run.rank, args.tensorboard, args.wandb, public_flags(args))
     run.barrier()                                # rank 0 has removed what lies beyond `start`
-    clock, logged, bins = time.time(), start, 0
+    clock, logged, sums = time.time(), start, {}
     run.heed_sigterm(True)
     for step in range(start, steps):
         for group in optimizer.param_groups:
             group["lr"] = get_lr(step, lr, args.warmup_steps, steps)
         model.train()
-        sums = {}
         for micro in range(args.grad_accum):     # processes average their gradients at the last one only
             hold = micro < args.grad_accum - 1 and hasattr(model, "no_sync")
             with model.no_sync() if hold else contextlib.nullcontext():
                 loss, parts = losses(model, step, micro)
                 (loss / args.grad_accum).backward()
-            bins = bins + parts.pop("bins", 0)
             for name, value in {"loss": loss.detach(), **parts}.items():
-                sums[name] = sums.get(name, 0) + value / args.grad_accum
+                none = value.isnan()
+                sums[name] = sums.get(name, 0) + torch.stack([value.masked_fill(none, 0), (~none).to(value)])
         norm = nn.utils.clip_grad_norm_(trained, args.grad_clip or math.inf)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         done, stop = step + 1, run.stopping()
@@ -2058,20 +2061,18 @@ def fit(args, run, folder, model, losses, validate, found, steps, lr):
         with torch.no_grad():
             torch._foreach_lerp_(averages, [p.detach() for p in trained], 1 - decay)
         if logging:
-            row = {name: common.all_mean(value).item() for name, value in sums.items()}
-            if torch.is_tensor(bins):
-                row |= {f"loss_sigma_{edge}": (total / count).item() for edge, (total, count)
-                        in zip(SIGMA_EDGES, common.all_mean(bins)) if count}
-            log.row(done, **row, lr=optimizer.param_groups[0]["lr"], grad_norm=norm.item(),
+            means = {name: common.all_mean(pair).tolist() for name, pair in sums.items()}
+            log.row(done, **{name: total / count for name, (total, count) in means.items() if count},
+                    lr=optimizer.param_groups[0]["lr"], grad_norm=norm.item(),
                     seconds_per_step=(time.time() - clock) / (done - logged))
-            clock, logged, bins = time.time(), done, 0
+            clock, logged, sums = time.time(), done, {}
         log.bar.update()
         if saving:                               # before validation: what fails there loses nothing
-            weights, moments = common.gather_state(model, optimizer, trained_only=True)
+            weights, moments = common.gather_state(model, optimizer, trained_only=part)
             with common.swapped(trained, averages):
-                averaged, _ = common.gather_state(model, trained_only=True)
+                averaged, _ = common.gather_state(model, trained_only=part)
             if run.rank == 0:
-                state = {"model": weights, "ema": averaged, "optimizer": moments}
+                state = {"model": weights, "ema": averaged, "optimizer": moments, **more}
                 common.save_checkpoint(folder / "ckpt", done, state,
                                        {"script": SCRIPT, "args": public_flags(args)}, args.keep_last)
             run.barrier()
@@ -2087,7 +2088,10 @@ def fit(args, run, folder, model, losses, validate, found, steps, lr):
     with torch.no_grad():
         for p, average in zip(trained, averages):
             p.copy_(average)
+# end shared:fit
 
+
+# ---- train ----------------------------------------------------------------------------------------------
 
 def diffusion_losses(args, run, windows, shape, experts, files=0):
     """-> losses(model, step, micro) of NativeI2V. A whole step belongs to one expert: n micro-steps, or n
@@ -2105,8 +2109,7 @@ def diffusion_losses(args, run, windows, shape, experts, files=0):
         like = torch.empty(args.batch_size, *shape, device=run.device)
         noise = seeded_noise(like, numbers["noise"].tolist())
         loss, parts = model(batch, sigma, noise, expert)
-        parts["bins"] = sigma_bins(sigma, parts.pop("errors"))
-        return loss, parts
+        return loss, parts | loss_by_sigma(sigma, parts.pop("errors"))
     return losses
 
 
@@ -2329,11 +2332,16 @@ def export(args, model, final):
     save_adapter(final, model.adapter)           # last: where it is, the rest is
 
 
+def simulate_set(args, run):
+    """The simulated twin of the radiative layer, where --data_dir says."""
+    simulate(args.data_dir, args.sim_side, cooling_times(args), (args.sim_train, 1, 1),
+             args.sim_spacing * (args.sim_frames - 1), args.sim_frames, device=run.device.type)
+
+
 def prepare(args, run):
     """Opens the set, which is simulated first for the tiny preset's own folder. -> {split: Windows}"""
     if run.rank == 0 and args.preset == "tiny" and args.data_dir == PRESETS["tiny"]["data_dir"]:
-        simulate(args.data_dir, args.sim_side, cooling_times(args), (args.sim_train, 1, 1),
-                 args.sim_spacing * (args.sim_frames - 1), args.sim_frames)
+        simulate_set(args, run)
     run.barrier()
     data = {"train": Windows(args, "train", args.window_count, args.augment),
             "valid": Windows(args, "valid", 32), "test": Windows(args, "test")}
@@ -2402,6 +2410,9 @@ def work(args):
     if args.dry_run:
         return dry_run(args)
     run, only = Run(args), args.sample or args.eval
+    if args.simulate:
+        simulate_set(args, run)
+        return print(f"wrote {set_folder(args.data_dir, args.dataset)}")
     if args.preset == "tiny" and not found and "batch_size" not in args.given and run.world > 1:
         args.batch_size = max(1, args.batch_size // run.world)   # processes on one laptop share its batch
     args.weights = args.weights_from + (" shape, RANDOM weights" if args.random_init else "")
