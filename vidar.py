@@ -742,8 +742,8 @@ REST = np.concatenate([FOLDED, [1.], -FOLDED, [1.]])
 SPEED = np.tile([*[.09] * 6, .25], 2)               # the expert's most, radians or gripper share per frame
 RATE = 1.25 * SPEED                                 # the robot's: what is further off is not reached in time
 GRIPS, OPENS = .55, .7                              # a gripper holds below the one, lets go above the other
-GRASP, PLATE, BLOCK = .16, .15, .065                # radii of a grasp and of the plate; a block's half side
-BLOCKS = {"red": (205, 40, 40), "green": (50, 160, 60), "blue": (40, 80, 215), "yellow": (235, 200, 30)}
+GRASP, PLATE, BLOCK = .22, .15, .085                # radii of a grasp and of the plate; a block's half side
+BLOCKS = {"red": (205, 40, 40), "blue": (40, 80, 215)}
 PAINT = (((75, 25, 120), (215, 165, 245), (145, 70, 205)), ((0, 80, 85), (150, 230, 220), (20, 160, 155)))
 FINGERS = (25, 25, 30)
 PLAY = "be in random poses."                      # the instruction of episodes for the IDM alone
@@ -839,7 +839,7 @@ class ArmWorld:
     """The robot, its table and a task: grip the named block with the named arm, put it on the plate.
 
     state (14,) are the joints and grippers that observe() shows; step() moves them towards absolute targets.
-    moved: after so many steps the block is put elsewhere, .27 to .35 from its first place. Neither place is
+    moved: after so many steps the block is put elsewhere, .35 to .6 from its first place. Neither place is
     where the hand rests: a hand that closes without going there grips nothing.
     copy.deepcopy gives a world to plan in.
     """
@@ -861,7 +861,7 @@ class ArmWorld:
             block, self.shifted, other = points = places(rng, [self.arm, self.arm, int(rng.integers(2))])
             apart = min(abs(p - q) for p, q in itertools.combinations([self.plate, *points], 2))
             from_hand = min(abs(block - hand), abs(self.shifted - hand))
-            if apart >= .27 and abs(block - self.shifted) <= .35 and from_hand >= .2:
+            if apart >= .27 and .35 <= abs(block - self.shifted) <= .6 and from_hand >= .25:
                 break
         self.blocks = [block, other]
 
@@ -945,7 +945,7 @@ class ArmWorld:
             ends, hand, ahead = chain(pose, arm)
             for j, (p, q) in enumerate(zip(ends[:-1], ends[1:])):
                 shapes.append((p, q, .07 - .005 * j, PAINT[arm][j % 3], True))
-            across = 1j * (.025 + .07 * pose[6]) * ahead
+            across = 1j * (.045 + .07 * pose[6]) * ahead    # open fingers reach a block .2 to .24 away
             shapes += [(ends[-1] - across, ends[-1] + across, .022, FINGERS, True)]
             shapes += [(ends[-1] + side, ends[-1] + side + 1.5 * HAND * ahead, .022, FINGERS, True)
                        for side in (-across, across)]

@@ -786,7 +786,8 @@ def perform(policy, args, seed, moved, closed, film=None):
         for action, picture in zip(plan[:closed and args.execute or None], imagined):
             world.step(action)
             done += 1
-            frames.append(world.observe())
+            if closed or film is not None:       # a picture costs more than the step
+                frames.append(world.observe())
             if film is not None:
                 film.append((frames[-1], picture))
         if not closed:
