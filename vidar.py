@@ -1839,8 +1839,8 @@ def fill_moments(optimizer):
 def fit(args, run, folder, model, losses, validate, found, steps, lr, whole=False, **more):
     """Trains what requires grad of `model` to `steps`, on from checkpoint `found`; then it has the averages.
 
-    losses(model, step, micro) -> loss of a micro-batch and parts of it, {name: number or NaN for none}, whose
-    means since the last row go to metrics.jsonl. validate(model) -> {name: number}, of the averages.
+    losses(model, step, micro) -> loss of a micro-batch and parts of it: {name: a number or one per sample},
+    whose means since the last row, without NaN, go to metrics.jsonl. validate(model) -> {name: number}.
     Checkpoints hold what is trained (a LoRA's 1 GB, not its model's 29), or with `whole` what is frozen too,
     and `more`, {name: state dict}. Call it on all ranks.
     """
@@ -1874,8 +1874,8 @@ def fit(args, run, folder, model, losses, validate, found, steps, lr, whole=Fals
                 loss, parts = losses(model, step, micro)
                 (loss / args.grad_accum).backward()
             for name, value in {"loss": loss.detach(), **parts}.items():
-                none = value.isnan()
-                sums[name] = sums.get(name, 0) + torch.stack([value.masked_fill(none, 0), (~none).to(value)])
+                sum_and_count = torch.stack([value.nansum(), (~value.isnan()).sum()])
+                sums[name] = sums.get(name, 0) + sum_and_count
         norm = nn.utils.clip_grad_norm_(trained, args.grad_clip or math.inf)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         done, stop = step + 1, run.stopping()
