@@ -18,7 +18,7 @@ Differs     from upstream's training and inference code, and why:
             - the video codec is a stream: no call decodes or encodes a frame twice. Upstream's server encodes
               each chunk behind the very first observation
             - actions are shifted by what the IDM misreads now, where the joints are known (--no-calibrate)
-Run         python vidarc.py               # 7.2 min, 1.3 GB, behind stage 1's 9.9 where that is missing
+Run         python vidarc.py               # 8.6 min, 1.3 GB, behind stage 1's 10.4 where that is missing
             python vidarc.py --sample --num_samples 3
             python vidarc.py --eval --execute 4
             python vidarc.py --eta 0 --self_forcing 0 --chunk_latents 2 --output_dir runs/vidarc_ablation
@@ -1364,7 +1364,7 @@ def work(args):
             raise UserError(f"no checkpoint in {folder}/ckpt: first python {SCRIPT}.py --output_dir {folder}")
         if run.rank == 0:
             print(f"no checkpoint in {folder}/ckpt: training preset {args.preset} first"
-                  + (", about 8 minutes on 2 cores" if args.preset == "tiny" else ""))
+                  + (", about 9 minutes on 2 cores" if args.preset == "tiny" else ""))
     parts, data, idm = prepare(args, run, found)
     if run.rank == 0 and not (only and found):
         common.write_json(folder / "args.json", {**public_flags(args), **common.provenance()})
