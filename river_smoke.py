@@ -19,7 +19,7 @@ Differs     from the document and from Araachie/river, and why:
             - the smoke weight is measured in pixels; a threshold on latent norms is 1 everywhere
             - FVD only with its real detector (--i3d); beside it the CRPS, which an ensemble cannot cheat
             - tiny: FSQ (a better picture than VQ in the same seconds) and 3 reference frames
-Run         python river_smoke.py                           # simulate, train, evaluate: 8 min, 2 GB
+Run         python river_smoke.py                           # simulate, train, evaluate: 8.9 min, 1.2 GB
             python river_smoke.py --sample --warm_start 0.2 # seconds; without a checkpoint trains tiny first
             python river_smoke.py --eval --solver ab2        # 1 min
             python river_smoke.py --max_steps 2000           # goes on from the newest checkpoint
@@ -1343,7 +1343,7 @@ def work(args):
             raise UserError(f"no checkpoint in {folder}/ckpt: first python {SCRIPT}.py --output_dir {folder}")
         if run.rank == 0:
             print(f"no checkpoint in {folder}/ckpt: training preset {args.preset} first"
-                  + (", about 8 minutes on 2 cores" if args.preset == "tiny" else ""))
+                  + (", about 9 minutes on 2 cores" if args.preset == "tiny" else ""))
     windows = prepare(args, run)
     if only and found:
         autoencoder = frozen(Autoencoder(args), found[1]["autoencoder"], run, found[0])

@@ -972,13 +972,12 @@ def test_readme_names_what_there_is():
         if line.startswith("### "):
             own = [name for name in SCRIPTS if f"{name}.py" in line] or list(SCRIPTS)
         elif line.startswith("| ") and not line.startswith("| feature"):
-            rows, (_, where, test, _) = rows + 1, line.strip("| ").split(" | ")
+            rows, (_, where, test, _) = rows + 1, line[1:-1].split("|")
             assert set(re.findall(r"`(test_\w+)", test)) <= tests, line
             assert "`test_" in test or "none" in test, line
             code = "\n".join(sources[name] for name in (*own, "common"))
-            for name in re.findall(r"`(?:common\.)?(\w+)\(\)`|`--(\w+)", where):
-                name, flag = name
-                assert re.search(rf"def {name}\(" if name else f'"--{flag}"', code), line
+            for function, flag in re.findall(r"`(?:common\.)?(\w+)\(\)`|`--(\w+)", where):
+                assert (f"def {function}(" if function else f'"--{flag}"') in code, line
     assert rows > 80
 
 

@@ -1988,7 +1988,7 @@ def wrap(model, args, run):
         return fully_shard(model, mesh=mesh, reshard_after_forward=True)
     if run.world > 1:
         ids = [run.device] if run.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False,
+        return nn.parallel.DistributedDataParallel(model, device_ids=ids, forward_sync_buffers=False,
                                                    find_unused_parameters=model.one_of_two)
     return model
 
