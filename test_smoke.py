@@ -541,10 +541,10 @@ def doubled(trained, tmp_path_factory):
     return make
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def pair(tmp_path_factory):
     """(script, flags, full=False) -> 0: launch() in two processes, with what torchrun tells them. They stay
-    for the next call, so that what a process's first run costs, sharded most of all, is paid once."""
+    for a test's next call, so that what a process's first run costs, sharded most of all, is paid once."""
     log, ranks, ends = tmp_path_factory.mktemp("pair") / "log", [], []
 
     def pair(script, flags, full=False):
@@ -560,9 +560,10 @@ def pair(tmp_path_factory):
             with contextlib.suppress(EOFError):                    # from one that has died
                 codes.append(end.recv() if end.poll(300) else None)
         if codes != [0, 0]:
-            finish(ranks, 0)
+            ended = finish(ranks, 1)
             ranks.clear()
-            pytest.fail("".join(Path(f"{log}{rank}").read_text() for rank in range(2)))
+            words = [Path(f"{log}{rank}").read_text() for rank in range(2)]
+            pytest.fail(f"returned {codes}, processes ended with {ended}\n" + "".join(words))
         return 0
 
     yield pair
