@@ -2151,7 +2151,10 @@ def test_own_videos(tmp_path, capsys):
 
 @pytest.mark.parametrize("script,made_by_others", [
     ("river_smoke", lambda data: edit(data / "train_files.txt", r"\Z", "\n")),
-    ("cosmos_lite", lambda data: (data / "raw/generated.json").unlink())], ids=["river_smoke", "cosmos_lite"])
+    ("cosmos_lite", lambda data: (data / "raw/generated.json").unlink()),
+    ("well_i2v", lambda data: next(data.rglob("simulated.json")).unlink()),
+    ("vidar", lambda data: edit(data / "manifest.json", '"simulated"', '"other"')),
+], ids=["river_smoke", "cosmos_lite", "well_i2v", "vidar"])
 def test_a_resumed_run_stays_with_its_data(script, made_by_others, trained, tmp_path):
     """A checkpoint's data_dir holds where no --data_dir is given: nothing is simulated into it."""
     data, module = shutil.copytree(trained(script).data, tmp_path / "data"), importlib.import_module(script)

@@ -2128,7 +2128,7 @@ def run_stages(args, run, parts, found, only=False):
 
 def prepare(args, run):
     """Episodes (simulated for the tiny preset's own folder) -> {part: [Episode]}."""
-    if run.rank == 0 and args.preset == "tiny" and "data_dir" not in args.given:
+    if run.rank == 0 and args.preset == "tiny" and args.data_dir == PRESETS["tiny"]["data_dir"]:
         simulate(args.data_dir, args.sim_episodes, args.sim_poses, args.sim_frames, video_size(args), 0)
     run.barrier()
     return load_parts(args.data_dir)
