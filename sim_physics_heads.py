@@ -2036,15 +2036,14 @@ def fill_moments(optimizer):
                                       "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
 
 
-def fit(args, run, folder, model, losses, validate, found, steps, lr, whole=False, **more):
+def fit(args, run, folder, model, losses, validate, found, steps, lr, trained_only=True, **more):
     """Trains what requires grad of `model` to `steps`, on from checkpoint `found`; then it has the averages.
 
     losses(model, step, micro) -> loss of a micro-batch and parts of it: {name: a number or one per sample},
     whose means since the last row, without NaN, go to metrics.jsonl. validate(model) -> {name: number}.
-    Checkpoints hold what is trained (a LoRA's 1 GB, not its model's 29), or with `whole` what is frozen too,
-    and `more`, {name: state dict}. Call it on all ranks.
+    Checkpoints hold what is trained (a LoRA's 1 GB, not its model's 29), without trained_only what is frozen
+    too, and `more`, {name: state dict}. Call it on all ranks.
     """
-    part = not whole
     model = wrap(model, args, run)
     trained = [p for p in model.parameters() if p.requires_grad]
     keep = (lambda p: p.detach().clone()) if args.ema_decay else (lambda p: p.detach())
@@ -2055,9 +2054,9 @@ def fit(args, run, folder, model, losses, validate, found, steps, lr, whole=Fals
     start = 0
     if found:
         path, state, saved = found
-        common.restore_state(model, state["ema"], source=str(path), trained_only=part)
+        common.restore_state(model, state["ema"], source=str(path), trained_only=trained_only)
         averages = [keep(p) for p in trained]
-        common.restore_state(model, state["model"], optimizer, state["optimizer"], str(path), part)
+        common.restore_state(model, state["model"], optimizer, state["optimizer"], str(path), trained_only)
         start = saved["step"]
     name = SCRIPT if folder == Path(args.output_dir) else f"{SCRIPT} {folder.name}"
     log = common.Log(folder, name, start, steps, run.rank, args.tensorboard, args.wandb, public_flags(args))
@@ -2099,9 +2098,9 @@ def fit(args, run, folder, model, losses, validate, found, steps, lr, whole=Fals
             clock, logged, sums = time.time(), done, {}
         log.bar.update()
         if saving:                               # before validation: what fails there loses nothing
-            weights, moments = common.gather_state(model, optimizer, trained_only=part)
+            weights, moments = common.gather_state(model, optimizer, trained_only=trained_only)
             with common.swapped(trained, averages):
-                averaged, _ = common.gather_state(model, trained_only=part)
+                averaged, _ = common.gather_state(model, trained_only=trained_only)
             if run.rank == 0:
                 state = {"model": weights, "ema": averaged, "optimizer": moments, **more}
                 common.save_checkpoint(folder / "ckpt", done, state,

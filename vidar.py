@@ -487,7 +487,7 @@ def load_idm(path, config=IDM_FULL):
             weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             weights = weights.get("model_state_dict", weights)
         except Exception as error:                       # zip, pickle and OS raise their own
-            raise UserError(f"cannot read the IDM {path}: {str(error).splitlines()[0][:100]}") from error
+            raise UserError(f"cannot read the IDM {path}: {common.reason(error)}") from error
     model = IDM(config)
     actions = tuple(weights.get("train_mean", torch.zeros(ACTION_DIM)).shape)
     if actions != (ACTION_DIM,):
@@ -593,7 +593,7 @@ def read_vidar(path, model):
         bare = path.suffix == ".safetensors" or weights.keys() <= torch.load(
             path, map_location="cpu", weights_only=True, mmap=True).keys()
     except Exception as error:           # zip, pickle, safetensors and OS raise their own
-        raise UserError(f"cannot read the weights {path}: {str(error).splitlines()[0][:100]}") from error
+        raise UserError(f"cannot read the weights {path}: {common.reason(error)}") from error
     file_names = common.diffusers_names({name: name for name in weights}, "transformer")
     named = {name: weights[original] for name, original in file_names.items()}
     check_fit(path, model, named, file_names)
@@ -1087,7 +1087,7 @@ def open_files(root, row, fps):
     try:
         actions = np.load(paths["actions"])
     except (ValueError, OSError) as error:
-        raise UserError(f"{paths['actions']} cannot be read: {str(error)[:100]}") from error
+        raise UserError(f"{paths['actions']} cannot be read: {common.reason(error)}") from error
     try:
         fps = row.get("fps") or fps or iio.immeta(paths["video"], plugin="FFMPEG")["fps"]
     except (OSError, RuntimeError, KeyError) as error:
@@ -1106,7 +1106,7 @@ def open_hdf5(path):
             actions = checked_actions(file["action"][:], path)
             views = tuple(view for camera, view in zip(CAMERAS, VIEWS) if camera in images) or VIEWS
     except (KeyError, OSError) as error:           # h5py's words name the missing group, attribute or field
-        raise UserError(f"{path} cannot be read: {str(error)[:120]}") from error
+        raise UserError(f"{path} cannot be read: {common.reason(error)}") from error
     return Episode(path.stem, path, actions, str(text).strip(), fps, len(actions), source="hdf5", views=views)
 
 
@@ -1836,15 +1836,14 @@ def fill_moments(optimizer):
                                       "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
 
 
-def fit(args, run, folder, model, losses, validate, found, steps, lr, whole=False, **more):
+def fit(args, run, folder, model, losses, validate, found, steps, lr, trained_only=True, **more):
     """Trains what requires grad of `model` to `steps`, on from checkpoint `found`; then it has the averages.
 
     losses(model, step, micro) -> loss of a micro-batch and parts of it: {name: a number or one per sample},
     whose means since the last row, without NaN, go to metrics.jsonl. validate(model) -> {name: number}.
-    Checkpoints hold what is trained (a LoRA's 1 GB, not its model's 29), or with `whole` what is frozen too,
-    and `more`, {name: state dict}. Call it on all ranks.
+    Checkpoints hold what is trained (a LoRA's 1 GB, not its model's 29), without trained_only what is frozen
+    too, and `more`, {name: state dict}. Call it on all ranks.
     """
-    part = not whole
     model = wrap(model, args, run)
     trained = [p for p in model.parameters() if p.requires_grad]
     keep = (lambda p: p.detach().clone()) if args.ema_decay else (lambda p: p.detach())
@@ -1855,9 +1854,9 @@ def fit(args, run, folder, model, losses, validate, found, steps, lr, whole=Fals
     start = 0
     if found:
         path, state, saved = found
-        common.restore_state(model, state["ema"], source=str(path), trained_only=part)
+        common.restore_state(model, state["ema"], source=str(path), trained_only=trained_only)
         averages = [keep(p) for p in trained]
-        common.restore_state(model, state["model"], optimizer, state["optimizer"], str(path), part)
+        common.restore_state(model, state["model"], optimizer, state["optimizer"], str(path), trained_only)
         start = saved["step"]
     name = SCRIPT if folder == Path(args.output_dir) else f"{SCRIPT} {folder.name}"
     log = common.Log(folder, name, start, steps, run.rank, args.tensorboard, args.wandb, public_flags(args))
@@ -1899,9 +1898,9 @@ def fit(args, run, folder, model, losses, validate, found, steps, lr, whole=Fals
             clock, logged, sums = time.time(), done, {}
         log.bar.update()
         if saving:                               # before validation: what fails there loses nothing
-            weights, moments = common.gather_state(model, optimizer, trained_only=part)
+            weights, moments = common.gather_state(model, optimizer, trained_only=trained_only)
             with common.swapped(trained, averages):
-                averaged, _ = common.gather_state(model, trained_only=part)
+                averaged, _ = common.gather_state(model, trained_only=trained_only)
             if run.rank == 0:
                 state = {"model": weights, "ema": averaged, "optimizer": moments, **more}
                 common.save_checkpoint(folder / "ckpt", done, state,
