@@ -322,11 +322,17 @@ def load_checkpoint(path, script):
                         f"use an older one, --resume PATH") from error
 
 
-def find_checkpoint(folder, script, resume):
+def run_folder(path):
+    """The run that --resume PATH names: PATH itself, or the run whose checkpoint it is."""
+    return Path(path).parent.parent if Path(path).name.startswith("step_") else Path(path)
+
+
+def find_checkpoint(folder, script, resume, train=False):
     """What --resume auto|none|PATH means for a ckpt folder: -> (path, state, meta), or None to start anew.
 
     auto: the newest that can be read, with a warning where a newer one cannot. none: UserError if there are
-    any. PATH: that checkpoint, or the newest of that run's folder.
+    any. PATH: that checkpoint, or the newest of that run's folder; to train on from it where `folder` has
+    later steps or another run's, UserError, but for those that the same command made before.
     """
     if resume == "none":
         if checkpoints(folder):
@@ -335,7 +341,15 @@ def find_checkpoint(folder, script, resume):
         return None
     if resume != "auto":
         path = latest_checkpoint(Path(resume) / "ckpt") or Path(resume)
-        return path, *load_checkpoint(path, script)
+        state, meta = load_checkpoint(path, script)
+        mine = path.parent.resolve() == Path(folder).resolve()
+        if train and any(not mine or int(own.name[5:]) > meta["step"] for own in checkpoints(folder)):
+            own = find_checkpoint(folder, script, "auto")
+            if own[2]["args"].get("resume") == str(resume):
+                return own
+            raise UserError(f"{folder} holds {'later' if mine else 'other'} checkpoints, with which those "
+                            f"from {path} on would mix: choose another --output_dir")
+        return path, state, meta
     problem = None
     for path in reversed(checkpoints(folder)):
         try:
@@ -349,6 +363,17 @@ def find_checkpoint(folder, script, resume):
     if problem:
         raise problem
     return None
+
+
+def copy_stages(found, folder, stages):
+    """Where a run goes on in another folder than its own, its first stages come along. On rank 0."""
+    for stage in stages if found else ():
+        theirs, own = run_folder(found[0]) / stage, Path(folder) / stage
+        if theirs.is_dir() and not own.exists():
+            part = own.with_name(f".tmp_{stage}")
+            shutil.rmtree(part, ignore_errors=True)
+            shutil.copytree(theirs, part)
+            part.rename(own)
 
 
 def save_weights(path, weights):

@@ -1241,7 +1241,8 @@ def add_shared_flags(parser, presets):
     add("--dry_run", action="store_true", help="print parameters, FLOPs and memory, then exit")
     add("--data_dir", help="where the data lies")
     add("--output_dir", default=f"runs/{SCRIPT}", help="where the run is written")
-    add("--resume", default="auto", metavar="auto|none|PATH", help="auto: the newest of output_dir")
+    add("--resume", default="auto", metavar="auto|none|PATH",
+        help="auto: output_dir's newest; PATH: of a run or checkpoint, which output_dir follows if not given")
     add("--seed", type=int, default=0, help="all randomness is a function of (seed, step)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: cuda, mps, cpu")
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: bf16 if in hardware")
@@ -1279,6 +1280,8 @@ def parse_args(argv=None):
     args.given = {name for name, value in vars(parser.parse_args(argv, flags)).items() if value is not unset}
     parser.set_defaults(**PRESETS[preset])
     parser.parse_args(argv, args).preset = preset
+    if args.resume not in ("auto", "none") and "output_dir" not in args.given:
+        args.output_dir = str(common.run_folder(args.resume))
     return args
 
 
@@ -1305,7 +1308,8 @@ def adopt(args, saved, locked, source):
     own = {"output_dir", "resume", "sample", "eval", "dry_run", "device", "dtype", "fsdp", "compile"}
     for name, value in saved.items():
         if name in args.given & set(locked) and getattr(args, name) != value:
-            raise UserError(f"--{name} {getattr(args, name)} does not fit {source}, trained with {value}")
+            raise UserError(f"--{name} {getattr(args, name)} does not fit {source}, trained with {value}: "
+                            f"leave it out, or start anew in another --output_dir")
         if name not in args.given | own and hasattr(args, name):
             setattr(args, name, value)
 
@@ -1562,7 +1566,8 @@ def train(args, run, found, data, vgg):
         return {"val_loss": value,
                 **{f"val_mse_h{h:02d}": float(mean[h - 1]) for h in HORIZONS if h <= args.T_out}}
 
-    rows = (folder / "metrics.jsonl").read_text().splitlines() if found else []
+    own = folder / "metrics.jsonl"               # none where the run goes on in another folder
+    rows = own.read_text().splitlines() if found and own.is_file() else []
     rows = [row for row in map(json.loads, rows) if row["step"] <= found[2]["step"]]
     best = min((row["val_loss"] for row in rows if row.get("val_loss") is not None), default=math.inf)
     loss = WorldModelLoss(model, args)
@@ -1620,14 +1625,16 @@ def work(args):
         split = json.loads((Path(args.data_dir) / "split.json").read_text())
         counts = {part: len(split[part]) for part in PARTS}
         return print(f"{args.data_dir}: {counts}; now python {SCRIPT}.py --data_dir {args.data_dir}")
-    found = common.find_checkpoint(folder / "ckpt", SCRIPT, args.resume)
+    only = args.sample or args.eval
+    found = None if args.dry_run else common.find_checkpoint(
+        folder / "ckpt", SCRIPT, args.resume, train=not only)
     if found:
         adopt(args, found[2]["args"], ("preset", *MODEL_FLAGS), str(found[0]))
     check_args(args)
     args.no_perceptual &= "vgg_weights" not in args.given              # who names them wants the loss
     if args.dry_run:
         return dry_run(args)
-    run, only = Run(args), args.sample or args.eval
+    run = Run(args)
     args.weights = "trained from scratch" if args.encoder == "cnn" else (
         f"{args.encoder} with " + ("RANDOM weights" if args.random_init else "pretrained weights"))
     if run.rank == 0:

@@ -934,7 +934,8 @@ def add_shared_flags(parser, presets):
     add("--dry_run", action="store_true", help="print parameters, FLOPs and memory, then exit")
     add("--data_dir", help="where the data lies")
     add("--output_dir", default=f"runs/{SCRIPT}", help="where the run is written")
-    add("--resume", default="auto", metavar="auto|none|PATH", help="auto: the newest of output_dir")
+    add("--resume", default="auto", metavar="auto|none|PATH",
+        help="auto: output_dir's newest; PATH: of a run or checkpoint, which output_dir follows if not given")
     add("--seed", type=int, default=0, help="all randomness is a function of (seed, step)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: cuda, mps, cpu")
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: bf16 if in hardware")
@@ -972,6 +973,8 @@ def parse_args(argv=None):
     args.given = {name for name, value in vars(parser.parse_args(argv, flags)).items() if value is not unset}
     parser.set_defaults(**PRESETS[preset])
     parser.parse_args(argv, args).preset = preset
+    if args.resume not in ("auto", "none") and "output_dir" not in args.given:
+        args.output_dir = str(common.run_folder(args.resume))
     return args
 
 
@@ -998,7 +1001,8 @@ def adopt(args, saved, locked, source):
     own = {"output_dir", "resume", "sample", "eval", "dry_run", "device", "dtype", "fsdp", "compile"}
     for name, value in saved.items():
         if name in args.given & set(locked) and getattr(args, name) != value:
-            raise UserError(f"--{name} {getattr(args, name)} does not fit {source}, trained with {value}")
+            raise UserError(f"--{name} {getattr(args, name)} does not fit {source}, trained with {value}: "
+                            f"leave it out, or start anew in another --output_dir")
         if name not in args.given | own and hasattr(args, name):
             setattr(args, name, value)
 
@@ -1324,13 +1328,15 @@ def work(args):
         write_dataset(args.data_dir, extract_clips(Path(args.extract), stats), stats)
         return print(f"wrote {args.data_dir}: {stats['clips_kept']} clips, {stats['clips_dropped']} dropped")
     folder = Path(args.output_dir)
-    found = common.find_checkpoint(folder / "ckpt", SCRIPT, args.resume)
+    only = args.sample or args.eval
+    found = None if args.dry_run else common.find_checkpoint(
+        folder / "ckpt", SCRIPT, args.resume, train=not only)
     if found:
         adopt(args, found[2]["args"], ("preset", *MODEL_FLAGS), str(found[0]))
     check_args(args)
     if args.dry_run:
         return dry_run(args)
-    run, only = Run(args), args.sample or args.eval
+    run = Run(args)
     args.weights = "trained from scratch"
     if run.rank == 0:
         there = "" if Path(args.data_dir).exists() else " (not there yet)"

@@ -683,8 +683,9 @@ def assert_same(a, b, tolerance=0.0):
 
 # ---- what every script owes -----------------------------------------------------------------------------
 
-def test_help_and_dry_run(script, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_help_and_dry_run(script, base, monkeypatch, capsys):
+    monkeypatch.chdir(base.root)                 # a run of another preset is no hindrance
+    before = sorted(base.root.rglob("*"))
     main = importlib.import_module(script).main
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
@@ -695,7 +696,7 @@ def test_help_and_dry_run(script, tmp_path, monkeypatch, capsys):
         assert main(["--preset", preset, "--dry_run"]) == 0
         counts = re.findall(r"([\d,]+) parameters, ([\d,]+) trainable", capsys.readouterr().out)
         assert counts and all(len(count) >= len("100,000") for count, _ in counts)
-    assert not any(tmp_path.iterdir())
+    assert sorted(base.root.rglob("*")) == before
 
 
 def test_one_batch_overfits(script):
@@ -739,6 +740,25 @@ def test_resume_equals_no_stop(script, base, tmp_path):
         for later in stages[i:]:
             assert_same(saved(run, later), saved(base.run, later))
         assert_same(exports(run), exports(base.run))
+
+
+def test_a_run_goes_on_in_another_folder(script, base, tmp_path, capsys):
+    """--resume names a run, --output_dir where its next steps go: its first stages come along."""
+    old, new = halfway(base.run, tmp_path / "old"), tmp_path / "new"
+    flags, before = f"{base.inputs} --resume {old} --save_every 1", files(old)
+    weights = lambda run: {name: value for name, value in saved(run).items() if name.startswith("state")}
+    for _ in range(2):
+        assert launch(script, f"{flags} --output_dir {new}") == 0
+        assert_same(weights(new), weights(base.run))
+        shutil.rmtree(new / "ckpt/step_000004")                    # the same command goes on from step 3
+    assert [row["step"] for row in rows(new) if "loss" in row] == [3, 4] and files(old) == before
+    for stage in SCRIPTS[script]["stages"][:-1] if script != "river_smoke" else ():    # in its checkpoint
+        assert files(new / stage, "metrics.jsonl") == files(old / stage, "metrics.jsonl")
+    capsys.readouterr()
+    assert launch(script, f"{flags} --output_dir {base.run}") == 2
+    assert "holds other checkpoints" in the_error(capsys, script)
+    assert launch(script, f"{base.inputs} --resume {base.run}/ckpt/step_000002") == 2  # its run's own folder
+    assert f"{base.run}/ckpt holds later checkpoints" in the_error(capsys, script)
 
 
 def test_one_clip_can_be_evaluated(script, base, tmp_path):

@@ -1829,7 +1829,8 @@ def add_shared_flags(parser, presets):
     add("--dry_run", action="store_true", help="print parameters, FLOPs and memory, then exit")
     add("--data_dir", help="where the data lies")
     add("--output_dir", default=f"runs/{SCRIPT}", help="where the run is written")
-    add("--resume", default="auto", metavar="auto|none|PATH", help="auto: the newest of output_dir")
+    add("--resume", default="auto", metavar="auto|none|PATH",
+        help="auto: output_dir's newest; PATH: of a run or checkpoint, which output_dir follows if not given")
     add("--seed", type=int, default=0, help="all randomness is a function of (seed, step)")
     add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: cuda, mps, cpu")
     add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: bf16 if in hardware")
@@ -1867,6 +1868,8 @@ def parse_args(argv=None):
     args.given = {name for name, value in vars(parser.parse_args(argv, flags)).items() if value is not unset}
     parser.set_defaults(**PRESETS[preset])
     parser.parse_args(argv, args).preset = preset
+    if args.resume not in ("auto", "none") and "output_dir" not in args.given:
+        args.output_dir = str(common.run_folder(args.resume))
     return args
 
 
@@ -1893,7 +1896,8 @@ def adopt(args, saved, locked, source):
     own = {"output_dir", "resume", "sample", "eval", "dry_run", "device", "dtype", "fsdp", "compile"}
     for name, value in saved.items():
         if name in args.given & set(locked) and getattr(args, name) != value:
-            raise UserError(f"--{name} {getattr(args, name)} does not fit {source}, trained with {value}")
+            raise UserError(f"--{name} {getattr(args, name)} does not fit {source}, trained with {value}: "
+                            f"leave it out, or start anew in another --output_dir")
         if name not in args.given | own and hasattr(args, name):
             setattr(args, name, value)
 
@@ -2402,13 +2406,15 @@ def work(args):
     folder = Path(args.output_dir)
     if args.download:
         return print(f"wrote {download(args.dataset, args.data_dir)}")
-    found = common.find_checkpoint(folder / "ckpt", SCRIPT, args.resume)
+    only = args.sample or args.eval
+    found = None if args.dry_run or args.simulate else common.find_checkpoint(
+        folder / "ckpt", SCRIPT, args.resume, train=not only)
     if found:
         adopt(args, found[2]["args"], ("preset", *MODEL_FLAGS), str(found[0]))
     check_args(args)
     if args.dry_run:
         return dry_run(args)
-    run, only = Run(args), args.sample or args.eval
+    run = Run(args)
     if args.simulate:
         simulate_set(args, run)
         return print(f"wrote {set_folder(args.data_dir, args.dataset)}")
@@ -2429,6 +2435,8 @@ def work(args):
         if run.rank == 0:
             print(f"no checkpoint in {folder}/ckpt: training preset {args.preset} first"
                   + (", about 8 minutes on 2 cores" if args.preset == "tiny" else ""))
+    if run.rank == 0:
+        common.copy_stages(found, folder, ["adapter", "base"])
     data = prepare(args, run)
     model = run_stages(args, run, data, found, only and bool(found))
     written = [f"{folder}/final/"]
