@@ -131,8 +131,8 @@ def all_mean(x):
 # ---- metrics: float tensors in [0, 1], ... C H W -> ..., the mean over each image, never over images ------
 
 def mse(a, b):
-    """Mean squared error of each image, in float64."""
-    return ((a.double() - b.double()) ** 2).mean(dim=(-3, -2, -1))
+    """Mean squared error of each image, of any dtype."""
+    return ((a.float() - b.float()) ** 2).mean(dim=(-3, -2, -1))
 
 
 def psnr(a, b):
@@ -630,10 +630,11 @@ class LinearCodec:
     """
     side, dtype = 8, torch.float32
 
-    def __init__(self, tensors):
+    def __init__(self, tensors, device="cpu"):
         """tensors: mean p, first z p and later z 4p, whose rows are orthonormal, first_scale, later_scale z,
         of patches of p = 3 * 8 * 8 numbers."""
-        self.tensors, z_dim = tensors, len(tensors["first"])
+        self.tensors = {name: value.to(device) for name, value in tensors.items()}
+        z_dim = len(tensors["first"])
         self.config = SimpleNamespace(latents_mean=[0.] * z_dim, latents_std=[1.] * z_dim, z_dim=z_dim)
 
     @classmethod

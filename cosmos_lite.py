@@ -1531,7 +1531,7 @@ def train(args, run, found, data, vgg):
     some = data.frames[torch.linspace(0, len(data.frames) - 1, min(999, len(data.frames))).long()]
     model.background.copy_(from_uint8(some.median(dim=0).values))
     background = model.background.clone()
-    frames = data.frames.to(run.device) if run.device.type == "cuda" else data.frames
+    frames = data.frames.to(run.device)
     kinds = {"clip": ("randint", len(data.starts)), "shift": ("rand",), "flip": ("randint", 2),
              "contrast": ("rand",), "order": ("randint", 6)}
 

@@ -363,7 +363,8 @@ def wan_part(args, run, part, dtype=torch.float32):
 
 def load_codec(args, run):
     if args.model == "tiny":
-        return common.LinearCodec(common.load_weights(Path(args.data_dir) / "cache/codec.safetensors"))
+        tensors = common.load_weights(Path(args.data_dir) / "cache/codec.safetensors")
+        return common.LinearCodec(tensors, run.device)
     vae = wan_part(args, run, "vae", torch.bfloat16).requires_grad_(False)
     vae.enable_tiling()                  # 49 frames of 480x480 at once would take 20 GB
     return vae

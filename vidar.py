@@ -535,7 +535,8 @@ def codec_side(args):
 
 def load_codec(args, run):
     if args.model == "tiny":
-        return common.LinearCodec(common.load_weights(Path(args.data_dir) / "codec/codec.safetensors"))
+        tensors = common.load_weights(Path(args.data_dir) / "codec/codec.safetensors")
+        return common.LinearCodec(tensors, run.device)
     vae = wan_part(args, run, "vae", torch.bfloat16).requires_grad_(False)
     vae.enable_tiling()                  # 81 frames of 736x640 at once would not fit
     return vae
@@ -1377,7 +1378,7 @@ def build_cache(args, run, parts, idm):
     arms = args.eta or idm is not None or known
     if arms:                                     # an IDM is known by what its weights sum to
         flags["arm"] = None if known or idm is None else sum(
-            p.double().abs().sum().item() for p in idm.parameters())
+            p.abs().sum().item() for p in idm.parameters())
     started = start_cache(run, parts, folder, flags)
     if not started:
         return

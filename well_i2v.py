@@ -523,6 +523,7 @@ class ScalarToken(nn.Module):
     @torch.no_grad()
     def fit(self, scalars):
         """scalars: N n of the training set."""
+        scalars = scalars.to(self.mean.device)
         self.positive.copy_((scalars > 0).all(0))
         x = self.curve(scalars)
         self.mean.copy_(x.mean(0))
@@ -2195,12 +2196,11 @@ def start_adapter(args, run, data, folder):
     if args.model != "tiny":
         vae = wan_part(args, run, "vae", torch.bfloat16).requires_grad_(False)
     elif place and (place / "codec.safetensors").is_file():
-        vae = common.LinearCodec(common.load_weights(place / "codec.safetensors"))
+        vae = common.LinearCodec(common.load_weights(place / "codec.safetensors"), run.device)
     else:
         with torch.no_grad():
             vae = common.LinearCodec.fit(adapter.to_video(some), TINY["transformer"]["out_channels"])
-    if args.model == "tiny":
-        vae.tensors = {name: value.to(run.device) for name, value in vae.tensors.items()}
+        vae = common.LinearCodec(vae.tensors, run.device)
     return adapter.to(run.device), vae
 
 
