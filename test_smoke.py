@@ -44,6 +44,9 @@ import torch
 import torch.nn.functional as F
 import yaml
 from torch import nn
+from torch.utils import backend_registration
+from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils._pytree import tree_flatten, tree_map
 
 import common
 import cosmos_lite as cosmos
@@ -63,6 +66,7 @@ TINY_WAN = {"vae": VAE22, "transformer": {
     "vocab_size": 259, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}}
 
 torch.set_num_threads(1)      # bits are compared across processes, and tiny tensors are fastest on one thread
+torch.backends.mps.is_available = lambda: False                    # a Mac, too, is tested on its CPU
 
 
 def edit(path, old, new):
@@ -407,6 +411,7 @@ SCRIPTS = {
 }
 SCRIPTS["vidarc"]["tiny"] += f" --stage1 '{SCRIPTS['vidar']['tiny']}'"
 vidar.POSES = 8
+vidarc.DOCUMENT.clear()                          # what is timed is as small as the rest
 vidar.TINY["transformer"].update(num_attention_heads=2, attention_head_dim=24, ffn_dim=144, num_layers=3)
 well.TINY["transformer"].update(num_attention_heads=2, attention_head_dim=24, ffn_dim=96, num_layers=2)
 physics.TINY["transformer"].update(num_attention_heads=2, attention_head_dim=16, ffn_dim=64, num_layers=2)
@@ -763,7 +768,8 @@ def test_a_run_goes_on_in_another_folder(script, base, tmp_path, capsys):
 
 def test_one_clip_can_be_evaluated(script, base, tmp_path):
     run = shutil.copytree(base.run, tmp_path / "run")
-    assert launch(script, f"--eval --eval_clips 1 {base.inputs} --output_dir {run}", full=True) == 0
+    flags = f"--eval --eval_clips 1 --dtype bfloat16 {base.inputs} --output_dir {run}"
+    assert launch(script, flags, full=True) == 0
 
 
 def test_stages_can_be_reused(script, base, tmp_path):
@@ -789,7 +795,7 @@ def test_sample_is_a_function_of_the_seed(script, base, tmp_path, monkeypatch):
 def test_sample_without_checkpoint_trains_first(script, base, tmp_path, trackers, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     begun(script, base.run, tmp_path / "runs" / script)
-    flags = "--sample --tensorboard --wandb project"
+    flags = "--sample --tensorboard --wandb project --dtype bfloat16"
     assert launch(script, f"{flags} {base.inputs} {base.reuse}", full=True) == 0
     assert re.search("no checkpoint in .*: training preset tiny first, about .* min", capsys.readouterr().out)
     made = os.listdir(tmp_path / "runs" / script)
@@ -939,6 +945,116 @@ def test_one_of_two_processes_ends(script, how, codes, message, base, tmp_path):
     assert finish(ranks, 20) == codes
     assert re.search(f"{script}.py: error .rank 0.: {message}", (tmp_path / "log0").read_text())
     assert common.find_checkpoint(run / "ckpt", script, "auto")
+
+
+# ---- a device that is not there -------------------------------------------------------------------------
+
+class Elsewhere(torch.Tensor):
+    """A tensor that says it lies on an accelerator, and is computed on the CPU. What CUDA refuses, tensors of
+    two devices in one operation, fails here too, and so does float64, which MPS has not."""
+    device_name, operations = "elsewhere", 0
+
+    @staticmethod
+    def __new__(cls, own, requires_grad=False):
+        tensor = torch.Tensor._make_wrapper_subclass(
+            cls, own.size(), own.stride(), own.storage_offset(), dtype=own.dtype, requires_grad=requires_grad,
+            device=torch.device(cls.device_name, 0))
+        tensor.own = own.detach()
+        return tensor
+
+    @classmethod
+    def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
+        """Also of operations without such a tensor that name the device: Dispatch sends them here."""
+        kwargs, name = kwargs or {}, operation.overloadpacket.__name__
+        leaves = tree_flatten((args, kwargs))[0]
+        there = [x for x in leaves if isinstance(x, cls)]
+        here = [x for x in leaves if torch.is_tensor(x) and not isinstance(x, cls) and x.dim()]
+        place, crossing = kwargs.get("device"), name in ("_to_copy", "copy_", "set_data")
+        indexing = (name.strip("_") in ("index", "index_put", "index_put_impl")     # by the CPU's numbers
+                    and isinstance(args[0], cls))
+        assert crossing or indexing or not (there and here), f"{operation} takes tensors of two devices"
+        if name == "_fused_sdp_choice":
+            return 0                             # plain attention, which all devices have
+        result = operation(*tree_map(cls.on_cpu, args), **tree_map(cls.on_cpu, kwargs))
+        stays = place.type == cls.device_name if place else isinstance(args[0], cls) if crossing else there
+        if not stays or name == "_local_scalar_dense":
+            return result
+        assert not any(torch.is_tensor(x) and x.dtype == torch.float64 for x in tree_flatten(result)[0]), (
+            f"{operation} makes float64")
+        known, cls.operations = {id(x.own): x for x in there}, cls.operations + 1
+        result = tree_map(lambda x: known.get(id(x), cls(x)) if torch.is_tensor(x) else x, result)
+        alone = name == "set_data" or name.startswith(("_foreach", "_fused"))
+        return result if alone else return_and_correct_aliasing(operation, args, kwargs, result)
+
+    @classmethod
+    def on_cpu(cls, x):
+        if isinstance(x, torch.device):
+            return torch.device("cpu") if x.type == cls.device_name else x
+        return x.own if isinstance(x, cls) else x
+
+    # What torch does in C++ with a tensor's memory, which such a tensor has not.
+    def tolist(self):
+        return self.own.tolist()
+
+    def storage(self):
+        return self.own.storage()
+
+    def untyped_storage(self):
+        return self.own.untyped_storage()
+
+    def data_ptr(self):
+        return self.own.data_ptr()
+
+    def new_tensor(self, data):
+        return torch.tensor(data, dtype=self.dtype, device=self.device)
+
+    def __getitem__(self, index):
+        tensors = lambda i: torch.as_tensor(i) if isinstance(i, (list, range, np.ndarray)) else i
+        return super().__getitem__(tuple(map(tensors, index)) if isinstance(index, tuple) else tensors(index))
+
+    def __deepcopy__(self, memo):
+        copied = Elsewhere(self.own.clone(), self.requires_grad)
+        return memo.setdefault(id(self), nn.Parameter(copied) if isinstance(self, nn.Parameter) else copied)
+
+    data = property(torch.Tensor.data.__get__, lambda self, new: (
+        torch.Tensor.data.__set__(self, new), setattr(self, "own", new.own)))
+
+
+class Dispatch(TorchDispatchMode):
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        return Elsewhere.__torch_dispatch__(operation, types, args, kwargs)
+
+
+def elsewhere(script, flags):
+    """launch() in a process of its own, on that device."""
+    backend = type("Backend", (backend_registration._DummyBackendModule,), {
+        "get_amp_supported_dtype": lambda self: [torch.bfloat16], "is_initialized": lambda self: True,
+        "manual_seed_all": lambda self, seed: None, "_is_in_bad_fork": lambda self: False})()
+    backend_registration._setup_privateuseone_for_python_backend(Elsewhere.device_name, backend)
+    device, tensor = torch.device(Elsewhere.device_name, 0), torch.tensor
+    torch.tensor = lambda data, device=None, **more: tensor(data, **more).to(device or "cpu")
+    torch.Generator = type("Generator", (torch.Generator,), {
+        "__new__": lambda cls, device="cpu": cls.__base__.__new__(cls, "cpu")})
+    torch.backends.mps.is_available = lambda: True                 # then diffusers takes no float64
+    run = importlib.import_module(script).Run
+    init = run.__init__
+    run.__init__ = lambda self, args: (init(self, args), setattr(self, "device", device))[0]
+    with Dispatch():
+        with pytest.raises(AssertionError, match="tensors of two devices"):
+            torch.ones(2, device=device) + torch.ones(2)
+        assert launch(script, f"{flags} {steps_flag(script)} 1") == 0
+        assert launch(script, f"{flags} {steps_flag(script)} 2", full=True) == 0
+    print(f"{Elsewhere.operations} operations elsewhere")
+
+
+def test_all_tensors_lie_on_the_device(script, base, tmp_path):
+    """Training, going on, evaluation, samples: what would stop on a GPU stops here."""
+    run = tmp_path / "run"
+    flags = f"{base.inputs} --output_dir {run} --save_every 0"
+    assert finish(fork([functools.partial(elsewhere, script, flags)], tmp_path / "log"), 300) == [0], (
+        (tmp_path / "log0").read_text())
+    operations = re.search(r"(\d+) operations elsewhere", (tmp_path / "log0").read_text())
+    assert int(operations[1]) > 1000 and (run / "eval.json").exists() and any((run / "samples").iterdir())
 
 
 # ---- the files as a whole -------------------------------------------------------------------------------
