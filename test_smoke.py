@@ -9,6 +9,7 @@ import ast
 import colorsys
 import contextlib
 import copy
+import faulthandler
 import functools
 import importlib
 import inspect
@@ -458,6 +459,7 @@ def launch(script, flags, full=False):
 def process(work, log, env):
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+    faulthandler.enable(2)
     os.environ.update(env)
     sys.exit(work())
 
@@ -1176,8 +1178,10 @@ def test_metric_identities():
     x, y = torch.rand(2, 4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     assert (common.mse(x, x) == 0).all() and (common.psnr(x, x) == 60).all()
     assert torch.allclose(common.ssim(x, x), torch.ones(4)) and (common.ssim(x, y) < .2).all()
-    assert torch.allclose(common.psnr(x, x + .1), torch.full((4,), 20.).double(), atol=1e-4)
-    assert torch.allclose(common.mse(x, y)[2], ((x[2] - y[2]) ** 2).mean().double())
+    assert torch.allclose(common.psnr(x, x + .1), torch.full((4,), 20.), atol=1e-4)
+    assert torch.allclose(common.mse(x, y)[2], ((x[2] - y[2]) ** 2).mean())
+    dark, light = (torch.full((1, 3, 8, 8), value, dtype=torch.uint8) for value in (10, 255))
+    assert common.mse(dark, light).item() == 245 ** 2
     grey = torch.full((1, 3, 32, 32), .5)        # without structure, only the luminance term is left
     assert common.ssim(grey, grey / 2).item() == pytest.approx((.25 + 1e-4) / (.25 + .0625 + 1e-4), abs=1e-4)
     members, truth = x.double().flatten(1)[:3, :50], y.double().flatten()[:50]
@@ -4319,7 +4323,8 @@ def test_vidarc_generated_latents_come_one_by_one(solver):
 
 @torch.no_grad()
 def test_vidarc_video_streams_equal_the_whole():
-    """To the last bit; a state is not used up, so that imagined frames can be taken back."""
+    """Up to what a convolution's last digit owes to the number of frames that it sees at once; a state is not
+    used up, so that imagined frames can be taken back."""
     x = torch.rand(2, 17, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     for vae in (tiny_wan("vae"), common.LinearCodec.fit(x, 8)):
         z, parts, films, state, shown = common.wan_encode(vae, x), [], [], None, None
@@ -4329,8 +4334,8 @@ def test_vidarc_video_streams_equal_the_whole():
             vidarc.decode_next(vae, 9 * latents, shown)
             film, shown = vidarc.decode_next(vae, latents, shown)
             parts, films = [*parts, latents], [*films, film]
-        assert torch.equal(torch.cat(parts, 2), z)
-        assert torch.equal(torch.cat(films, 1), common.wan_decode(vae, z))
+        assert near(torch.cat(parts, 2), z, 1e-5)
+        assert near(torch.cat(films, 1), common.wan_decode(vae, z), 3e-5)
         with pytest.raises(ValueError, match="not 3$"):
             vidarc.encode_next(vae, x[:, :3], state)
 
