@@ -11,6 +11,7 @@ import contextlib
 import copy
 import faulthandler
 import functools
+import gc
 import importlib
 import inspect
 import itertools
@@ -468,7 +469,9 @@ def obey(orders):
     """Answers orders, a port and launch()'s arguments, with launch()'s exit code."""
     while True:
         os.environ["MASTER_PORT"], *order = orders.recv()
-        orders.send(launch(*order))
+        code = launch(*order)
+        gc.collect()             # a sharded model that outlives its process group has crashed the next run
+        orders.send(code)
 
 
 def free_port():
