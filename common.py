@@ -3,8 +3,8 @@
 Tensors      seed_all draw expand_to to_uint8 from_uint8 swapped count_params all_mean gather_rows
 Metrics      mse psnr ssim fair_crps
 Video        ffmpeg read_video write_video video_grid
-Checkpoints  save_checkpoint checkpoints latest_checkpoint load_checkpoint find_checkpoint save_weights
-             load_weights gather_state restore_state
+Checkpoints  save_checkpoint checkpoints latest_checkpoint load_checkpoint find_checkpoint run_folder
+             copy_stages save_weights load_weights gather_state restore_state
 Wan          load_wan wan_encode wan_decode LinearCodec encode_text pad_text save_lora
 Run files    UserError reason one_line_errors write_json append_jsonl Log show_results loss_panel
              plot_curves provenance dry_run_report

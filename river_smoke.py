@@ -19,8 +19,8 @@ Differs     from the document and from Araachie/river, and why:
             - the smoke weight is measured in pixels; a threshold on latent norms is 1 everywhere
             - FVD only with its real detector (--i3d); beside it the CRPS, which an ensemble cannot cheat
             - tiny: FSQ (a better picture than VQ in the same seconds) and 3 reference frames
-Run         python river_smoke.py                           # simulate, train, evaluate: 8.9 min, 1.2 GB
-            python river_smoke.py --sample --warm_start 0.2 # seconds; without a checkpoint trains tiny first
+Run         python river_smoke.py                           # simulate, train, evaluate: 5 to 9 min, 1.2 GB
+            python river_smoke.py --sample --warm_start 0.2 # 12 s; without a checkpoint trains tiny first
             python river_smoke.py --eval --solver ab2        # 1 min
             python river_smoke.py --max_steps 2000           # goes on from the newest checkpoint
             python river_smoke.py --extract my_videos --data_dir final_dataset      # videos -> 64x64 on black

@@ -17,9 +17,9 @@ Differs     from upstream's training and inference code, and why:
             - padding is out of the loss; gradients are reduced in fp32 and clipped; micro-batches differ
             - weights load strictly; upstream ignores every name that does not fit
             - a timestep per frame instead of per token: equal, with 460 times less to keep
-Run         python vidar.py                                   # world, IDM, video model: 10.4 min, 2.0 GB
-            python vidar.py --sample --num_samples 3
-            python vidar.py --eval --candidates 4
+Run         python vidar.py                                   # world, IDM, video model: 7 to 10 min, 2.0 GB
+            python vidar.py --sample --num_samples 3              # 11 s
+            python vidar.py --eval --candidates 4                 # 34 s to 1 min
             torchrun --nproc_per_node=2 vidar.py --preset 2xh200 --data_dir data/robotwin
             torchrun --nproc_per_node=8 vidar.py --preset 8xh100 --data_dir data/robotwin --stage idm
             torchrun --nproc_per_node=8 vidar.py --preset 8xh100 --data_dir data/robotwin --idm idm.pt --eta 3

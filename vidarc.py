@@ -18,9 +18,9 @@ Differs     from upstream's training and inference code, and why:
             - the video codec is a stream: no call decodes or encodes a frame twice. Upstream's server encodes
               each chunk behind the very first observation
             - actions are shifted by what the IDM misreads now, where the joints are known (--no-calibrate)
-Run         python vidarc.py               # 8.6 min, 1.3 GB, behind stage 1's 10.4 where that is missing
-            python vidarc.py --sample --num_samples 3
-            python vidarc.py --eval --execute 4
+Run         python vidarc.py               # 12 to 19 min, 2 GB, with stage 1; 6 to 9 where that is there
+            python vidarc.py --sample --num_samples 3             # 14 s
+            python vidarc.py --eval --execute 4                   # 2 to 4 min
             python vidarc.py --eta 0 --self_forcing 0 --chunk_latents 2 --output_dir runs/vidarc_ablation
             torchrun --nproc_per_node=2 vidarc.py --preset 2xh200 --data_dir data/robotwin
             torchrun --nproc_per_node=8 vidarc.py --preset 8xh100 --data_dir data/robotwin
