@@ -1,7 +1,7 @@
 """test_smoke.py: the smoke test. Here the word means a first test, in river_smoke.py's name a plume.
 
     pytest test_smoke.py          # on the CPU, offline, 6 to 11 minutes on 2 cores
-    pytest test_smoke.py -n 2     # 4 to 7
+    pytest test_smoke.py -n 2     # 4 instead of 6
 
 What every script owes is written once and runs for each row of SCRIPTS. Then come the files as a whole,
 common.py, and what one script alone has to show, against slow loops and closed forms.
