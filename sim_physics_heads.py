@@ -1957,7 +1957,8 @@ class Run:
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         kind, cuda = args.device, torch.cuda.is_available()
         if kind == "auto":
-            kind = "cuda" if cuda else "mps" if torch.backends.mps.is_available() else "cpu"
+            alone = self.world == 1              # gloo, which joins processes without CUDA, has no MPS
+            kind = "cuda" if cuda else "mps" if alone and torch.backends.mps.is_available() else "cpu"
         if kind == "cuda" and not cuda:
             raise UserError("--device cuda: there is no CUDA device here; use --device cpu")
         if args.fsdp and self.world == 1:
