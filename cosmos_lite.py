@@ -20,9 +20,9 @@ Differs     from the document and chenli-git/cosmo_video_world_model, and why:
             - contacts are simulated in substeps, without random kicks, and edges are drawn soft
             - the split is a list, by kind, and not copies of videos: a second split would mix old with new
             - steps, not epochs: a video of 60 frames is one clip of 30 + 30, not the document's 5
-Run         python cosmos_lite.py                                # videos, training, evaluation: 4 to 10 min, 2 GB
-            python cosmos_lite.py --sample --num_predict 60 --video_idx 5         # 8 s
-            python cosmos_lite.py --eval                                          # 17 s to 1 min
+Run         python cosmos_lite.py                               # videos to evaluation: 4 to 10 min, 2 GB
+            python cosmos_lite.py --sample --num_predict 60 --video_idx 5                # 8 s
+            python cosmos_lite.py --eval                        # 17 s to 1 min
             python cosmos_lite.py --generate --data_dir data --num_videos 128     # data/raw/<kind>/*.mp4
             python cosmos_lite.py --preset quick --data_dir data                  # the document's option A
             torchrun --nproc_per_node=8 cosmos_lite.py --preset best --data_dir data         # its option B

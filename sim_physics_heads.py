@@ -17,9 +17,9 @@ Differs     from the document's code, Windsao/Sim4VideoGen, and why:
             - heads read a clean pass with the positive prompt, not the last pass of the guidance
             - latents and texts are cached, which saves an epoch's 2,100 passes of VAE and text encoder; what
               is trained is fp32, since bf16 rounds small steps away; metadata.csv lies beside the scenes
-Run         python sim_physics_heads.py                          # scenes, cache, both stages: 5 to 9 min, 1.2 GB
-            python sim_physics_heads.py --sample --num_samples 3             # 11 s
-            python sim_physics_heads.py --eval                               # 22 s to 1 min
+Run         python sim_physics_heads.py                       # scenes to evaluation: 5 to 9 min, 1.2 GB
+            python sim_physics_heads.py --sample --num_samples 3                  # 11 s
+            python sim_physics_heads.py --eval                # 22 s to 1 min
             python sim_physics_heads.py --check --data_dir data/sim_physics_heads
             torchrun --nproc_per_node=8 sim_physics_heads.py --preset ti2v_5b --data_dir data/Sim_Physics
             torchrun --nproc_per_node=8 sim_physics_heads.py --preset ti2v_5b_lora --output_dir runs/lora

@@ -19,10 +19,10 @@ Differs     from the document's code, LIX-shape-analysis/video_for_science, and 
             - field values survive the adapter: no GroupNorm over a frame, no clamp at raw bounds; frames are
               resized by a fixed matrix and its inverse, beside which the document's learned layers start at 0
             - VRMSE is The Well's, on its test split, all files evenly; texts are encoded once; t_cool is told
-Run         python well_i2v.py                                    # simulation to evaluation: 6 to 8 min, 1.2 GB
-            torchrun --nproc_per_node=4 well_i2v.py --lora_rank 32           # the same on 2 cores: 12 min
-            python well_i2v.py --sample --num_samples 2              # 11 s
-            python well_i2v.py --eval --members 8                    # 30 s to 1 min
+Run         python well_i2v.py                           # simulation to evaluation: 6 to 8 min, 1.2 GB
+            torchrun --nproc_per_node=4 well_i2v.py --lora_rank 32       # by four on 2 cores: 12 min
+            python well_i2v.py --sample --num_samples 2         # 11 s
+            python well_i2v.py --eval --members 8               # 30 s to 1 min
             python well_i2v.py --mode convlstm --output_dir runs/convlstm        # the document's older modes
             python well_i2v.py --simulate --preset i2v_a14b --data_dir data/simulated   # 90 runs of 128 x 384
             python well_i2v.py --download --data_dir data/the_well               # 7 GB, from the hub
