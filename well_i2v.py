@@ -20,7 +20,7 @@ Differs     from the document's code, LIX-shape-analysis/video_for_science, and 
               resized by a fixed matrix and its inverse, beside which the document's learned layers start at 0
             - VRMSE is The Well's, on its test split, all files evenly; texts are encoded once; t_cool is told
 Run         python well_i2v.py                           # simulation to evaluation: 6 to 8 min, 1.2 GB
-            torchrun --nproc_per_node=4 well_i2v.py --lora_rank 32       # by four on 2 cores: 12 min
+            torchrun --nproc_per_node=4 well_i2v.py --lora_rank 32       # by four on 2 cores: 8 to 12 min
             python well_i2v.py --sample --num_samples 2         # 11 s
             python well_i2v.py --eval --members 8               # 30 s to 1 min
             python well_i2v.py --mode convlstm --output_dir runs/convlstm        # the document's older modes
