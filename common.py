@@ -341,15 +341,15 @@ def find_checkpoint(folder, script, resume, train=False):
         return None
     if resume != "auto":
         path = latest_checkpoint(Path(resume) / "ckpt") or Path(resume)
-        state, meta = load_checkpoint(path, script)
         mine = path.parent.resolve() == Path(folder).resolve()
-        if train and any(not mine or int(own.name[5:]) > meta["step"] for own in checkpoints(folder)):
-            own = find_checkpoint(folder, script, "auto")
-            if own[2]["args"].get("resume") == str(resume):
-                return own
+        beyond = lambda own: not mine or int(own.name[5:]) > int(path.name[5:])
+        if train and path in checkpoints(path.parent) and any(map(beyond, checkpoints(folder))):
+            found = find_checkpoint(folder, script, "auto")        # not PATH's too, which may be as large
+            if found[2]["args"].get("resume") == str(resume):
+                return found
             raise UserError(f"{folder} holds {'later' if mine else 'other'} checkpoints, with which those "
                             f"from {path} on would mix: choose another --output_dir")
-        return path, state, meta
+        return path, *load_checkpoint(path, script)
     problem = None
     for path in reversed(checkpoints(folder)):
         try:

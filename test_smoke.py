@@ -988,7 +988,8 @@ class Elsewhere(torch.Tensor):
         assert not any(torch.is_tensor(x) and x.dtype == torch.float64 for x in tree_flatten(result)[0]), (
             f"{operation} makes float64")
         known, cls.operations = {id(x.own): x for x in there}, cls.operations + 1
-        result = tree_map(lambda x: known.get(id(x), cls(x)) if torch.is_tensor(x) else x, result)
+        result = tree_map(lambda x: known[id(x)] if id(x) in known else cls(x) if torch.is_tensor(x) else x,
+                          result)
         alone = name == "set_data" or name.startswith(("_foreach", "_fused"))
         return result if alone else return_and_correct_aliasing(operation, args, kwargs, result)
 
@@ -4327,10 +4328,11 @@ def test_vidarc_generated_latents_come_one_by_one(solver):
 
 @torch.no_grad()
 def test_vidarc_video_streams_equal_the_whole():
-    """Up to what a convolution's last digit owes to the number of frames that it sees at once; a state is not
-    used up, so that imagined frames can be taken back."""
+    """To the last bit, but for what a convolution's last digit owes to the number of frames that it sees at
+    once on some CPUs; a state is not used up, so that imagined frames can be taken back."""
     x = torch.rand(2, 17, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    for vae in (tiny_wan("vae"), common.LinearCodec.fit(x, 8)):
+    to_digit = lambda a, b: near(a, b, 1e-5)
+    for vae, same in ((tiny_wan("vae"), to_digit), (common.LinearCodec.fit(x, 8), torch.equal)):
         z, parts, films, state, shown = common.wan_encode(vae, x), [], [], None, None
         for frames in x.split([1, 4, 8, 4], dim=1):
             vidarc.encode_next(vae, 0 * frames, state)
@@ -4338,8 +4340,8 @@ def test_vidarc_video_streams_equal_the_whole():
             vidarc.decode_next(vae, 9 * latents, shown)
             film, shown = vidarc.decode_next(vae, latents, shown)
             parts, films = [*parts, latents], [*films, film]
-        assert near(torch.cat(parts, 2), z, 1e-5)
-        assert near(torch.cat(films, 1), common.wan_decode(vae, z), 3e-5)
+        assert same(torch.cat(parts, 2), z)
+        assert same(torch.cat(films, 1), common.wan_decode(vae, z))
         with pytest.raises(ValueError, match="not 3$"):
             vidarc.encode_next(vae, x[:, :3], state)
 
