@@ -1,18 +1,19 @@
-"""common.py: tensor utilities and run files shared by the scripts. Verified once, by test_smoke.py.
+"""common.py: tensor utilities, file readers, checkpoints and run records shared by the scripts.
 
-Tensors      seed_all draw expand_to to_uint8 from_uint8 swapped count_params all_mean gather_rows
-Metrics      mse psnr ssim fair_crps
-Video        ffmpeg read_video write_video video_grid
-Checkpoints  save_checkpoint checkpoints latest_checkpoint load_checkpoint find_checkpoint run_folder
-             copy_stages save_weights load_weights gather_state restore_state
+Flags        at_least between Parser parse_args auto_preset choose_device choose_dtype
+Tensors      seed_all sample_global_batch expand_to to_uint8 from_uint8 EMA count_params all_mean gather_rows
+Metrics      mse psnr ssim fair_crps frechet_distance fvd
+Files        read_text read_image find_files video_frames read_video write_video video_grid write_panels
+Checkpoints  save_run load_run find_checkpoint save_checkpoint load_checkpoint save_weights load_weights
+             gather_state restore_state install_sigterm_handler
 Wan          load_wan wan_encode wan_decode LinearCodec encode_text pad_text save_lora
-Run files    UserError reason one_line_errors write_json append_jsonl Log show_results loss_panel
-             plot_curves provenance dry_run_report
+Run records  UserError one_line_errors write_json Log horizon_means print_table report describe_data
+             show_results loss_panel plot_curves provenance dry_run_report
 
 Shapes: B batch, T frames, C channels, H W pixels. A video is B T C H W (or T C H W) in [-1, 1] unless a name
 says otherwise.
-Nothing here parses arguments, trains, samples or knows a model: that is what the scripts are for.
 """
+import argparse
 import contextlib
 import json
 import math
@@ -20,10 +21,16 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import imageio.v3 as iio
 import numpy as np
@@ -35,7 +42,7 @@ from tqdm import tqdm
 
 
 class UserError(Exception):
-    """Something the user can mend. Its message is the one line that a script prints before exit code 2."""
+    """An error the user can fix. Its message is the one line that a script prints before exit code 2."""
 
 
 def reason(error):
@@ -43,12 +50,162 @@ def reason(error):
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
+
+
+
+# ---- flags ----------------------------------------------------------------------------------------------
+
+def at_least(low, kind=int):
+    """An argparse type: at_least(1), at_least(0, float). NaN and infinity are refused."""
+    def number(text):
+        value = kind(text)
+        if not (value >= low and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"must be at least {low}, not {text}")
+        return value
+
+    number.__name__ = kind.__name__              # argparse then says "invalid int value: 'many'"
+    return number
+
+
+def between(low, high, open_end=False):
+    """An argparse type for a float in [low, high], or in [low, high) with open_end. NaN is refused."""
+    bracket = ")" if open_end else "]"
+
+    def number(text):
+        value = float(text)
+        if not low <= value <= high or open_end and value == high:
+            raise argparse.ArgumentTypeError(f"must be in [{low}, {high}{bracket}, not {text}")
+        return value
+
+    number.__name__ = "float"
+    return number
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's parser with the flags that all scripts share, defaults in --help, and errors as UserError.
+
+    presets: {name: {flag: value}}, of which "tiny" is the first. fsdp: whether the script shards its model.
+    """
+    def __init__(self, script, presets, description, fsdp=True):
+        super().__init__(prog=f"{script}.py", description=description, allow_abbrev=False,
+                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        self.script = script
+        self.presets = presets
+        add = self.add_argument_group("run").add_argument
+        add("--preset", choices=["auto", *presets], default="auto",
+            help=f"auto: {list(presets)[1]} where CUDA, data and weights are there, otherwise tiny")
+        add("--sample", action="store_true", help="write videos from the newest checkpoint")
+        add("--eval", action="store_true", help="evaluate the newest checkpoint on held-out data")
+        add("--dry_run", action="store_true", help="print parameters, FLOPs and memory, then exit")
+        add("--data_dir", help="folder of the data set")
+        add("--output_dir", default=f"runs/{script}", help="folder of the run")
+        add("--resume", default="auto", metavar="auto|none|PATH",
+            help="auto: newest checkpoint of output_dir; PATH: a run or a checkpoint")
+        add("--seed", type=at_least(0), default=0, help="seed of weights, batches and samples")
+        add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: cuda, mps or cpu")
+        add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: bf16 if fast")
+        add = self.add_argument_group("optimization").add_argument
+        add("--max_steps", type=at_least(1), default=1000, help="optimizer steps, resumed ones included")
+        add("--batch_size", type=at_least(1), default=16, help="samples per process and micro-step")
+        add("--grad_accum", type=at_least(1), default=1, help="micro-steps per optimizer step")
+        add("--lr", type=at_least(0, float), default=1e-4, help="peak learning rate")
+        add("--warmup_steps", type=at_least(0), default=100, help="steps of linear warm-up before the cosine")
+        add("--weight_decay", type=at_least(0, float), default=1e-2, help="weight decay of AdamW")
+        add("--grad_clip", type=at_least(0, float), default=1.0, help="largest gradient norm (0: any)")
+        add("--ema_decay", type=between(0, 1, True), default=0.999, help="decay of the averaged weights")
+        add = self.add_argument_group("hardware and records").add_argument
+        add("--compile", action="store_true", help="torch.compile the model")
+        if fsdp:
+            add("--fsdp", action="store_true", help="shard weights and optimizer over torchrun's processes")
+        add("--grad_checkpoint", action="store_true", help="recompute activations in the backward pass")
+        add("--log_every", type=at_least(0), default=10, help="steps between rows of metrics.jsonl (0: none)")
+        add("--eval_every", type=at_least(0), default=250, help="steps between validations (0: none)")
+        add("--save_every", type=at_least(0), default=250, help="steps between checkpoints (0: only last)")
+        add("--keep_last", type=at_least(0), default=3, help="checkpoints to keep (0: all)")
+        add("--tensorboard", action="store_true", help="also write TensorBoard events")
+        add("--wandb", metavar="PROJECT", help="also log to this Weights & Biases project")
+
+    def error(self, message):
+        raise UserError(f"{message}; {self.prog} --help lists the flags")
+
+
+# A resumed run does not take these over from its checkpoint.
+RUN_FLAGS = {"output_dir", "resume", "sample", "eval", "dry_run", "device", "dtype", "fsdp", "compile"}
+
+
+def parse_args(parser, argv=None, locked=(), **paper_needs):
+    """Flags by precedence: command line > checkpoint > preset > default.
+
+    locked: flags that shape the weights or give them their meaning; a value on the command line must agree
+    with the checkpoint's. paper_needs: arguments of auto_preset. The checkpoint is the one that --resume and
+    --output_dir name. --resume PATH without --output_dir continues in PATH's run.
+    -> (args, Checkpoint or None, why this preset). UserError where flags, files and each other do not fit.
+    """
+    script, presets, unset = parser.script, parser.presets, object()
+    names = [action.dest for action in parser._actions if action.dest != "help"]
+    parsed = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, unset))))
+    explicit = {name: value for name, value in parsed.items() if value is not unset}
+    values = {**vars(parser.parse_args([])), **explicit}
+    if values["resume"] not in ("auto", "none") and "output_dir" not in explicit:
+        values["output_dir"] = explicit["output_dir"] = str(run_folder(values["resume"]))
+    if values["preset"] == "auto":
+        explicit.pop("preset", None)
+
+    folder = Path(values["output_dir"]) / "ckpt"
+    inference = values["sample"] or values["eval"]
+    checkpoint = None
+    if not values["dry_run"]:
+        checkpoint = find_checkpoint(folder, script, values["resume"], train=not inference)
+    saved = checkpoint.meta["args"] if checkpoint else {}
+    for name in ("preset", *locked):
+        if checkpoint and name in explicit and explicit[name] != saved.get(name, explicit[name]):
+            raise UserError(f"--{name} {explicit[name]} does not fit {checkpoint.path}, trained with "
+                            f"{saved[name]}: leave it out, or choose another --output_dir")
+    if inference and not checkpoint and "output_dir" in explicit:
+        raise UserError(f"no checkpoint in {folder}: train first with python {script}.py --output_dir "
+                        f"{values['output_dir']}")
+
+    preset, reason = values["preset"], "from the command line"
+    if checkpoint:
+        preset, reason = saved["preset"], "from the checkpoint"
+    elif preset == "auto":
+        preset, reason = auto_preset(presets, {**values, **explicit}, **paper_needs)
+    saved = {name: value for name, value in saved.items() if name in values and name not in RUN_FLAGS}
+    defaults = vars(parser.parse_args([]))
+    merged = {**defaults, **presets[preset], **saved, **explicit, "preset": preset}
+    return argparse.Namespace(**merged), checkpoint, reason
+
+
+def auto_preset(presets, flags, data="{data_dir}", get_data="", weights=None, get_weights=""):
+    """What --preset auto stands for: the paper preset, which is the second one, where CUDA, its data and its
+    weights are there; otherwise tiny.
+
+    flags: {name: value} of the command line; data_dir None stands for the preset's. data: what has to exist.
+    weights: a file, a folder or a hub id, by default --weights_from.
+    get_data, get_weights: the commands that get them. -> (preset, the reason, with these commands)
+    """
+    paper = list(presets)[1]
+    weights = weights or flags.get("weights_from")
+    folder = data.format(data_dir=flags["data_dir"] or presets[paper]["data_dir"])
+    missing = [] if torch.cuda.is_available() else ["no CUDA device"]
+    if not Path(folder).exists():
+        missing.append(f"no {folder}: {get_data}" if get_data else f"no {folder}")
+    if weights and not flags.get("random_init"):
+        from huggingface_hub.constants import HF_HUB_CACHE
+        cached = Path(HF_HUB_CACHE, "models--" + str(weights).replace("/", "--"), "snapshots")
+        if not Path(weights).expanduser().exists() and not cached.is_dir():
+            missing.append(f"no {weights}: {get_weights or f'hf download {weights}'}")
+    if missing:
+        return "tiny", f"{paper} needs what is missing here: {'; '.join(missing)}"
+    return paper, "CUDA, data and weights are there" if weights else "CUDA and data are there"
+
+
 # ---- tensors --------------------------------------------------------------------------------------------
 
 def seed_all(seed, *salt):
     """Seeds python's, numpy's and torch's global generators from integers, as in seed_all(seed, step, rank).
 
-    Seeding anew at every step makes all randomness (dropout too) a function of (seed, step, rank): a resumed
+    Seeding again at every step makes all randomness (dropout too) a function of (seed, step, rank): a resumed
     run needs no generator state. Returns the mixed 63-bit seed, for torch.Generator().manual_seed().
     """
     low, high = np.random.SeedSequence([seed, *salt]).generate_state(2, np.uint32).tolist()
@@ -59,22 +216,26 @@ def seed_all(seed, *salt):
     return mixed
 
 
-def draw(kinds, seed, batch_size, rank=0, world=1, micro=0, grad_accum=1, device="cpu"):
-    """Random numbers of a micro-batch: {name: ("randint", high) | ("rand",) | ("randn", *shape)} -> tensors.
+def sample_global_batch(spec, seed, batch_size, rank=0, world=1, micro=0, grad_accum=1, device="cpu"):
+    """Random values of a micro-batch: {name: ("randint", high) | ("rand",) | ("randn", *shape)} -> tensors.
 
-    They are drawn for the whole step's batch (grad_accum x world x batch_size samples) and then sliced: two
-    processes of 8 samples draw what one process of 16 draws, and a batch depends on the seed alone.
+    Values are drawn for the global batch of grad_accum x world x batch_size samples and then sliced, so that
+    two processes of 8 samples train on what one process of 16 does.
     """
     generator = torch.Generator(device).manual_seed(seed)
-    everyone, first = batch_size * world * grad_accum, (micro * world + rank) * batch_size
-    numbers = {}
-    for name, (kind, *size) in kinds.items():
+    global_batch = batch_size * world * grad_accum
+    first = (micro * world + rank) * batch_size
+    values = {}
+    for name, (kind, *size) in spec.items():
         if kind == "randint":
-            value = torch.randint(size[0], (everyone,), generator=generator, device=device)
+            value = torch.randint(size[0], (global_batch,), generator=generator, device=device)
         else:
-            value = getattr(torch, kind)(everyone, *size, generator=generator, device=device)
-        numbers[name] = value[first:first + batch_size]
-    return numbers
+            value = getattr(torch, kind)(global_batch, *size, generator=generator, device=device)
+        values[name] = value[first:first + batch_size]
+    return values
+
+
+draw = sample_global_batch                       # the old name, until the last script has changed
 
 
 def expand_to(t, x):
@@ -90,6 +251,40 @@ def to_uint8(x):
 def from_uint8(x):
     """0..255 uint8 -> [-1, 1] float32 of the same shape."""
     return x.float() / 127.5 - 1
+
+
+class EMA:
+    """Exponential moving average of parameters, in place of the parameters inside `with ema.applied():`."""
+    def __init__(self, params, decay):
+        self.params = list(params)
+        self.decay = decay
+        self.reset()
+
+    def reset(self):
+        """Starts again from the present parameters. Without decay it shares their memory."""
+        self.weights = [p.detach().clone() if self.decay else p.detach() for p in self.params]
+
+    @torch.no_grad()
+    def update(self, step):
+        """Call it after optimizer step `step`, counted from 0. The first steps have a shorter memory."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self.weights, [p.detach() for p in self.params], 1 - decay)
+
+    @torch.no_grad()
+    def copy_to_params(self):
+        for p, average in zip(self.params, self.weights):
+            p.copy_(average)
+
+    @contextlib.contextmanager
+    def applied(self):
+        trained = [p.detach().clone() for p in self.params]
+        self.copy_to_params()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for p, value in zip(self.params, trained):
+                    p.copy_(value)
 
 
 @contextlib.contextmanager
@@ -117,6 +312,25 @@ def gather_rows(tables):
 def count_params(model, trainable_only=False):
     """Number of parameters of a module."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable_only)
+
+
+def barrier():
+    """Waits for all processes; nothing with one."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def shutdown():
+    """Waits for all processes and leaves their group."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def print_once(message):
+    """Prints on rank 0 only."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(message, flush=True)
 
 
 def all_mean(x):
@@ -161,6 +375,35 @@ def ssim(a, b, chunk=256):
     return torch.cat(values).reshape(a.shape[:-3])
 
 
+def frechet_distance(a, b):
+    """Frechet distance of the Gaussians fitted to features a, b: N D. float64, symmetric eigenproblems."""
+    a, b = a.double(), b.double()
+    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
+    return ((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross).item()
+
+
+@torch.no_grad()
+def fvd(detector, predicted, truth, device="cpu"):
+    """Frechet video distance of clips N T 3 H W in [-1, 1], by the TorchScript file of StyleGAN-V's I3D.
+
+    Biased upwards for few clips: compare figures of equal N and T. UserError where the detector does not fit.
+    """
+    options = dict(rescale=False, resize=True, return_features=True)
+    features = []
+    try:
+        model = torch.jit.load(detector, map_location=device).eval()
+        for clips in (predicted, truth):
+            parts = [model(part.to(device).transpose(1, 2), **options) for part in clips.split(8)]
+            features.append(torch.cat(parts).float().cpu())
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"--i3d {detector} is not StyleGAN-V's i3d_torchscript.pt, or does not take clips of "
+                        f"{truth.shape[1]} frames: {reason(error)}") from error
+    return frechet_distance(*features)
+
+
 def fair_crps(members, truth, dim=0):
     """Continuous ranked probability score, elementwise: E|X - y| - E|X - X'| / 2, pairs over m (m - 1),
     so unbiased in the ensemble size (Ferro 2014). Members lie along `dim`; one's is its absolute error."""
@@ -168,6 +411,116 @@ def fair_crps(members, truth, dim=0):
     x = members.movedim(dim, 0).sort(dim=0).values
     rank = expand_to(2 * torch.arange(1, m + 1, device=x.device) - m - 1, x)   # sum |xi - xj| = 2 sum rank x
     return (x - truth).abs().mean(0) - (rank * x).sum(0) / max(1, m * (m - 1))
+
+
+# ---- user files -----------------------------------------------------------------------------------------
+
+VIDEO_SUFFIXES = tuple(
+    ".mp4 .m4v .mov .qt .mkv .mk3d .webm .avi .divx .flv .f4v .wmv .asf .mpg .mpeg .mpe .m1v .m2v .mpv .vob "
+    ".evo .vro .ts .mts .m2ts .m2t .trp .tp .tod .3gp .3g2 .mj2 .ogv .ogm .mxf .gxf .gif .apng .y4m .dv .dif "
+    ".nut .ivf .obu .rm .rmvb .wtv .nuv .dav .ismv .insv .amv .mjpg .mjpeg .h264 .264 .h265 .265 .hevc "
+    ".vc1".split())
+IMAGE_SUFFIXES = tuple(
+    ".png .apng .jpg .jpeg .jpe .jfif .jp2 .j2k .jpx .bmp .dib .gif .tif .tiff .webp .avif .tga .ppm .pgm "
+    ".pbm .pnm .pfm .pcx .sgi .qoi".split())
+
+
+def read_text(path) -> str:
+    """A UTF-8 text file, with or without a byte order mark. Line ends become "\\n".
+
+    Raises UserError for text in another encoding, naming the likely one, and where the file cannot be read.
+    """
+    try:
+        raw = Path(path).read_bytes()
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {reason(error)}") from error
+    try:
+        text = raw.decode("utf-8-sig")
+        # Control characters are valid UTF-8, but come from UTF-16, from ISO-2022 or from a binary file.
+        valid = not re.search(r"[\x00-\x08\x0b\x0e-\x1f\x7f-\x84\x86-\x9f]", text)
+    except UnicodeDecodeError:
+        valid = False
+    if not valid:
+        wide = raw.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in raw
+        encoding = "UTF-16" if wide else "cp1252, latin-1 or GBK"
+        raise UserError(f"{path} is not UTF-8 text (probably {encoding}): save it as UTF-8")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_image(path) -> np.ndarray:
+    """An image file -> H W 3 uint8 (RGB), upright, alpha composited over black, 16 bits scaled to 8.
+
+    Of an animation, the first frame. Raises UserError, naming the file, where it cannot be read, and for
+    floating-point pixels outside [0, 1].
+    """
+    from PIL import Image, ImageOps
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+        if image.mode[0] in "IF":                      # grey of 16 bits, of 32 bits, or floating-point
+            grey = np.asarray(image)
+            white = 1 if image.mode == "F" else 65535
+            if not (0 <= grey.min() and grey.max() <= white):              # false for NaN, too
+                raise ValueError(f"its values {grey.min()} to {grey.max()} are outside 0 to {white}")
+            if "transparency" in image.info:
+                grey = np.where(grey == image.info["transparency"], 0, grey)
+            grey = np.rint(grey * (255 / white)).astype(np.uint8)
+            return np.stack([grey, grey, grey], axis=-1)
+        if image.has_transparency_data:                # RGBa has colours times alpha: composited over black
+            image = image.convert("RGBA").convert("RGBa")
+            return np.array(image)[..., :3].copy()
+        return np.array(image.convert("RGB"))
+    except Exception as error:                         # Pillow raises SyntaxError, struct.error, OSError, ...
+        raise UserError(f"cannot read image {path}: {reason(error)}") from error
+
+
+def find_files(root, suffixes) -> tuple[list[Path], Counter]:
+    """The files below a folder whose ending is one of `suffixes`, in any case, sorted -> (files, left_out).
+
+    Symbolic links are followed. A file that several links reach is listed once, by its real name if that is
+    below root. Hidden files and folders, such as "._x.mp4" of macOS, are skipped. left_out counts the other
+    files: {ending: count}. Raises UserError where a folder cannot be read.
+    """
+    suffixes = {suffix.lower() for suffix in suffixes}
+    files, left_out, visited = [], Counter(), set()
+    pending, links = [Path(root)], []
+    try:
+        while pending or links:
+            path = (pending or links).pop()            # links last, so that real names win
+            target = os.path.realpath(path)
+            if target in visited:
+                continue
+            if path.is_dir() or path == Path(root):
+                visited.add(target)
+                for entry in sorted(path.iterdir(), reverse=True):
+                    if not entry.name.startswith("."):
+                        (links if entry.is_symlink() else pending).append(entry)
+            elif path.is_file() and path.suffix.lower() in suffixes:
+                visited.add(target)
+                files.append(path)
+            else:
+                left_out[path.suffix.lower() if path.exists() else "broken link"] += 1
+    except OSError as error:
+        raise UserError(f"cannot read folder {root}: {reason(error)}") from error
+    return sorted(files), left_out
+
+
+def describe_left_out(left_out) -> str:
+    """find_files' left_out as a phrase, most frequent first: "12 .txt, 1 without ending"."""
+    return ", ".join(f"{count} {ending or 'without ending'}" for ending, count in left_out.most_common())
+
+
+def read_images(paths, size, description) -> np.ndarray:
+    """Images of one size (height, width) -> N H W 3 uint8, on all cores. UserError names one that is not."""
+    def read(path):
+        image = read_image(path)
+        if image.shape[:2] != size:
+            height, width = image.shape[:2]
+            raise UserError(f"image {path} is {width}x{height}, expected {size[1]}x{size[0]}")
+        return image
+
+    with ThreadPoolExecutor() as pool:
+        return np.stack(list(tqdm(pool.map(read, paths), description, len(paths), leave=False)))
 
 
 # ---- video files ----------------------------------------------------------------------------------------
@@ -181,23 +534,95 @@ def ffmpeg(arguments, data=None):
     return done.stdout
 
 
-def read_video(path, side=None):
-    """A video file -> T C H W uint8 (RGB). Raises UserError, naming the file, where it cannot be decoded.
+def video_frames(path, size=None, fps=None):
+    """Yields the frames of a video file, as stored, as H W 3 uint8 (RGB), with one in memory at a time.
 
-    side: ffmpeg crops the centre and averages areas to side x side, which is anti-aliased and costs little.
+    8 bits (HDR is not tone-mapped), upright, square pixels, alpha composited over black. size: the centre is
+    cropped to a square and averaged to size x size, which is anti-aliased. fps: resampled to this rate.
+    Raises UserError, naming the file, where it cannot be decoded; where it is damaged or cut, after the last
+    frame.
     """
-    scale = f"crop='min(iw,ih)':'min(iw,ih)',scale={side}:{side}:flags=area" if side else "null"
+    from imageio.plugins.ffmpeg import get_exe
+    video = ["-i", f"file:{path}", "-map", "0:V:0", "-fps_mode", "passthrough"]        # V: no cover pictures
+    filters = [f"fps={fps}"] if fps else []
     try:
-        raw = ffmpeg(["-threads", 1, "-i", path, "-vf", scale, "-c:v", "ppm", "-f", "image2pipe", "-"])
-        if not raw:
-            raise OSError("it has no frames")
-        header = re.match(rb"P6\s(\d+) (\d+)\s255\s", raw)               # each picture's, a PPM
-        width, height = map(int, header.groups())
-        rows = np.frombuffer(bytearray(raw), np.uint8).reshape(-1, header.end() + 3 * height * width)
-        frames = rows[:, header.end():].reshape(-1, height, width, 3)
-        return torch.from_numpy(frames).permute(0, 3, 1, 2)
-    except Exception as error:                 # every backend has its own; the user needs the file's name
+        command = [get_exe(), "-hide_banner", "-nostdin", "-threads", "1"]
+        probe = subprocess.run([*command, *video, "-frames:v", "1", "-f", "null", "-"], capture_output=True,
+                               stdin=subprocess.DEVNULL).stderr.decode(errors="replace")
+        vpx = re.search(r"Video: (vp8|vp9).*?alpha_mode +: 1", probe, re.S)
+        if vpx:                                        # ffmpeg's own decoders of these ignore alpha
+            command += ["-c:v", {"vp8": "libvpx", "vp9": "libvpx-vp9"}[vpx[1]]]
+        if vpx or re.search("wrapped_avframe, (yuva|ya|rgba|bgra|argb|abgr|gbrap|pal8|ayuv|vuya)", probe):
+            filters.append("format=gbrap16,premultiply=inplace=1")         # in 8 bits, 255 would become 254
+        if size:
+            filters.append(f"crop='min(iw,ih/sar)':'min(ih,iw*sar)',scale={size}:{size}:flags=area")
+        else:
+            filters.append("scale='max(1,round(iw*sar))':ih")
+        command += [*video, "-v", "level+warning", "-stats", "-vf", ",".join(filters), "-pix_fmt", "rgb24",
+                    "-c:v", "ppm", "-f", "image2pipe", "-"]
+        count, start = 0, 0
+        with tempfile.TemporaryFile() as log, subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log) as process:
+            try:
+                while process.stdout.readline():       # a PPM: lines "P6", "width height", "255", then pixels
+                    width, height = map(int, process.stdout.readline().split())
+                    process.stdout.readline()
+                    frame = np.empty((height, width, 3), np.uint8)
+                    if process.stdout.readinto(frame.reshape(-1)) < frame.size:
+                        break
+                    # Broadcast formats start anywhere. Errors before the first key frame are no damage.
+                    if count == 0 and re.search("Input #0, (mpegts|mpeg|mpegvideo|h264|hevc),", probe):
+                        start = os.fstat(log.fileno()).st_size
+                    count += 1
+                    yield frame
+                process.wait()
+            finally:
+                process.kill()                         # has ended, unless the caller stops early
+            log.seek(start)
+            check_decoded(probe, log.read().decode(errors="replace"), count, process.returncode)
+    except Exception as error:
         raise UserError(f"cannot read video {path}: {reason(error)}") from error
+
+
+def check_decoded(probe, messages, count, returncode):
+    """Raises OSError where a file, of which `count` frames were decoded, is damaged or cut.
+
+    probe: what ffmpeg says about the file. messages: what it says on decoding (-v level+warning -stats).
+    """
+    harmless = "monotonically increasing"              # equal time stamps do not matter here
+    if "timestamp discontinuity" in messages:
+        harmless += "|corrupt input packet"            # files joined end to end
+    for line in messages.splitlines():
+        serious = re.search(r"\[(error|fatal)\]|corrupt (decoded frame|input packet)", line)
+        if "matches no streams" in line:
+            raise OSError("it has no video")
+        if serious and not re.search(harmless, line):
+            text = re.sub(r"^(\[.*?\] ?)+", "", line)
+            raise OSError(f"it is damaged or cut: {text}" if count else text)
+    if returncode or not count:
+        raise OSError("ffmpeg failed" if returncode else "it has no frames")
+    # A cut between two packets shows only in the declared duration, which these formats state correctly.
+    clock, source = r"(\d+):(\d+):([\d.]+)", probe.split("Stream mapping:")[0]
+    declared = re.search("Input #0, (?:flv|matroska|mxf).*?Duration: " + clock, source, re.S)
+    decoded = re.findall("time=" + clock, messages)
+    if declared and decoded and source.count("  Stream #0:") == 1:         # others, as sound, may be longer
+        expected, seconds = (int(h) * 3600 + int(m) * 60 + float(s) for h, m, s in (
+            declared.groups(), decoded[-1]))
+        expected -= max(0, float(re.search(r"start: ([-\d.]+)|$", source)[1] or 0))
+        if expected > seconds + 0.1 + 2 * seconds / count:
+            raise OSError(f"it is cut: {seconds:.2f} of {expected:.2f} s can be decoded")
+
+
+def read_video(path, side=None):
+    """A video file -> T C H W uint8 (RGB); side: as video_frames' size.
+
+    Raises UserError, naming the file, where it cannot be decoded, is damaged or is cut.
+    """
+    return torch.from_numpy(np.stack(list(video_frames(path, side)))).permute(0, 3, 1, 2)
+
+
+# Of write_video, one line changes, for paths with a colon ("file:" also takes "-v.mp4"):
+#     ffmpeg([*raw, "-i", "-", "-c:v", "libx264", *options, "-y", f"file:{path}"], frames.tobytes())
 
 
 def write_video(path, x, fps=8, options=("-crf", "16", "-pix_fmt", "yuv420p")):
@@ -214,7 +639,7 @@ def write_video(path, x, fps=8, options=("-crf", "16", "-pix_fmt", "yuv420p")):
         odd = frames.shape[1] % 2, frames.shape[2] % 2
         frames = np.pad(frames, ((0, 0), (0, odd[0]), (0, odd[1]), (0, 0)), mode="edge")
         raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{frames.shape[2]}x{frames.shape[1]}", "-r", fps]
-        ffmpeg([*raw, "-i", "-", "-c:v", "libx264", *options, "-y", path], frames.tobytes())
+        ffmpeg([*raw, "-i", "-", "-c:v", "libx264", *options, "-y", f"file:{path}"], frames.tobytes())
     return str(path)
 
 
@@ -240,6 +665,53 @@ def video_grid(videos, scale=2, gap=4, columns=False):
     for tile, (y, x) in zip(tiles, corners):
         grid[:, :, y:y + H, x:x + W] = tile
     return grid
+
+
+def picture_grid(rows, columns, scale=2, gap=4, forecast_from=None):
+    """Labelled pictures: {row name: [C H W in [-1, 1], ...]} and a name per column -> 3 H' W' uint8.
+
+    Enlarged `scale` times without smoothing: a pixel stays a pixel. A red line stands before column
+    `forecast_from`, the first one that is not observed.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+    font = ImageFont.load_default(size=13)
+    C, H, W = next(iter(rows.values()))[0].shape
+    H, W = H * scale, W * scale
+    left = 12 + int(max(font.getlength(name) for name in rows))
+    top = 20
+    width = left + len(columns) * (W + gap) - gap
+    page = Image.new("RGB", (width, top + len(rows) * (H + gap) - gap), "white")
+    canvas = ImageDraw.Draw(page)
+    for i, name in enumerate(columns):
+        canvas.text((left + i * (W + gap) + W // 2, top // 2), name, fill="black", font=font, anchor="mm")
+    for j, (name, pictures) in enumerate(rows.items()):
+        y = top + j * (H + gap)
+        canvas.text((left // 2, y + H // 2), name, fill="black", font=font, anchor="mm")
+        for i, picture in enumerate(pictures):
+            pixels = to_uint8(picture).expand(3, -1, -1).permute(1, 2, 0).cpu().numpy()
+            tile = Image.fromarray(pixels).resize((W, H), Image.Resampling.NEAREST)
+            page.paste(tile, (left + i * (W + gap), y))
+    if forecast_from:
+        x = left + forecast_from * (W + gap) - gap // 2
+        canvas.line((x, 0, x, page.height), fill="red", width=2)
+    return torch.from_numpy(np.array(page)).permute(2, 0, 1)
+
+
+def write_panels(stem, videos, labels, observed=0, fps=8, scale=2, columns=12):
+    """Videos of equal size and length, {name: T C H W in [-1, 1]} -> [stem.mp4, stem.png].
+
+    labels: T names of frames, such as "t+1"; the first `observed` frames are given. The .mp4 shows the videos
+    side by side; the .png has a row for each and at most `columns` frames, evenly spaced.
+    """
+    frames = [picture_grid({label: [video[t] for video in videos.values()]}, list(videos), scale)
+              for t, label in enumerate(labels)]
+    width = max(frame.shape[-1] for frame in frames)                 # the labels' widths differ
+    frames = [F.pad(frame, (width - frame.shape[-1], 0), value=255) for frame in frames]
+    shown = torch.linspace(0, len(labels) - 1, min(columns, len(labels))).round().long().tolist()
+    rows = {name: [video[t] for t in shown] for name, video in videos.items()}
+    forecast_from = sum(t < observed for t in shown)
+    strip = picture_grid(rows, [labels[t] for t in shown], scale, forecast_from=forecast_from)
+    return [write_video(f"{stem}.mp4", torch.stack(frames), fps), write_video(f"{stem}.png", strip[None])]
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------
@@ -282,6 +754,13 @@ def save_checkpoint(folder, step, state, meta, keep_last=3):
         old = old.rename(folder / f".tmp_old_{old.name}")          # first: a kill leaves no half of it
         shutil.rmtree(old)
     return final
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint that was read: its folder, {name: state} on the CPU, and {"script", "step", "args"}."""
+    path: Path
+    state: dict
+    meta: dict
 
 
 def checkpoints(folder):
@@ -328,7 +807,7 @@ def run_folder(path):
 
 
 def find_checkpoint(folder, script, resume, train=False):
-    """What --resume auto|none|PATH means for a ckpt folder: -> (path, state, meta), or None to start anew.
+    """What --resume auto|none|PATH means for a ckpt folder: -> Checkpoint, or None for a new run.
 
     auto: the newest that can be read, with a warning where a newer one cannot. none: UserError if there are
     any. PATH: that checkpoint, or the newest of that run's folder; to train on from it where `folder` has
@@ -349,16 +828,16 @@ def find_checkpoint(folder, script, resume, train=False):
                 return found
             raise UserError(f"{folder} holds {'later' if mine else 'other'} checkpoints, with which those "
                             f"from {path} on would mix: choose another --output_dir")
-        return path, *load_checkpoint(path, script)
+        return Checkpoint(path, *load_checkpoint(path, script))
     problem = None
     for path in reversed(checkpoints(folder)):
         try:
-            found = path, *load_checkpoint(path, script)
+            found = Checkpoint(path, *load_checkpoint(path, script))
         except UserError as error:
             problem = problem or error
             continue
         if problem:
-            print(f"warning: {problem}; going on from {path}", file=sys.stderr)
+            print(f"warning: {problem}; resuming from {path}", file=sys.stderr)
         return found
     if problem:
         raise problem
@@ -424,6 +903,99 @@ def restore_state(model, weights, optimizer=None, optimizer_state=None, source="
     dcp.set_model_state_dict(model, weights, options=options)
     if optimizer is not None:
         dcp.set_optimizer_state_dict(model, optimizer, optimizer_state, options=options)
+
+
+def load_for_inference(module, weights, source, device="cpu"):
+    """The module with these weights, frozen, in eval mode. UserError where those of `source` do not fit."""
+    module = module.to(device).eval().requires_grad_(False)
+    restore_state(module, weights, source=str(source))
+    return module
+
+
+def save_run(folder, script, step, model, optimizer, ema, args, keep_last=3, trained_only=False, **more):
+    """Saves folder/ckpt/step_XXXXXX: model, EMA weights, optimizer, flags and `more` ({name: state dict}).
+
+    Atomic. Call it on all ranks, with a plain, DDP or fully_shard model. trained_only omits what is frozen.
+    """
+    weights, moments = gather_state(model, optimizer, trained_only=trained_only)
+    with ema.applied():
+        ema_weights, _ = gather_state(model, trained_only=trained_only)
+    if int(os.environ.get("RANK", 0)) == 0:
+        state = {"model": weights, "ema": ema_weights, "optimizer": moments, **more}
+        save_checkpoint(Path(folder) / "ckpt", step, state, {"script": script, "args": vars(args)}, keep_last)
+    barrier()
+
+
+def load_run(checkpoint, model, optimizer, ema, trained_only=False):
+    """Inverse of save_run, on any number of processes -> step to continue from, 0 without a checkpoint."""
+    if checkpoint is None:
+        return 0
+    path, state, meta = checkpoint
+    restore_state(model, state["ema"], source=str(path), trained_only=trained_only)
+    ema.reset()
+    restore_state(model, state["model"], optimizer, state["optimizer"], str(path), trained_only)
+    return meta["step"]
+
+
+def remove_sigterm_handler():
+    """From now on SIGTERM ends the process again."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def choose_device(name):
+    """--device auto|cpu|cuda|mps -> torch.device of this process, by torchrun's LOCAL_RANK."""
+    cuda = torch.cuda.is_available()
+    if name == "cuda" and not cuda:
+        raise UserError("--device cuda: no CUDA device was found; use --device cpu")
+    if name == "auto":
+        alone = int(os.environ.get("WORLD_SIZE", 1)) == 1              # gloo does not know MPS
+        name = "cuda" if cuda else "mps" if alone and torch.backends.mps.is_available() else "cpu"
+    return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
+
+
+def choose_dtype(name, device):
+    """--dtype auto|float32|bfloat16 -> dtype of autocast; auto: bf16 on CUDA and on CPUs with bf16 units."""
+    if name != "auto":
+        return getattr(torch, name)
+    cpu = torch.cpu.get_capabilities()
+    fast = device.type == "cuda" or device.type == "cpu" and (cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
+    return torch.bfloat16 if fast else torch.float32
+
+
+def simulate_missing_data(script, data_dir, default):
+    """Runs data/<script>/prepare.py where data_dir is tiny's `default` and does not exist. On all ranks."""
+    prepare = Path(__file__).resolve().parent / "data" / script / "prepare.py"
+    if int(os.environ.get("RANK", 0)) == 0 and data_dir == default and not Path(data_dir).exists():
+        done = subprocess.run([sys.executable, prepare, "--data_dir", data_dir])
+        if done.returncode:
+            raise UserError(f"{prepare} --data_dir {data_dir} ended with exit code {done.returncode}")
+    barrier()
+
+
+def announce(script, args, why_preset, run, checkpoint):
+    """Prints the first line of a run, and that training comes first where inference finds no checkpoint."""
+    resumed = f"; resumed from {checkpoint.path}" if checkpoint else ""
+    print_once(f"{script}: preset {args.preset} ({why_preset}); data {args.data_dir}; {run.world} x "
+               f"{run.device.type} {str(run.dtype).removeprefix('torch.')}{resumed}")
+    if (args.sample or args.eval) and not checkpoint:
+        print_once(f"no checkpoint in {args.output_dir}/ckpt: training preset {args.preset} first")
+
+
+def install_sigterm_handler():
+    """From now on SIGTERM does not end the process. -> should_stop(): whether any process has received it.
+
+    should_stop is collective, over gloo, so that no GPU is waited for.
+    """
+    received = []
+    signal.signal(signal.SIGTERM, lambda *_: received.append(True))
+
+    def should_stop():
+        flag = torch.tensor(float(bool(received)))
+        if dist.is_initialized():
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag)
+
+    return should_stop
 
 
 # ---- Wan ------------------------------------------------------------------------------------------------
@@ -722,7 +1294,7 @@ def save_lora(folder, transformer, weights=None):
     weights: the full state, from gather_state(), where the transformer is sharded. One folder per expert:
     load_lora_weights(folder, load_into_transformer_2=True). -> path.
     """
-    from diffusers.loaders import WanLoraLoaderMixin       # the pipeline's own, without its warnings
+    from diffusers.loaders import WanLoraLoaderMixin  # the pipeline's own, without its warnings
     from peft import get_peft_model_state_dict
     tmp, path = Path(folder, ".tmp_lora.safetensors"), Path(folder, "pytorch_lora_weights.safetensors")
     WanLoraLoaderMixin.save_lora_weights(
@@ -734,11 +1306,15 @@ def save_lora(folder, transformer, weights=None):
 # ---- run files ------------------------------------------------------------------------------------------
 
 def one_line_errors(script, work):
-    """Calls work() -> exit code. What a user can mend (UserError, a full disk) becomes one line and 2; so
-    does the death of another process under torchrun, where an orderly exit would wait for the dead."""
+    """Calls work() -> exit code. What a user can fix (UserError, a full disk) becomes one line and 2; so does
+    the death of another process under torchrun, for which an orderly exit would wait."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     try:
         work()
+        sys.stdout.flush()
+        return 0
+    except BrokenPipeError:                      # of `script --dry_run | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
     except (UserError, OSError) as error:
         message = str(error)
@@ -838,8 +1414,13 @@ class Log:
     Opening it removes rows beyond step `start`, TensorBoard's too: the resumed run writes them again.
     """
 
-    def __init__(self, folder, name, start, total, rank=0, tensorboard=False, wandb=None, config=None):
+    def __init__(self, folder, name, start, total, rank=0, tensorboard=False, wandb=None, config=None,
+                 log_every=10):
         self.path, self.name, self.rank = Path(folder) / "metrics.jsonl", name, rank
+        self.log_every = log_every
+        self.totals = {}                         # name -> sum and count since the last row
+        self.clock = time.time()
+        self.steps_since_row = 0
         self.bar = tqdm(total=total, initial=start, desc=name, unit="step", disable=rank > 0, mininterval=1)
         if rank > 0:
             return
@@ -849,6 +1430,33 @@ class Log:
         self.path.write_text("".join(line + "\n" for line in kept))
         self.trackers = open_trackers(folder, tensorboard, wandb, config, purge_step=start + 1)
 
+    def add(self, **terms):
+        """Collects a micro-step's loss and terms: numbers, or one per sample, of which NaN are left out."""
+        for name, value in terms.items():
+            value = torch.as_tensor(value, dtype=torch.float32).detach()
+            total = torch.stack([value.nansum(), (~value.isnan()).sum()])
+            self.totals[name] = self.totals.get(name, 0) + total
+
+    def step(self, step, **values):
+        """Ends a step; every log_every steps writes `values` and means of the terms. Call it on all ranks."""
+        self.bar.update()
+        self.steps_since_row += 1
+        if not self.log_every or step % self.log_every:
+            return
+        for name, total in self.totals.items():
+            total, count = all_mean(total).tolist()
+            if count:
+                values[name] = total / count
+        values["seconds_per_step"] = (time.time() - self.clock) / self.steps_since_row
+        self.row(step, **{name: float(value) for name, value in values.items()})
+        self.totals = {}
+        self.restart_clock()
+
+    def restart_clock(self):
+        """Leaves what happened until now (a validation) out of seconds_per_step."""
+        self.clock = time.time()
+        self.steps_since_row = 0
+
     def row(self, step, **values):
         if self.rank == 0:
             append_jsonl(self.path, {"step": step, **values})
@@ -856,6 +1464,67 @@ class Log:
                 track(step, {f"{self.name}/{key}": value for key, value in values.items()})
             shown = {key: f"{value:.4g}" for key, value in values.items() if key in ("loss", "val_loss")}
             self.bar.set_postfix(shown, refresh=False)
+
+
+def open_log(script, stage, args, start, total):
+    """The Log of a stage ("." for the run itself), with the trackers that the flags ask for."""
+    return Log(Path(args.output_dir, stage), f"{script} {stage}".strip(" ."), start, total,
+               int(os.environ.get("RANK", 0)), args.tensorboard, args.wandb, vars(args), args.log_every)
+
+
+def horizon_means(tables):
+    """A list of {metric: N T}, T horizons -> {metric: mean, metric_h01: mean at horizon 1, ...}."""
+    means = {}
+    for name in tables[0]:
+        values = torch.cat([table[name].cpu() for table in tables])
+        means[name] = values.mean().item()
+        means |= {f"{name}_h{h:02d}": value.item() for h, value in enumerate(values.mean(0), 1)}
+    return means
+
+
+def print_table(rows, columns):
+    """Prints {row name: {column: number}}; what a row lacks is a dash."""
+    left = max(map(len, rows)) + 2
+    widths = [max(10, len(name) + 2) for name in columns]
+    print(" " * left + "".join(f"{name:>{width}}" for name, width in zip(columns, widths)))
+    for row, values in rows.items():
+        cells = [f"{values[name]:.4g}" if values.get(name) is not None else "-" for name in columns]
+        print(f"{row:<{left}}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths)))
+
+
+def report(script, args, weights, began, headline, results, baselines, columns, curves=(), stages=(".",)):
+    """Writes eval.json and curves.png, and prints a table with a row per method and `columns` of metrics.
+
+    headline: (metric, name of its baseline, whether lower is better). results: {metric: number}; baselines:
+    {name: {metric: number}}. curves: metrics with values per horizon (horizon_means). stages: folders whose
+    losses are drawn. began: time.time() at the start. -> the two files.
+    """
+    folder = Path(args.output_dir)
+    metric, baseline, lower = headline
+    write_json(folder / "eval.json", {
+        "script": script, "preset": args.preset, "data": describe_data(args.data_dir), "weights": weights,
+        "seconds": time.time() - began, "headline": {"metric": metric, "value": results[metric],
+                                                     "baseline": baselines[baseline][metric],
+                                                     "lower_is_better": lower},
+        "results": results, "baselines": baselines})
+    methods = {"model": results, **baselines}
+    print_table(methods, columns)
+    panels = [loss_panel(folder / stage, "loss" if stage == "." else f"loss, {stage}") for stage in stages]
+    for name in curves:
+        lines = {}
+        for method, values in methods.items():
+            points = [value for key, value in values.items() if re.fullmatch(rf"{name}_h\d+", key)]
+            lines |= {method: (list(range(1, len(points) + 1)), points)} if points else {}
+        panels.append({"title": name, "xlabel": "horizon (frames)", "ylabel": name, "lines": lines})
+    plot_curves(folder / "curves.png", panels)
+    return [f"{folder}/eval.json", f"{folder}/curves.png"]
+
+
+def describe_data(root):
+    """The data set's folder and its source, which prepare.py writes into dataset_stats.json."""
+    stats = Path(root) / "dataset_stats.json"
+    source = json.loads(read_text(stats)).get("source") if stats.is_file() else None
+    return f"{root} ({source or 'frames as found'})"
 
 
 def loss_panel(folder, title, keys=("loss", "val_loss")):

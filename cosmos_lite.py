@@ -77,6 +77,9 @@ PRESETS = {
 # What shapes the weights or gives them their meaning: a checkpoint's own values hold.
 MODEL_FLAGS = ("encoder", "world_model", "decoder", "latent", "latent_dim", "hidden_dim", "num_layers",
                "window", "tau", "context", "T_in")
+# What --preset auto looks for before it takes the second preset.
+PAPER_NEEDS = dict(data="{data_dir}/raw", get_data="python cosmos_lite.py --generate --data_dir data",
+                   weights="facebook/dinov2-small")
 
 
 def build_parser():
@@ -1235,7 +1238,7 @@ class Parser(argparse.ArgumentParser):
 
 def add_shared_flags(parser, presets):
     add = parser.add_argument_group("run").add_argument
-    add("--preset", choices=["auto", *presets], default="auto", help=f"auto: {list(presets)[1]} with CUDA")
+    add("--preset", choices=["auto", *presets], default="auto", help="auto: the second one where possible")
     add("--sample", action="store_true", help="write videos from the newest checkpoint")
     add("--eval", action="store_true", help="measure the newest checkpoint on held-out data")
     add("--dry_run", action="store_true", help="print parameters, FLOPs and memory, then exit")
@@ -1272,10 +1275,9 @@ def parse_args(argv=None):
     """Command line over preset over default. args.given: the flags that the command line names."""
     parser, unset = build_parser(), object()
     preset = parser.parse_args(argv).preset
-    args = argparse.Namespace(why_preset="as asked")
+    args = argparse.Namespace(why_preset="from the command line")
     if preset == "auto":
-        preset = list(PRESETS)[1] if torch.cuda.is_available() else "tiny"
-        args.why_preset = "no CUDA here" if preset == "tiny" else "CUDA is present"
+        preset, args.why_preset = common.auto_preset(PRESETS, vars(parser.parse_args(argv)), **PAPER_NEEDS)
     flags = argparse.Namespace(**{action.dest: unset for action in parser._actions})
     args.given = {name for name, value in vars(parser.parse_args(argv, flags)).items() if value is not unset}
     parser.set_defaults(**PRESETS[preset])
@@ -1312,6 +1314,7 @@ def adopt(args, saved, locked, source):
                             f"leave it out, or start anew in another --output_dir")
         if name not in args.given | own and hasattr(args, name):
             setattr(args, name, value)
+            args.why_preset = "from the checkpoint" if name == "preset" else args.why_preset
 
 
 def public_flags(args):

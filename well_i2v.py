@@ -102,6 +102,8 @@ TINY = {
 MODEL_FLAGS = ("model", "mode", "dataset", "n_in", "n_out", "adapter", "field_maps", "video_size",
                "frame_repeat", "carry_detail", "adapter_width", "experts", "lora_rank", "lora_targets",
                "scalar_token", "text_length", "joint")
+# What --preset auto looks for before it takes the second preset.
+PAPER_NEEDS = dict(get_data="python well_i2v.py --download")
 
 
 def build_parser():
@@ -1824,7 +1826,7 @@ class Parser(argparse.ArgumentParser):
 
 def add_shared_flags(parser, presets):
     add = parser.add_argument_group("run").add_argument
-    add("--preset", choices=["auto", *presets], default="auto", help=f"auto: {list(presets)[1]} with CUDA")
+    add("--preset", choices=["auto", *presets], default="auto", help="auto: the second one where possible")
     add("--sample", action="store_true", help="write videos from the newest checkpoint")
     add("--eval", action="store_true", help="measure the newest checkpoint on held-out data")
     add("--dry_run", action="store_true", help="print parameters, FLOPs and memory, then exit")
@@ -1861,10 +1863,9 @@ def parse_args(argv=None):
     """Command line over preset over default. args.given: the flags that the command line names."""
     parser, unset = build_parser(), object()
     preset = parser.parse_args(argv).preset
-    args = argparse.Namespace(why_preset="as asked")
+    args = argparse.Namespace(why_preset="from the command line")
     if preset == "auto":
-        preset = list(PRESETS)[1] if torch.cuda.is_available() else "tiny"
-        args.why_preset = "no CUDA here" if preset == "tiny" else "CUDA is present"
+        preset, args.why_preset = common.auto_preset(PRESETS, vars(parser.parse_args(argv)), **PAPER_NEEDS)
     flags = argparse.Namespace(**{action.dest: unset for action in parser._actions})
     args.given = {name for name, value in vars(parser.parse_args(argv, flags)).items() if value is not unset}
     parser.set_defaults(**PRESETS[preset])
@@ -1901,6 +1902,7 @@ def adopt(args, saved, locked, source):
                             f"leave it out, or start anew in another --output_dir")
         if name not in args.given | own and hasattr(args, name):
             setattr(args, name, value)
+            args.why_preset = "from the checkpoint" if name == "preset" else args.why_preset
 
 
 def public_flags(args):
