@@ -176,27 +176,27 @@ def parse_args(parser, argv=None, locked=(), **paper_needs):
     return argparse.Namespace(**merged), checkpoint, reason
 
 
-def auto_preset(presets, flags, data="{data_dir}", get_data="", weights=None, get_weights=""):
-    """What --preset auto stands for: the paper preset, which is the second one, where CUDA, its data and its
+def auto_preset(presets, flags, data="{data_dir}", get_data="", weights=None):
+    """What --preset auto stands for: the paper's preset, which is the second one, where CUDA, its data and its
     weights are there; otherwise tiny.
 
-    flags: {name: value} of the command line; data_dir None stands for the preset's. data: what has to exist.
-    weights: a file, a folder or a hub id, by default --weights_from.
-    get_data, get_weights: the commands that get them. -> (preset, the reason, with these commands)
+    flags: {name: value} of the command line; data_dir None stands for the preset's. data: the path that has to
+    exist. weights: a file, a folder or a hub id, by default --weights_from. get_data: how to get the data.
+    -> (preset, the reason)
     """
     paper = list(presets)[1]
     weights = weights or flags.get("weights_from")
     folder = data.format(data_dir=flags["data_dir"] or presets[paper]["data_dir"])
-    missing = [] if torch.cuda.is_available() else ["no CUDA device"]
+    missing = [] if torch.cuda.is_available() else ["a CUDA device"]
     if not Path(folder).exists():
-        missing.append(f"no {folder}: {get_data}" if get_data else f"no {folder}")
+        missing.append(f"{folder} ({get_data})")
     if weights and not flags.get("random_init"):
         from huggingface_hub.constants import HF_HUB_CACHE
         cached = Path(HF_HUB_CACHE, "models--" + str(weights).replace("/", "--"), "snapshots")
         if not Path(weights).expanduser().exists() and not cached.is_dir():
-            missing.append(f"no {weights}: {get_weights or f'hf download {weights}'}")
+            missing.append(f"{weights} (hf download {weights})")
     if missing:
-        return "tiny", f"{paper} needs what is missing here: {'; '.join(missing)}"
+        return "tiny", f"{paper} needs {', '.join(missing)}"
     return paper, "CUDA, data and weights are there" if weights else "CUDA and data are there"
 
 

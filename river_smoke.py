@@ -43,8 +43,8 @@ SMOKE_LEVEL = 0.05              # a pixel shows smoke where its brightest channe
 # ---- presets and flags ----------------------------------------------------------------------------------
 
 PRESETS = {
-    "tiny": dict(data_dir=f"data/{SCRIPT}/final_dataset", max_steps=900, lr=1e-3, warmup_steps=50,
-                 ema_decay=0.99, eval_every=300, save_every=300),
+    "tiny": dict(data_dir=f"data/{SCRIPT}/final_dataset", max_steps=750, lr=1e-3, warmup_steps=50,
+                 ema_decay=0.99, eval_every=250, save_every=250),
     # The reference project's: VQ latents 8x8x256, sequences of 10, depth 4, one reference frame.
     "paper": dict(data_dir="final_dataset", quantizer="vq", latent_channels=256, ae_width=48, ae_lr=2e-4,
                   ae_steps=100_000, depth=4, heads=8, history=1, batch_size=32, max_steps=300_000, lr=1e-4,

@@ -101,7 +101,7 @@ MODEL_FLAGS = ("model", "stage", "head", "head_width", "head_blocks", "cells", "
 CACHE_FLAGS = ("model", "weights_from", "random_init", "height", "width", "frames", "strides", "clips",
                "eval_clips", "zoom", "permute_colours", "target_height", "text_length")
 # What --preset auto looks for before it takes the second preset.
-PAPER_NEEDS = dict(get_data="render scenes with Isaac Sim's Replicator, or name yours with --data_dir")
+PAPER_NEEDS = dict(get_data="scenes of Isaac Sim's Replicator, or --data_dir FOLDER")
 
 
 def build_parser():

@@ -1135,8 +1135,8 @@ def test_printed_commands_run_on_a_gpu_machine_without_data(monkeypatch, tmp_pat
     assert (args.preset, args.quantizer, reason) == ("paper", "vq", "CUDA and data are there")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     args, _, reason = river.parse_args(["--data_dir", "elsewhere"])
-    assert args.preset == "tiny" and "no CUDA device" in reason
-    assert "no elsewhere: python data/river_smoke/prepare.py --extract VIDEOS" in reason
+    assert args.preset == "tiny" and "a CUDA device" in reason
+    assert "elsewhere (python data/river_smoke/prepare.py --extract VIDEOS" in reason
 
 
 def test_learning_rate():

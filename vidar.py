@@ -105,7 +105,7 @@ MODEL_FLAGS = ("model", "stage", "lora_rank", "text_length", "size")
 CACHE_FLAGS = ("model", "weights_from", "random_init", "size", "frames", "layout", "prompt_views", "windows",
                "text_length")
 # What --preset auto looks for before it takes the second preset.
-PAPER_NEEDS = dict(get_data="name a folder of RoboTwin episodes with --data_dir")
+PAPER_NEEDS = dict(get_data="RoboTwin episodes, or --data_dir FOLDER")
 
 
 def build_parser():

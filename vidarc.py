@@ -85,7 +85,7 @@ DOCUMENT = {"frames": 81, "chunk_size": 16, "kv_cache_length": 64, "steps": 10, 
             "size": "224,192"}
 MODEL_FLAGS = ("model", "text_length", "size", "chunk_latents")    # a checkpoint's own values hold
 # What --preset auto looks for before it takes the second preset.
-PAPER_NEEDS = dict(get_data="name a folder of RoboTwin episodes with --data_dir")
+PAPER_NEEDS = dict(get_data="RoboTwin episodes, or --data_dir FOLDER")
 
 
 def build_parser():
