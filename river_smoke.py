@@ -690,9 +690,10 @@ def train_autoencoder(args, run, frames, val_frames):
     train(args, run, "autoencoder", model, spec, loss_fn, val_fn, args.ae_steps, args.ae_lr, checkpoint)
     if run.rank == 0:                            # latents get mean 0 and variance 1, as the noise has
         path, state, _ = common.find_checkpoint(folder / "ckpt", SCRIPT, "auto")
-        model = common.load_for_inference(AutoencoderLoss(args), state["ema"], path, run.device)
-        autoencoder = model.autoencoder
-        z = autoencoder.encode(from_uint8(frames[torch.linspace(0, len(frames) - 1, 2048).long()]))
+        loss = common.load_for_inference(AutoencoderLoss(args), state["ema"], path, run.device)
+        autoencoder = loss.autoencoder
+        subset = torch.linspace(0, len(frames) - 1, min(2048, len(frames))).long()
+        z = autoencoder.encode(from_uint8(frames[subset]))
         autoencoder.mean.copy_(z.mean(dim=(0, 2, 3))[:, None, None])
         autoencoder.std.copy_(z.std(dim=(0, 2, 3))[:, None, None].clamp(min=1e-4))
         common.save_weights(folder / "autoencoder.safetensors", autoencoder.state_dict())
