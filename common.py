@@ -177,11 +177,11 @@ def parse_args(parser, argv=None, locked=(), **paper_needs):
 
 
 def auto_preset(presets, flags, data="{data_dir}", get_data="", weights=None):
-    """What --preset auto stands for: the paper's preset, which is the second one, where CUDA, its data and its
-    weights are there; otherwise tiny.
+    """What --preset auto stands for: the paper's preset, which is the second one, where CUDA, its data and
+    its weights are there; otherwise tiny.
 
-    flags: {name: value} of the command line; data_dir None stands for the preset's. data: the path that has to
-    exist. weights: a file, a folder or a hub id, by default --weights_from. get_data: how to get the data.
+    flags: {name: value} of the command line; data_dir None stands for the preset's. data: what has to exist.
+    weights: a file, a folder or a hub id, by default --weights_from. get_data: how to get the data.
     -> (preset, the reason)
     """
     paper = list(presets)[1]
