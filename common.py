@@ -1,9 +1,11 @@
 """common.py: tensor utilities, file readers, checkpoints and run records shared by the scripts.
 
 Flags        at_least between Parser parse_args auto_preset choose_device choose_dtype
-Tensors      seed_all sample_global_batch expand_to to_uint8 from_uint8 EMA count_params all_mean gather_rows
+Tensors      seed_all sample_global_batch expand_to to_uint8 from_uint8 EMA count_params
+Processes    all_mean gather_rows barrier shutdown print_once announce simulate_missing_data
 Metrics      mse psnr ssim fair_crps frechet_distance fvd
-Files        read_text read_image find_files video_frames read_video write_video video_grid write_panels
+Files        read_text read_image read_images find_files video_frames read_video write_video video_grid
+             picture_grid write_panels
 Checkpoints  save_run load_run find_checkpoint save_checkpoint load_checkpoint save_weights load_weights
              gather_state restore_state install_sigterm_handler
 Wan          load_wan wan_encode wan_decode LinearCodec encode_text pad_text save_lora
@@ -50,17 +52,14 @@ def reason(error):
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
-
-
-
 # ---- flags ----------------------------------------------------------------------------------------------
 
 def at_least(low, kind=int):
     """An argparse type: at_least(1), at_least(0, float). NaN and infinity are refused."""
     def number(text):
         value = kind(text)
-        if not (value >= low and math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f"must be at least {low}, not {text}")
+        if not low <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"must be finite and at least {low}, not {text}")
         return value
 
     number.__name__ = kind.__name__              # argparse then says "invalid int value: 'many'"
@@ -103,7 +102,8 @@ class Parser(argparse.ArgumentParser):
             help="auto: newest checkpoint of output_dir; PATH: a run or a checkpoint")
         add("--seed", type=at_least(0), default=0, help="seed of weights, batches and samples")
         add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: cuda, mps or cpu")
-        add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: bf16 if fast")
+        add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto",
+            help="auto: bfloat16 on CUDA and on CPUs with bf16 instructions, otherwise float32")
         add = self.add_argument_group("optimization").add_argument
         add("--max_steps", type=at_least(1), default=1000, help="optimizer steps, resumed ones included")
         add("--batch_size", type=at_least(1), default=16, help="samples per process and micro-step")
@@ -111,7 +111,7 @@ class Parser(argparse.ArgumentParser):
         add("--lr", type=at_least(0, float), default=1e-4, help="peak learning rate")
         add("--warmup_steps", type=at_least(0), default=100, help="steps of linear warm-up before the cosine")
         add("--weight_decay", type=at_least(0, float), default=1e-2, help="weight decay of AdamW")
-        add("--grad_clip", type=at_least(0, float), default=1.0, help="largest gradient norm (0: any)")
+        add("--grad_clip", type=at_least(0, float), default=1.0, help="gradient norm limit (0: no clipping)")
         add("--ema_decay", type=between(0, 1, True), default=0.999, help="decay of the averaged weights")
         add = self.add_argument_group("hardware and records").add_argument
         add("--compile", action="store_true", help="torch.compile the model")
@@ -120,7 +120,7 @@ class Parser(argparse.ArgumentParser):
         add("--grad_checkpoint", action="store_true", help="recompute activations in the backward pass")
         add("--log_every", type=at_least(0), default=10, help="steps between rows of metrics.jsonl (0: none)")
         add("--eval_every", type=at_least(0), default=250, help="steps between validations (0: none)")
-        add("--save_every", type=at_least(0), default=250, help="steps between checkpoints (0: only last)")
+        add("--save_every", type=at_least(0), default=250, help="steps between checkpoints (0: at the end)")
         add("--keep_last", type=at_least(0), default=3, help="checkpoints to keep (0: all)")
         add("--tensorboard", action="store_true", help="also write TensorBoard events")
         add("--wandb", metavar="PROJECT", help="also log to this Weights & Biases project")
@@ -139,7 +139,7 @@ def parse_args(parser, argv=None, locked=(), **paper_needs):
     locked: flags that shape the weights or give them their meaning; a value on the command line must agree
     with the checkpoint's. paper_needs: arguments of auto_preset. The checkpoint is the one that --resume and
     --output_dir name. --resume PATH without --output_dir continues in PATH's run.
-    -> (args, Checkpoint or None, why this preset). UserError where flags, files and each other do not fit.
+    -> (args, Checkpoint or None, why this preset). UserError where flags contradict the checkpoint.
     """
     script, presets, unset = parser.script, parser.presets, object()
     names = [action.dest for action in parser._actions if action.dest != "help"]
@@ -474,12 +474,12 @@ def read_image(path) -> np.ndarray:
         raise UserError(f"cannot read image {path}: {reason(error)}") from error
 
 
-def find_files(root, suffixes) -> tuple[list[Path], Counter]:
+def find_files(root, suffixes, unique=True) -> tuple[list[Path], Counter]:
     """The files below a folder whose ending is one of `suffixes`, in any case, sorted -> (files, left_out).
 
-    Symbolic links are followed. A file that several links reach is listed once, by its real name if that is
-    below root. Hidden files and folders, such as "._x.mp4" of macOS, are skipped. left_out counts the other
-    files: {ending: count}. Raises UserError where a folder cannot be read.
+    Symbolic links are followed. With `unique`, a file that several links reach is listed once, by its real
+    name if that is below root. Hidden files and folders, such as "._x.mp4" of macOS, are skipped. left_out
+    counts the other files: {ending: count}. Raises UserError where a folder cannot be read.
     """
     suffixes = {suffix.lower() for suffix in suffixes}
     files, left_out, visited = [], Counter(), set()
@@ -487,10 +487,11 @@ def find_files(root, suffixes) -> tuple[list[Path], Counter]:
     try:
         while pending or links:
             path = (pending or links).pop()            # links last, so that real names win
+            folder = path.is_dir() or path == Path(root)
             target = os.path.realpath(path)
-            if target in visited:
+            if target in visited and (unique or folder):               # links may also form a loop
                 continue
-            if path.is_dir() or path == Path(root):
+            if folder:
                 visited.add(target)
                 for entry in sorted(path.iterdir(), reverse=True):
                     if not entry.name.startswith("."):
@@ -603,7 +604,7 @@ def check_decoded(probe, messages, count, returncode):
         raise OSError("ffmpeg failed" if returncode else "it has no frames")
     # A cut between two packets shows only in the declared duration, which these formats state correctly.
     clock, source = r"(\d+):(\d+):([\d.]+)", probe.split("Stream mapping:")[0]
-    declared = re.search("Input #0, (?:flv|matroska|mxf).*?Duration: " + clock, source, re.S)
+    declared = re.search("Input #0, (?:flv|matroska|mxf|avi).*?Duration: " + clock, source, re.S)
     decoded = re.findall("time=" + clock, messages)
     if declared and decoded and source.count("  Stream #0:") == 1:         # others, as sound, may be longer
         expected, seconds = (int(h) * 3600 + int(m) * 60 + float(s) for h, m, s in (
@@ -619,10 +620,6 @@ def read_video(path, side=None):
     Raises UserError, naming the file, where it cannot be decoded, is damaged or is cut.
     """
     return torch.from_numpy(np.stack(list(video_frames(path, side)))).permute(0, 3, 1, 2)
-
-
-# Of write_video, one line changes, for paths with a colon ("file:" also takes "-v.mp4"):
-#     ffmpeg([*raw, "-i", "-", "-c:v", "libx264", *options, "-y", f"file:{path}"], frames.tobytes())
 
 
 def write_video(path, x, fps=8, options=("-crf", "16", "-pix_fmt", "yuv420p")):
@@ -826,8 +823,8 @@ def find_checkpoint(folder, script, resume, train=False):
             found = find_checkpoint(folder, script, "auto")        # not PATH's too, which may be as large
             if found[2]["args"].get("resume") == str(resume):
                 return found
-            raise UserError(f"{folder} holds {'later' if mine else 'other'} checkpoints, with which those "
-                            f"from {path} on would mix: choose another --output_dir")
+            raise UserError(f"{folder} holds {'later' if mine else 'other'} checkpoints, and resuming from "
+                            f"{path} there would mix two runs: choose another --output_dir")
         return Checkpoint(path, *load_checkpoint(path, script))
     problem = None
     for path in reversed(checkpoints(folder)):
@@ -974,11 +971,14 @@ def simulate_missing_data(script, data_dir, default):
 
 def announce(script, args, why_preset, run, checkpoint):
     """Prints the first line of a run, and that training comes first where inference finds no checkpoint."""
-    resumed = f"; resumed from {checkpoint.path}" if checkpoint else ""
+    resumed = f"; checkpoint {checkpoint.path}" if checkpoint else ""
     print_once(f"{script}: preset {args.preset} ({why_preset}); data {args.data_dir}; {run.world} x "
                f"{run.device.type} {str(run.dtype).removeprefix('torch.')}{resumed}")
     if (args.sample or args.eval) and not checkpoint:
         print_once(f"no checkpoint in {args.output_dir}/ckpt: training preset {args.preset} first")
+
+
+SIGTERMS = []                                    # those received, also between two stages
 
 
 def install_sigterm_handler():
@@ -986,11 +986,10 @@ def install_sigterm_handler():
 
     should_stop is collective, over gloo, so that no GPU is waited for.
     """
-    received = []
-    signal.signal(signal.SIGTERM, lambda *_: received.append(True))
+    signal.signal(signal.SIGTERM, lambda *_: SIGTERMS.append(True))
 
     def should_stop():
-        flag = torch.tensor(float(bool(received)))
+        flag = torch.tensor(float(bool(SIGTERMS)))
         if dist.is_initialized():
             dist.all_reduce(flag, dist.ReduceOp.MAX)
         return bool(flag)
@@ -1306,9 +1305,10 @@ def save_lora(folder, transformer, weights=None):
 # ---- run files ------------------------------------------------------------------------------------------
 
 def one_line_errors(script, work):
-    """Calls work() -> exit code. What a user can fix (UserError, a full disk) becomes one line and 2; so does
-    the death of another process under torchrun, for which an orderly exit would wait."""
+    """Calls work() -> exit code. An error that the user can fix (UserError, a full disk) becomes one line and
+    2; so does the failure of another process under torchrun, for which a normal exit would wait."""
     world = int(os.environ.get("WORLD_SIZE", 1))
+    SIGTERMS.clear()
     try:
         work()
         sys.stdout.flush()
@@ -1427,7 +1427,9 @@ class Log:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         rows = self.path.read_text().splitlines() if self.path.is_file() else []
         kept = [line for line in rows if line.endswith("}") and json.loads(line)["step"] <= start]
-        self.path.write_text("".join(line + "\n" for line in kept))
+        tmp = self.path.with_name(f".tmp_{self.path.name}")
+        tmp.write_text("".join(line + "\n" for line in kept))
+        tmp.replace(self.path)
         self.trackers = open_trackers(folder, tensorboard, wandb, config, purge_step=start + 1)
 
     def add(self, **terms):
@@ -1468,6 +1470,8 @@ class Log:
 
 def open_log(script, stage, args, start, total):
     """The Log of a stage ("." for the run itself), with the trackers that the flags ask for."""
+    if start >= total:
+        print_once(f"trained for {start} of {total} steps: raise --max_steps, or use a new --output_dir")
     return Log(Path(args.output_dir, stage), f"{script} {stage}".strip(" ."), start, total,
                int(os.environ.get("RANK", 0)), args.tensorboard, args.wandb, vars(args), args.log_every)
 
@@ -1510,6 +1514,7 @@ def report(script, args, weights, began, headline, results, baselines, columns, 
     methods = {"model": results, **baselines}
     print_table(methods, columns)
     panels = [loss_panel(folder / stage, "loss" if stage == "." else f"loss, {stage}") for stage in stages]
+    panels = [panel for panel in panels if panel["lines"]]             # not of a stage that was reused
     for name in curves:
         lines = {}
         for method, values in methods.items():
@@ -1522,9 +1527,11 @@ def report(script, args, weights, began, headline, results, baselines, columns, 
 
 def describe_data(root):
     """The data set's folder and its source, which prepare.py writes into dataset_stats.json."""
-    stats = Path(root) / "dataset_stats.json"
-    source = json.loads(read_text(stats)).get("source") if stats.is_file() else None
-    return f"{root} ({source or 'frames as found'})"
+    try:
+        source = json.loads(read_text(Path(root) / "dataset_stats.json"))["source"]
+    except (UserError, ValueError, TypeError, KeyError):               # no such file, or another program's
+        source = "frames as found"
+    return f"{root} ({source})"
 
 
 def loss_panel(folder, title, keys=("loss", "val_loss")):

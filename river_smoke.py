@@ -10,9 +10,7 @@ Equations   z = encoder(x), x = decoder(nearest code of z)          -> Autoencod
             PSNR, SSIM, MSE, CRPS per horizon; FVD                  -> forecast_scores, fvd
 Run         python river_smoke.py                            # simulate, train, evaluate: 6 min on 2 CPU cores
             python river_smoke.py --sample --warm_start 0.2  # 15 s; trains first if there is no checkpoint
-            python river_smoke.py --max_steps 2000           # resume and train longer
-            torchrun --nproc_per_node=8 river_smoke.py --preset paper --data_dir final_dataset
-Data        data/river_smoke/prepare.py simulates smoke or extracts it from videos; load_clips has the layout.
+            torchrun --nproc_per_node=8 river_smoke.py --preset paper --output_dir runs/river_paper
 Shapes      B batch  T frames  C latent channels  H W pixels  h w latent cells  N tokens  D width  m ensemble
             members. Videos are B T 3 H W in [-1, 1], latents B T C h w; t = 0 is noise, t = 1 is data.
 """
@@ -38,7 +36,8 @@ from common import UserError, at_least, between, from_uint8
 
 SCRIPT = "river_smoke"
 SIZE = 64                       # height and width of a frame; latents have an eighth of it
-SMOKE_LEVEL = 0.05              # a pixel shows smoke where its brightest channel, in [0, 1], is above
+SMOKE_LEVEL = 0.05              # a pixel is smoke if its brightest channel, in [0, 1], exceeds this
+AUTOENCODER, FLOW, EVALUATE, SAMPLE, VALIDATE = range(1, 6)          # streams of random numbers
 
 # ---- presets and flags ----------------------------------------------------------------------------------
 
@@ -51,24 +50,23 @@ PRESETS = {
                   warmup_steps=1000, weight_decay=5e-6, ema_decay=0.9999, eval_every=5000, save_every=5000,
                   log_every=100, eval_clips=256),
 }
-# These shape the weights or give them their meaning: a checkpoint's values hold.
-MODEL_FLAGS = ("quantizer", "latent_channels", "codes", "ae_width", "width", "depth", "heads", "history",
-               "sigma", "num_observations")
+# Flags that define the model: on resume they must equal the checkpoint's.
+MODEL_FLAGS = ("quantizer", "latent_channels", "codes", "ae_width", "ae_steps", "masked_finetune", "gan",
+               "width", "depth", "heads", "history", "sigma", "num_observations")
 
 
 def build_parser():
     parser = common.Parser(SCRIPT, PRESETS, __doc__.split("\n")[0], fsdp=False)
-    add = parser.add_argument_group("autoencoder").add_argument
-    add("--quantizer", choices=["fsq", "vq"], default="fsq", help="finite scalar, or codebook kept by EMA")
+    add = parser.add_argument_group("autoencoder and vector field").add_argument
+    add("--quantizer", choices=["fsq", "vq"], default="fsq", help="finite scalar, or EMA codebook")
     add("--latent_channels", type=at_least(1), default=16, help="channels C of a latent")
     add("--codes", type=at_least(2), default=1024, help="vq: size of the codebook")
     add("--ae_width", type=at_least(8), default=32, help="channels at half resolution, a multiple of 8")
     add("--ae_steps", type=at_least(1), default=400, help="optimizer steps of the autoencoder")
     add("--ae_lr", type=at_least(0, float), default=2e-3, help="peak learning rate of the autoencoder")
     add("--masked_finetune", type=between(0, 1), default=0.25, help="last share of ae_steps: smoke weighs 5")
-    add("--gan", type=at_least(0, float), default=0.0, help="PatchGAN loss weight in that share")
+    add("--gan", type=at_least(0, float), default=0.0, help="PatchGAN loss weight in that share (0: none)")
     add("--autoencoder", metavar="FILE", help="autoencoder.safetensors to use instead of training")
-    add = parser.add_argument_group("flow matching").add_argument
     add("--num_observations", type=at_least(3), default=10, help="frames of a training sequence")
     add("--sigma", type=between(0, 1, True), default=0.0, help="sigma_min of the path")
     add("--width", type=at_least(1), default=256, help="width D of the vector field")
@@ -80,7 +78,7 @@ def build_parser():
     add("--frames_to_generate", type=at_least(1), default=10, help="frames to predict after them")
     add("--num_inference_steps", type=at_least(1), default=4, help="network calls per frame")
     add("--solver", choices=["euler", "midpoint"], default="midpoint", help="ODE solver")
-    add("--warm_start", type=between(0, 1, True), default=0.0, help="s: start at t = s near the last frame")
+    add("--warm_start", type=between(0, 1, True), default=0.0, help="start time s, near the last frame")
     add("--num_samples", type=at_least(1), default=8, help="ensemble members m")
     add("--eval_clips", type=at_least(1), default=24, help="test clips to evaluate, at most")
     add("--i3d", metavar="FILE", help="StyleGAN-V's i3d_torchscript.pt: also report FVD")
@@ -90,31 +88,28 @@ def build_parser():
 def parse_args(argv=None):
     """-> flags, checkpoint or None, the reason for the preset."""
     get_data = f"python data/{SCRIPT}/prepare.py --extract VIDEOS --data_dir final_dataset"
-    args, checkpoint, why_preset = common.parse_args(build_parser(), argv, MODEL_FLAGS, get_data=get_data)
+    args, checkpoint, preset_reason = common.parse_args(build_parser(), argv, MODEL_FLAGS, get_data=get_data)
     if args.width % args.heads:
         raise UserError(f"--width must be a multiple of --heads {args.heads}, not {args.width}")
     if args.ae_width % 8:
         raise UserError(f"--ae_width must be a multiple of 8, not {args.ae_width}")
-    if args.i3d:                                 # a detector that does not fit shows before hours of work
+    if args.i3d:                                 # report an unsuitable detector before training
         clips = torch.rand(3, args.condition_frames + args.frames_to_generate, 3, SIZE, SIZE)
         common.fvd(args.i3d, clips, clips)
-    return args, checkpoint, why_preset
+    return args, checkpoint, preset_reason
 
 
 # ---- model: autoencoder ---------------------------------------------------------------------------------
 
-class ResBlock(nn.Module):
+class ResBlock(nn.Sequential):
     """x + conv(SiLU(norm(conv(SiLU(norm(x)))))), the last convolution zero at initialisation."""
     def __init__(self, channels):
-        super().__init__()
-        self.norm1 = nn.GroupNorm(8, channels)
-        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(8, channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
-        nn.init.zeros_(self.conv2.weight)
+        super().__init__(nn.GroupNorm(8, channels), nn.SiLU(), nn.Conv2d(channels, channels, 3, padding=1),
+                         nn.GroupNorm(8, channels), nn.SiLU(), nn.Conv2d(channels, channels, 3, padding=1))
+        nn.init.zeros_(self[-1].weight)
 
     def forward(self, x):
-        return x + self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
+        return x + super().forward(x)
 
 
 class FSQ(nn.Module):
@@ -127,7 +122,7 @@ class FSQ(nn.Module):
         return ((z.clamp(-1, 1) + 1) * radius).round() / radius - 1
 
     def latent(self, z):
-        """What the flow is trained on, of the encoder's output."""
+        """The encoder's output in the form on which the flow is trained."""
         return self.nearest(torch.tanh(z))
 
     def forward(self, z):
@@ -149,7 +144,8 @@ class VQ(nn.Module):
 
     def index(self, vectors):
         """N C -> N. The squared distance without |vector|^2, which is the same for every code."""
-        return (self.codebook.pow(2).sum(1) - 2 * vectors @ self.codebook.T).argmin(1)
+        with torch.autocast(vectors.device.type, enabled=False):       # bf16 would choose other codes
+            return (self.codebook.pow(2).sum(1) - 2 * vectors @ self.codebook.T).argmin(1)
 
     def nearest(self, z):
         vectors = z.movedim(1, -1).flatten(0, -2).float()
@@ -188,7 +184,7 @@ class Autoencoder(nn.Module):
         super().__init__()
         a, b, c, C = args.ae_width, 3 * args.ae_width, 6 * args.ae_width, args.latent_channels
         # Pixel shuffles keep the work at H/4 and H/8: convolutions at full resolution would take most of the
-        # time. One block per stage suffices to encode; the decoder has to fill in the edges.
+        # time. One block per stage suffices to encode; the decoder has to reconstruct edges.
         self.encoder = nn.Sequential(
             nn.PixelUnshuffle(4), nn.Conv2d(48, b, 3, padding=1), ResBlock(b),
             nn.PixelUnshuffle(2), nn.Conv2d(4 * b, c, 1), ResBlock(c),
@@ -210,11 +206,9 @@ class Autoencoder(nn.Module):
     @torch.no_grad()
     def encode(self, x):
         """... 3 H W -> ... C h w."""
-        parts = []
-        for part in x.flatten(0, -4).split(128):
-            z = self.quantizer.latent(self.encoder(part.contiguous(memory_format=torch.channels_last)))
-            parts.append((z - self.mean) / self.std)
-        z = torch.cat(parts).contiguous()
+        parts = [self.quantizer.latent(self.encoder(part.contiguous(memory_format=torch.channels_last)))
+                 for part in x.flatten(0, -4).split(128)]
+        z = ((torch.cat(parts) - self.mean) / self.std).contiguous()
         return z.reshape(*x.shape[:-3], *z.shape[1:])
 
     @torch.no_grad()
@@ -250,8 +244,7 @@ class AutoencoderLoss(nn.Module):
             # backward pass serves both.
             weights = {name: value.detach() for name, value in self.discriminator.named_parameters()}
             score = torch.func.functional_call(self.discriminator, weights, (y,)).mean()
-            real = self.discriminator(x)
-            fake = self.discriminator(y.detach())
+            real, fake = self.discriminator(x), self.discriminator(y.detach())
             loss = loss - float(masked) * self.gan * score + F.relu(1 - real).mean() + F.relu(1 + fake).mean()
         return loss, {"psnr": common.psnr((x + 1) / 2, (y.detach() + 1) / 2)}
 
@@ -307,9 +300,8 @@ class VectorField(nn.Module):
         self.skips = nn.ModuleList(nn.Linear(2 * D, D) for _ in range(args.depth))
         self.modulation = nn.Linear(D, 8 * D)
         self.project_out = nn.Conv2d(D, C, 3, padding=1)
-        for layer in (self.modulation, self.project_out):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for p in (*self.modulation.parameters(), *self.project_out.parameters()):
+            nn.init.zeros_(p)
 
     def forward(self, z_t, references, context, distance, t):
         """z_t B C h w; references B K C h w: the frames before the target, newest first; context B C h w: the
@@ -384,8 +376,7 @@ def network_calls(args, warm_start):
 def generate(field, z, args, generator, warm_start=None):
     """Predicts frames_to_generate latents after the observed ones: z B T C h w -> B frames C h w.
 
-    Integrates dz/dt = v_t from t = s to 1, frame after frame. Each integration step draws a context, which
-    both stages of a midpoint step share: the method's order needs one vector field.
+    Integrates dz/dt = v_t from t = s to 1, frame after frame. Each integration step draws one context.
     """
     s = args.warm_start if warm_start is None else warm_start
     calls = network_calls(args, s)
@@ -394,13 +385,14 @@ def generate(field, z, args, generator, warm_start=None):
     for _ in range(args.frames_to_generate):
         tau = torch.full((B,), z.shape[1], device=z.device)
         references = reference_frames(z, tau, args.history)
-        reach = min(z.shape[1], args.num_observations - 1)             # the largest distance of training
+        max_distance = min(z.shape[1], args.num_observations - 1)             # of training
         eps = torch.randn(z[:, -1].shape, generator=generator, device=z.device)
         # z'_s ~ p_s(z | z^{T-1}): the path towards the frame before, left at t = s; noise where s = 0.
         x, _ = probability_path(z[:, -1], eps, torch.full((B,), s, device=z.device), args.sigma)
         done = 0
         while done < calls:
-            c = tau - reach + (torch.rand(B, generator=generator, device=z.device) * max(1, reach - 1)).long()
+            u = torch.rand(B, generator=generator, device=z.device)
+            c = tau - max_distance + (u * max(1, max_distance - 1)).long()
             conditions = references, z[batch, c], tau - c
             t = torch.full((B,), s + (1 - s) * done / calls, device=z.device)
             # Each call advances by (1 - s) / calls, so that a midpoint step of two calls is twice as long and
@@ -438,18 +430,21 @@ def load_clips(root, split):
         raise UserError(f"no folder {folder}: make it with python data/{SCRIPT}/prepare.py --extract VIDEOS "
                         f"--data_dir {root}; without --data_dir the tiny preset simulates its own")
     if listing.is_file():
-        name = r"^(?:.*[/\\])?(.*\d\.[a-zA-Z]\w*)(?:\s+\S+)?$"       # of a file, between folders and label
+        name = r"^(?:.*[/\\])?(.*\d\.[a-zA-Z]\w*)(?:\s+\S+)*$"       # of a file, between folders and labels
         lines = [line.strip() for line in common.read_text(listing).splitlines() if line.strip()]
         paths = [folder / re.sub(name, r"\1", line) for line in lines]
     else:
-        paths, _ = common.find_files(folder, common.IMAGE_SUFFIXES)
+        paths, left_out = common.find_files(folder, common.IMAGE_SUFFIXES, unique=False)
+        if left_out:
+            common.print_once(f"{split}: left out {common.describe_left_out(left_out)}")
     clips = {}
     for path in paths:
-        name = path.relative_to(folder).with_suffix("").as_posix()
-        match = re.fullmatch(r"(.+?)(?:_frame_|[/_])?(\d+)", name)
+        match = re.fullmatch(r"(.+?)(?:_frame_|[/_])?(\d+)\.\w+", os.path.relpath(path, folder))
         if not match:
             raise UserError(f"{path} is not named <clip>/<number>.png or <clip>_frame_<number>.png")
-        clips.setdefault(match[1], {})[int(match[2])] = path
+        other = clips.setdefault(match[1], {}).setdefault(int(match[2]), path)
+        if other != path:
+            raise UserError(f"{path} and {other} are the same frame of the same clip: remove one")
     if not clips:
         raise UserError(f"split {split} is empty: no images in {folder}")
     paths, videos = [], []
@@ -465,15 +460,15 @@ def window_starts(videos, length, split):
     """Frames at which `length` consecutive frames of a clip begin: [N int64], of each clip that has any."""
     starts, short = [], []
     for clip, first, numbers in videos:
-        if len(numbers) < length:
+        steps = numbers[length - 1:] - numbers[:max(0, len(numbers) - length + 1)]
+        if (steps == length - 1).any():
+            starts.append(torch.from_numpy(first + np.flatnonzero(steps == length - 1)))
+        else:
             short.append(clip)
-            continue
-        consecutive = numbers[length - 1:] - numbers[:len(numbers) - length + 1] == length - 1
-        starts += [torch.from_numpy(first + np.flatnonzero(consecutive))] if consecutive.any() else []
     if not starts:
-        raise UserError(f"no clip of {split} has {length} consecutive frames: use longer clips, or lower "
-                        f"--num_observations, --condition_frames or --frames_to_generate")
-    left_out = f", {len(short)} shorter clips left out: {', '.join(short[:5])}" if short else ""
+        raise UserError(f"no clip of {split} has {length} consecutively numbered frames: use longer clips or "
+                        f"lower --num_observations, --condition_frames or --frames_to_generate")
+    left_out = f", {len(short)} clips without a window: {', '.join(short[:5])}" if short else ""
     common.print_once(f"{split}: {len(videos)} clips, {sum(map(len, starts))} windows{left_out}")
     return starts
 
@@ -486,9 +481,10 @@ def held_out_windows(args):
     return torch.stack([frames[start:start + length] for start in starts[:args.eval_clips]])
 
 
-def encode_clips(autoencoder, frames, device):
-    """frames F 3 H W uint8 -> latents F C h w float16 on the device: 130,000 frames take 270 MB at C = 16."""
-    return torch.cat([autoencoder.encode(from_uint8(part.to(device))).half() for part in frames.split(256)])
+def encode_clips(autoencoder, views, device):
+    """views V F 3 H W uint8 -> latents V F C h w float16, on the device: 8.5 GB for 2 x 130,000 x 256."""
+    z = [autoencoder.encode(from_uint8(part.to(device))).half() for view in views for part in view.split(256)]
+    return torch.cat(z).unflatten(0, (len(views), -1))
 
 
 # ---- evaluate and sample --------------------------------------------------------------------------------
@@ -524,32 +520,33 @@ def evaluate(args, device, autoencoder, field, windows):
     """Forecasts the test windows N T 3 H W uint8, prints tables -> [eval.json, curves.png]."""
     began = time.time()
     P = args.condition_frames
-    tables = {}                                  # method -> [{metric: W T}], a table for each four windows
+    tables, warm_tables = {}, {}                 # method -> [{metric: W T}], a table for each four windows
     predicted = []
-    warm_starts = {}                             # s -> scores on the first four windows
     for first in tqdm(range(0, len(windows), 4), "evaluate", unit="x4 clips"):
         x = from_uint8(windows[first:first + 4].to(device))
-        seed = common.seed_all(args.seed, 3, first)
-        methods = {"persistence": x[:, None, P - 1:P].expand_as(x[:, None, P:]),
+        seed = common.seed_all(args.seed, EVALUATE, first)
+        # The first four windows show what a warm start saves and costs.
+        for s in sorted({0.0, 0.2, 0.5, args.warm_start}) if first == 0 else [args.warm_start]:
+            clock = time.time()
+            members = forecast(autoencoder, field, x[:, :P], args, args.num_samples, seed, warm_start=s).cpu()
+            scores = {"seconds": time.time() - clock, "calls": network_calls(args, s)}
+            if first == 0:
+                scores |= average_scores([forecast_scores(members, x[:, P:].cpu())])
+                warm_tables[s] = scores
+            if s == args.warm_start:
+                model = members.to(device)
+        predicted.append(torch.cat([x[:, :P], model[:, 0]], dim=1).cpu())
+        methods = {"model": model, "persistence": x[:, None, P - 1:P].expand_as(x[:, None, P:]),
                    "black frame": torch.full_like(x[:, None, P:], -1),
                    "reconstruction bound": autoencoder.decode(autoencoder.encode(x[:, P:]))[:, None]}
-        for s in (0.5, 0.2, args.warm_start) if first == 0 else (args.warm_start,):
-            clock = time.time()
-            members = forecast(autoencoder, field, x[:, :P], args, args.num_samples, seed, warm_start=s)
-            if first == 0:                       # what a warm start saves and costs
-                methods[s] = members
-                warm_starts[s] = {"calls": network_calls(args, s), "seconds": time.time() - clock}
-        methods["model"] = members
-        predicted.append(torch.cat([x[:, :P], members[:, 0]], dim=1).cpu())
         for name, members in methods.items():
             tables.setdefault(name, []).append(forecast_scores(members, x[:, P:]))
     baselines = {name: average_scores(parts) for name, parts in tables.items()}
     results = baselines.pop("model")
-    for s in warm_starts:
-        warm_starts[s] |= baselines.pop(s)
-        results |= {f"warm_{s}_{name}": value for name, value in warm_starts[s].items() if "_h" not in name}
-    common.print_table({f"warm start {s}": row for s, row in sorted(warm_starts.items())},
-                       ("calls", "seconds", "psnr_ensemble_mean", "crps", "spread_skill"))
+    columns = "calls", "seconds", "psnr_ensemble_mean", "crps", "spread_skill"
+    common.print_table({f"warm start {s}": scores for s, scores in warm_tables.items()}, columns)
+    for s, scores in warm_tables.items():
+        results |= {f"warm_{s}_{name}": scores[name] for name in columns}
     if args.i3d and len(windows) > 1:            # one clip has no covariance
         clips = torch.cat(predicted), from_uint8(windows)
         results[f"fvd_N{len(windows)}_T{windows.shape[1]}"] = common.fvd(args.i3d, *clips, device)
@@ -563,7 +560,7 @@ def sample(args, device, autoencoder, field, windows, count=3):
     P = args.condition_frames
     chosen = windows.float().diff(dim=1).abs().mean(dim=(1, 2, 3, 4)).argsort(descending=True)[:count]
     x = from_uint8(windows[chosen].to(device))
-    seed = common.seed_all(args.seed, 4)
+    seed = common.seed_all(args.seed, SAMPLE)
     members = forecast(autoencoder, field, x[:, :P], args, min(3, args.num_samples), seed)
     observed = min(2, P)                         # the pictures begin with two observed frames
     labels = ["t-1", "t"][2 - observed:] + [f"t+{n}" for n in range(1, args.frames_to_generate + 1)]
@@ -573,8 +570,8 @@ def sample(args, device, autoencoder, field, windows, count=3):
                   "reconstruction": autoencoder.decode(autoencoder.encode(x[i, P - observed:]))}
         for k, member in enumerate(members[i], 1):
             videos[f"sample {k}"] = torch.cat([x[i, P - observed:P], member])
-        videos["error of 1"] = (videos["sample 1"] - videos["ground truth"]).abs() - 1
-        stem = Path(args.output_dir, "samples", f"clip_{number:03d}")
+        videos["error, sample 1"] = (videos["sample 1"] - videos["ground truth"]).abs() - 1
+        stem = Path(args.output_dir, f"samples/clip_{number:03d}")
         files += common.write_panels(stem, videos, labels, observed)
     return files
 
@@ -618,8 +615,8 @@ def get_lr(step, peak, warmup, total):
     return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
-def train(args, run, stage, model, spec, loss_fn, val_fn, steps, lr, checkpoint, **more):
-    """Trains `model` up to `steps`, resuming from `checkpoint`; <stage>/ckpt then has the last step.
+def train(args, run, stage, stream, model, spec, loss_fn, val_fn, steps, lr, checkpoint, **more):
+    """Trains `model` up to `steps`, resuming from `checkpoint`; saves into <output_dir>/<stage>/ckpt.
 
     spec: random values of a sample, for common.sample_global_batch. loss_fn(model, values, step) -> loss,
     {name: term to log}. val_fn(model) -> {name: number}. more: {name: state dict}, saved as well.
@@ -634,9 +631,9 @@ def train(args, run, stage, model, spec, loss_fn, val_fn, steps, lr, checkpoint,
     should_stop = common.install_sigterm_handler()
     for step in range(start, steps):
         for group in optimizer.param_groups:
-            group["lr"] = get_lr(step, lr, args.warmup_steps, steps)
+            group.update(lr=get_lr(step, lr, args.warmup_steps, steps), weight_decay=args.weight_decay)
         net.train()
-        seed = common.seed_all(args.seed, 1 if stage == "autoencoder" else 2, step)
+        seed = common.seed_all(args.seed, stream, step)
         for micro in range(args.grad_accum):     # processes average gradients at the last micro-step only
             values = common.sample_global_batch(spec, seed, args.batch_size, run.rank, run.world, micro,
                                                 args.grad_accum, run.device)
@@ -658,12 +655,12 @@ def train(args, run, stage, model, spec, loss_fn, val_fn, steps, lr, checkpoint,
         log.step(done, lr=optimizer.param_groups[0]["lr"], grad_norm=norm)
         if save:                                 # before validation, so that an error there loses nothing
             common.save_run(folder, SCRIPT, done, net, optimizer, ema, args, args.keep_last, **more)
-        if stop:
-            raise UserError(f"stopped by SIGTERM after step {done}, which is saved: the same command resumes")
         if args.eval_every and (done % args.eval_every == 0 or done == steps):
             with ema.applied(), torch.no_grad(), run.autocast():
                 log.row(done, **val_fn(net.eval()))
             log.restart_clock()
+        if stop:
+            raise UserError(f"stopped by SIGTERM after step {done}, which is saved: the same command resumes")
     common.remove_sigterm_handler()
     log.bar.close()
 
@@ -687,7 +684,8 @@ def train_autoencoder(args, run, frames, val_frames):
     checkpoint = common.find_checkpoint(folder / "ckpt", SCRIPT, "none" if args.resume == "none" else "auto")
     torch.manual_seed(args.seed)                 # equal initial weights on all processes
     model = AutoencoderLoss(args).to(run.device)
-    train(args, run, "autoencoder", model, spec, loss_fn, val_fn, args.ae_steps, args.ae_lr, checkpoint)
+    train(args, run, "autoencoder", AUTOENCODER, model, spec, loss_fn, val_fn, args.ae_steps, args.ae_lr,
+          checkpoint)
     if run.rank == 0:                            # latents get mean 0 and variance 1, as the noise has
         path, state, _ = common.find_checkpoint(folder / "ckpt", SCRIPT, "auto")
         loss = common.load_for_inference(AutoencoderLoss(args), state["ema"], path, run.device)
@@ -702,27 +700,29 @@ def train_autoencoder(args, run, frames, val_frames):
 
 def train_flow(args, run, data, autoencoder, checkpoint):
     """Trains the vector field on latents that are encoded once. data: {split: (frames, window starts)}."""
-    latents, specs = {}, {}
-    for split, (frames, starts) in data.items():
+    latents, starts, specs = {}, {}, {}
+    for split, (frames, split_starts) in data.items():
         views = [frames, frames.flip(-1)] if split == "train" else [frames]        # clips are mirrored whole
-        latents[split] = torch.stack([encode_clips(autoencoder, view, run.device) for view in views])
-        specs[split] = {"window": ("randint", len(starts)), "view": ("randint", len(views)), "tau": ("rand",),
-                        "t": ("rand",), "c": ("rand",), "eps": ("randn", *latents[split].shape[2:])}
+        latents[split] = encode_clips(autoencoder, views, run.device)
+        starts[split] = split_starts.to(run.device)
+        specs[split] = {"window": ("randint", len(split_starts)), "view": ("randint", len(views)),
+                        "tau": ("rand",), "t": ("rand",), "c": ("rand",),
+                        "eps": ("randn", *latents[split].shape[2:])}
 
     def loss_fn(model, values, step, split="train"):
-        starts = data[split][1].to(run.device)[values["window"]]
-        window = starts[:, None] + torch.arange(args.num_observations, device=run.device)
+        offsets = torch.arange(args.num_observations, device=run.device)
+        window = starts[split][values["window"], None] + offsets
         return river_loss(model, latents[split][values["view"][:, None], window].float(), values, args)
 
     def val_fn(model):                           # the same windows, times and noise at every validation
-        seed = common.seed_all(args.seed, 5)
+        seed = common.seed_all(args.seed, VALIDATE)
         values = common.sample_global_batch(specs["val"], seed, 128, device=run.device)
         loss, _ = loss_fn(model, values, 0, "val")
         return {"val_loss": loss.item()}
 
     torch.manual_seed(args.seed)
     field = VectorField(args).to(run.device)
-    train(args, run, ".", field, specs["train"], loss_fn, val_fn, args.max_steps, args.lr, checkpoint,
+    train(args, run, ".", FLOW, field, specs["train"], loss_fn, val_fn, args.max_steps, args.lr, checkpoint,
           autoencoder=autoencoder.state_dict())
 
 
@@ -741,10 +741,11 @@ def train_stages(args, run, checkpoint):
         path = Path(args.autoencoder or folder / "autoencoder/autoencoder.safetensors")
         if not args.autoencoder and (args.resume == "none" or not path.is_file()):
             train_autoencoder(args, run, data["train"][0], data["val"][0])
+        common.print_once(f"autoencoder {path}")
         weights = common.load_weights(path)
         autoencoder = common.load_for_inference(Autoencoder(args), weights, path, run.device)
     train_flow(args, run, data, autoencoder, checkpoint)
-    checkpoint = common.find_checkpoint(folder / "ckpt", SCRIPT, "auto")
+    checkpoint = common.find_checkpoint(folder / "ckpt", SCRIPT, "auto") or checkpoint
     if run.rank == 0:
         common.save_weights(folder / "vector_field.safetensors", checkpoint.state["ema"])
     return checkpoint
@@ -752,7 +753,7 @@ def train_stages(args, run, checkpoint):
 
 # ---- main -----------------------------------------------------------------------------------------------
 
-def load_models(args, checkpoint, device="cpu"):
+def load_models(args, checkpoint, device="cpu") -> tuple[Autoencoder, VectorField]:
     """-> autoencoder and vector field (EMA weights) of a checkpoint."""
     path, state, _ = checkpoint
     return (common.load_for_inference(Autoencoder(args), state["autoencoder"], path, device),
@@ -761,27 +762,27 @@ def load_models(args, checkpoint, device="cpu"):
 
 def dry_run(args):
     """Prints parameters, FLOPs and memory of the vector field, on the meta device: no data, no allocation."""
-    B, C, cells = args.batch_size * args.grad_accum, args.latent_channels, SIZE // 8
+    B, C, cells = args.batch_size, args.latent_channels, SIZE // 8
     with torch.device("meta"):
         field = VectorField(args)
-        values = {"tau": torch.rand(B), "t": torch.rand(B), "c": torch.rand(B),
-                  "eps": torch.randn(B, C, cells, cells)}
+        values = dict.fromkeys(("tau", "t", "c"), torch.rand(B)) | {"eps": torch.randn(B, C, cells, cells)}
         z = torch.randn(B, args.num_observations, C, cells, cells)
         print(common.dry_run_report("vector field", field, lambda: river_loss(field, z, values, args)[0], B,
                                     cells * cells, int(os.environ.get("WORLD_SIZE", 1))))
 
 
 def run_script(argv):
-    args, checkpoint, why_preset = parse_args(argv)
+    args, checkpoint, preset_reason = parse_args(argv)
     if args.dry_run:
         return dry_run(args)
     run = setup(args)
     inference_only = args.sample or args.eval
-    common.announce(SCRIPT, args, why_preset, run, checkpoint)
+    common.announce(SCRIPT, args, preset_reason, run, checkpoint)
     common.simulate_missing_data(SCRIPT, args.data_dir, default=PRESETS["tiny"]["data_dir"])
     windows = held_out_windows(args)             # an error in the test split should show before training
     if not (inference_only and checkpoint):
         checkpoint = train_stages(args, run, checkpoint)
+    common.shutdown()                            # evaluation is rank 0's alone
     if run.rank == 0:
         models = load_models(args, checkpoint, run.device)
         files = evaluate(args, run.device, *models, windows) if args.eval or not inference_only else []
@@ -789,7 +790,6 @@ def run_script(argv):
             files += sample(args, run.device, *models, windows)
         common.show_results(args.output_dir, files, args.tensorboard, args.wandb)
         print("wrote " + ", ".join(files))
-    common.shutdown()
 
 
 def main(argv=None):

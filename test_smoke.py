@@ -162,11 +162,11 @@ SCRIPTS = {
             ("", "cannot read image", lambda data, run: cut(data / "train/sim000002/0003.png")),
             ("", "is 48x32, expected 64x64", lambda data, run: iio.imwrite(
                 data / "val/sim100001/0003.png", np.zeros((32, 48, 3), np.uint8))),
-            ("--num_observations 15", "no clip of train has 15 consecutive frames", None),
-            ("--condition_frames 12", "no clip of test has 15 consecutive frames", None),
+            ("--num_observations 15", "no clip of train has 15 consecutively", None),
+            ("--condition_frames 12", "no clip of test has 15 consecutively", None),
             ("--warm_start 1.0", "argument --warm_start: must be in .0, 1., not 1.0", None),
-            ("--num_inference_steps 0", "argument --num_inference_steps: must be at least 1, not 0", None),
-            ("--lr nan", "argument --lr: must be at least 0, not nan", None),
+            ("--num_inference_steps 0", "--num_inference_steps: must be finite and at least 1, not 0", None),
+            ("--lr nan", "argument --lr: must be finite and at least 0, not nan", None),
             ("--heads 3", "--width must be a multiple of --heads 3", None),
             ("--ae_width 12", "--ae_width must be a multiple of 8, not 12", None),
             ("--autoencoder {data}/none.safetensors", "none.safetensors", None),
@@ -261,7 +261,7 @@ SCRIPTS = {
              "cannot read the weights .*none.safetensors", None),
             ("--stage lora --backbone_steps 0 --head_width 16 --heads {run}/heads/final/heads.safetensors",
              "heads.safetensors does not fit", None),
-            ("--cells 0", "--cells must be at least 1, not 0", None),
+            ("--cells 0", "--cells must be finite and at least 1, not 0", None),
             ("--zoom nan", "--zoom must be at least 1, not nan", None),
             ("--frames 1", "--frames must be 4k [+] 1, not 1", None),
             ("--lr nan", "--lr must not be negative", None),
@@ -1663,6 +1663,9 @@ def test_report(tmp_path, capsys):
     record = json.loads((tmp_path / "eval.json").read_text())
     assert record["headline"] == {"metric": "crps", "value": 3.5, "baseline": 8., "lower_is_better": True}
     assert record["data"] == f"{tmp_path} (SIMULATED)" and record["baselines"] == baselines
+    for text in ("", "[]", "NaN", '{"frames": 1}'):
+        (tmp_path / "dataset_stats.json").write_text(text)
+        assert common.describe_data(tmp_path) == f"{tmp_path} (frames as found)"
     table = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert table == [["crps", "psnr"], ["model", "3.5", "-"], ["persistence", "8", "20"]]
     assert all(Path(path).stat().st_size for path in made)
@@ -2123,14 +2126,14 @@ def test_windows(capsys):
     videos = [("a", 0, np.arange(1, 6)), ("b", 5, np.array([1, 2, 3, 5, 6, 7, 8])), ("c", 12, np.arange(2))]
     starts = river.window_starts(videos, 3, "train")
     assert [clip.tolist() for clip in starts] == [[0, 1, 2], [5, 8, 9]]
-    assert "train: 3 clips, 6 windows, 1 shorter clips left out: c" in capsys.readouterr().out
-    with pytest.raises(common.UserError, match="no clip of val has 6 consecutive"):
+    assert "train: 3 clips, 6 windows, 1 clips without a window: c" in capsys.readouterr().out
+    with pytest.raises(common.UserError, match="no clip of val has 6 consecutively numbered"):
         river.window_starts(videos, 6, "val")
 
 
 @pytest.mark.parametrize("encoding,newline,line", [
     ("utf-8", "\n", "{name} 1"), ("utf-8-sig", "\r\n", "train/{name}"),
-    ("utf-8", "\n", "C:\\set\\train\\{name} 0.5")])
+    ("utf-8", "\n", "C:\\set\\train\\{name} 0.5 1")])
 def test_data_layouts(trained, tmp_path, encoding, newline, line):
     """A folder per clip, or a flat folder with a list file, whose names may have spaces, dots and folders."""
     data = trained("river_smoke").data
@@ -2140,6 +2143,11 @@ def test_data_layouts(trained, tmp_path, encoding, newline, line):
     assert np.array_equal(frames[15].permute(1, 2, 0), iio.imread(data / "train/sim000001/0002.png"))
     (tmp_path / "train").mkdir()
     names = []
+    links = tmp_path / "links/train/one"         # equal frames, as content-addressed stores link them
+    links.mkdir(parents=True)
+    for number in range(3):
+        (links / f"{number}.png").symlink_to(data / "train/sim000001/0002.png")
+    assert river.load_clips(tmp_path / "links", "train")[1][0][2].tolist() == [0, 1, 2]
     for path in (data / "train").glob("*/*.png"):
         names.append(f"day 1.b {path.parent.name}_frame_{path.stem}.png")
         shutil.copy(path, tmp_path / "train" / names[-1])
@@ -2216,6 +2224,26 @@ def test_load_models(trained):
     members = river.forecast(autoencoder, field, x, args, members=2, seed=0)
     assert members.shape == (1, 2, 3, 3, 64, 64) and members.abs().max() <= 1
     assert torch.equal(members, river.forecast(autoencoder, field, x, args, members=2, seed=0))
+
+
+def test_a_finished_run_is_evaluated_in_another_folder(trained, tmp_path, capsys):
+    base = trained("river_smoke")
+    assert launch("river_smoke", f"{base.inputs} --resume {base.run} --output_dir {tmp_path}", full=True) == 0
+    assert "trained for 4 of 4 steps" in capsys.readouterr().out and (tmp_path / "eval.json").exists()
+
+
+def test_sigterm_between_two_stages_stops_the_second(trained, tmp_path, monkeypatch, capsys):
+    save_run = common.save_run
+
+    def terminated(folder, *given, **more):
+        save_run(folder, *given, **more)
+        if folder.name == "autoencoder":         # during its last step
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(common, "save_run", terminated)
+    flags = f"{trained('river_smoke').inputs} --output_dir {tmp_path} --ae_steps 1 --save_every 0"
+    assert launch("river_smoke", flags) == 2
+    assert "stopped by SIGTERM after step 1" in the_error(capsys, "river_smoke")
 
 
 def test_missing_tiny_data_are_simulated(tmp_path, monkeypatch):
@@ -2304,6 +2332,13 @@ def test_simulation_restarts(tmp_path, monkeypatch, capsys):
     assert files(root) == files(tmp_path / "whole")
     assert (root / "train/sim000000/0001.png").stat().st_ino == finished
     assert river_prepare.main([*flags, str(root)]) == 2 and "set exists: remove it" in capsys.readouterr().err
+    (tmp_path / "other.partial").mkdir()
+    (tmp_path / "other.partial/thesis.txt").touch()                # another program's folder
+    assert river_prepare.main([*flags, str(tmp_path / "other")]) == 2
+    assert "belongs to another command" in capsys.readouterr().err
+    assert files(tmp_path / "other.partial") == {"thesis.txt": b""}
+    assert river_prepare.main([*flags, str(tmp_path / "new"), "--seed", "-1"]) == 2
+    assert the_error(capsys, "prepare").startswith("prepare.py: error: argument --seed: must be finite")
 
 
 def test_extract(tmp_path, monkeypatch, capsys):

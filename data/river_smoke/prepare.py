@@ -3,7 +3,7 @@
 Run         python data/river_smoke/prepare.py                    # simulates 320 clips, beside this file
             python data/river_smoke/prepare.py --extract VIDEOS --data_dir final_dataset    # camera at rest
 Writes      final_dataset/{train,val,test}/<clip>/0001.png ... and final_dataset/dataset_stats.json
-Restart     the same command continues an interrupted one from final_dataset.partial, another starts over
+Restart     the same command continues an interrupted one from final_dataset.partial
 """
 import argparse
 import hashlib
@@ -39,10 +39,11 @@ STATS = "dataset_stats.json"
 def open_partial(partial, recipe):
     """Opens the folder of an interrupted run of this recipe, or begins a new one -> its statistics."""
     stats = json.loads((partial / STATS).read_text()) if (partial / STATS).is_file() else {}
-    if stats != {**stats, **recipe}:
-        shutil.rmtree(partial, ignore_errors=True)
+    if not stats and not list(partial.glob("[!.]*")):
         stats = recipe
         common.write_json(partial / STATS, stats)
+    if any(stats.get(key) != value for key, value in recipe.items()):
+        raise UserError(f"{partial} belongs to another command: run that one again, or remove the folder")
     for clip in partial.glob("*/*"):                               # a kill may have left some in their split
         os.renames(clip, partial / "clips" / clip.name)
     return stats
@@ -266,7 +267,7 @@ def prepare(args):
     make_clips = simulate_clips if args.extract is None else extract_clips
     stats, split_of = make_clips(args, partial)
     if not split_of:
-        raise UserError(f"no video in {args.extract} shows smoke before a background at rest")
+        raise UserError(f"no usable video in {args.extract}: the lines above say why")
     for clip, split in split_of.items():
         os.renames(partial / "clips" / clip, partial / split / clip)
     shutil.rmtree(partial / "clips", ignore_errors=True)
@@ -289,11 +290,8 @@ def main(argv=None):
     parser.add_argument("--clips", type=at_least(1), default=256, help="training clips to simulate (256)")
     parser.add_argument("--frames", type=at_least(1), default=36, help="frames of a simulated clip (36)")
     parser.add_argument("--seed", type=at_least(0), default=0, help="seed of the simulation (0)")
-    args = parser.parse_args(argv)
-
-    def run():
-        prepare(args)
-    return common.one_line_errors("prepare.py", run)
+    parser.error = lambda message: common.Parser.error(parser, message)
+    return common.one_line_errors("prepare.py", lambda: prepare(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":
