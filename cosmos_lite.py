@@ -11,12 +11,11 @@ Run         python cosmos_lite.py                         # simulate, train, eva
             python cosmos_lite.py --sample --num_predict 60 --video_idx 5              # 15 s
             python cosmos_lite.py --max_steps 4000        # resume and train longer
             torchrun --nproc_per_node=8 cosmos_lite.py --preset best --data_dir data/split
-Data        data/cosmos_lite/prepare.py simulates videos or decodes your own; read_split has the layout.
+Data        data/cosmos_lite/prepare.py simulates videos or decodes your own; Clips has the layout.
 Shapes      B batch  T frames  D latent channels  H W pixels (64 64)  h w latent grid (16 16, 8 8, or 1 1
             for a vector)  n objects. Videos are B T 3 H W in [-1, 1], latents B T/tau D h w.
 """
 import argparse
-import contextlib
 import functools
 import itertools
 import json
@@ -39,7 +38,7 @@ from common import UserError, at_least, between, expand_to, from_uint8
 
 SCRIPT = "cosmos_lite"
 SIZE = 64                       # height and width of a frame
-FOREGROUND = 4.0                # extra weight of pixels that differ from the background, at the first step
+AUGMENTATION = {"flip": ("rand",), "contrast": ("rand",), "order": ("randint", 6)}     # of a clip
 
 # ---- presets and flags ----------------------------------------------------------------------------------
 
@@ -47,11 +46,10 @@ PRESETS = {
     "tiny": dict(data_dir=f"data/{SCRIPT}/dataset", latent_dim=48, max_steps=1750, batch_size=8, lr=2e-3,
                  warmup_steps=50, weight_decay=1e-3, ema_decay=0.99, perceptual_weight=0.0, brightness=0.0,
                  permute_colors=True, rollout=20, eval_every=350, save_every=350),
-    # The reference project's option B: pretrained encoder, transformer, perceptual loss; 100 epochs.
+    # The reference project's options B, with a transformer, and A, with a vector per frame; 100 epochs.
     "best": dict(data_dir="data/split", encoder="dinov2_vits14", world_model="transformer", latent_dim=128,
                  num_layers=6, context=30, rollout=30, batch_size=8, max_steps=5100, weight_decay=1e-5,
                  eval_every=51),
-    # Its option A: convolutional encoder, a vector per frame, GRU, no perceptual loss; 100 epochs.
     "quick": dict(data_dir="data/split", latent="vector", latent_dim=256, tau=1, context=30, rollout=30,
                   batch_size=4, max_steps=10_200, weight_decay=1e-5, perceptual_weight=0.0, eval_every=102),
 }
@@ -73,8 +71,7 @@ def build_parser():
     add("--encoder_weights", metavar="SOURCE", help="folder or hub id of the pretrained encoder's weights")
     add("--freeze_encoder", action="store_true", help="do not train the pretrained encoder")
     add("--world_model", choices=["gru", "lstm", "transformer"], default="gru", help="latent dynamics")
-    add("--decoder", choices=["auto", "simple", "enhanced"], default="auto",
-        help="enhanced: with attention; auto: enhanced with a pretrained encoder")
+    add("--decoder", choices=["auto", "simple", "enhanced"], default="auto", help="auto: by the encoder")
     add("--latent", choices=["grid", "vector"], default="grid", help="latent of a frame")
     add("--latent_dim", type=at_least(8), default=64, help="channels D of a latent")
     add("--hidden_dim", type=at_least(1), default=512, help="width of the GRU or LSTM of a vector")
@@ -85,7 +82,6 @@ def build_parser():
     add("--context", type=at_least(1), default=10, help="frames that a forecast reads, at most")
     add("--rollout", type=at_least(1), default=16, help="frames of a training rollout after its growth")
     add("--recon_type", choices=["mse", "l1"], default="mse", help="pixel loss")
-    add("--recon_weight", type=at_least(0, float), default=1.0, help="weight of the pixel losses")
     add("--perceptual_weight", type=at_least(0, float), default=0.1, help="weight of the VGG16 loss (0: off)")
     add("--temporal_weight", type=at_least(0, float), default=0.01, help="weight of the motion loss")
     add("--vgg_weights", default="https://download.pytorch.org/models/vgg16-397923af.pth", help="URL or file")
@@ -103,11 +99,9 @@ def parse_args(argv=None):
         build_parser(), argv, MODEL_FLAGS, data="{data_dir}/split.json", weights="facebook/dinov2-small",
         get_data=f"python data/{SCRIPT}/prepare.py --data_dir data/split")
     if args.T_in + args.T_out < 2 * args.tau:
-        raise UserError(f"--T_in {args.T_in} and --T_out {args.T_out} are too short for two latents of --tau "
-                        f"{args.tau} frames")
-    for name in ("encoder_weights", "freeze_encoder"):
-        if getattr(args, name) and args.encoder == "cnn":
-            raise UserError(f"--{name} needs a pretrained encoder, not --encoder cnn")
+        raise UserError(f"--T_in and --T_out are too short for two latents of --tau {args.tau} frames")
+    if args.encoder == "cnn" and (args.encoder_weights or args.freeze_encoder):
+        raise UserError("--encoder_weights and --freeze_encoder need a pretrained encoder, not --encoder cnn")
     return args, checkpoint, why_preset
 
 
@@ -128,8 +122,7 @@ class ResBlock(nn.Module):
 
 def normalize(x):
     """Frames in [-1, 1], N 3 H W, scaled as for networks that were trained on ImageNet."""
-    mean = x.new_tensor([.485, .456, .406]).view(3, 1, 1)
-    std = x.new_tensor([.229, .224, .225]).view(3, 1, 1)
+    mean, std = x.new_tensor([[.485, .456, .406], [.229, .224, .225]])[..., None, None]
     return ((x + 1) / 2 - mean) / std
 
 
@@ -154,13 +147,12 @@ class Backbone(nn.Module):
         repository, kind, options = PRETRAINED[args.encoder]
         config = AutoConfig.for_model(kind, **options)
         self.net = AutoBackbone.from_config(config)
-        self.side = 128 if kind == "resnet" else 112
-        self.frozen = args.freeze_encoder
+        self.side, self.frozen = 128 if kind == "resnet" else 112, args.freeze_encoder
         if load:                         # AutoBackbone.from_pretrained asks the hub even for a folder
             source = args.encoder_weights or repository
             try:
-                self.net, info = type(self.net).from_pretrained(source, config=config,
-                                                                output_loading_info=True)
+                loader = type(self.net).from_pretrained
+                self.net, info = loader(source, config=config, output_loading_info=True)
                 assert not info["missing_keys"]
             except Exception as error:   # offline, no cache, damaged files: transformers has many kinds
                 raise UserError(f"cannot load --encoder {args.encoder} from {source}: hf download "
@@ -178,7 +170,7 @@ class Backbone(nn.Module):
 
     def forward(self, frames):
         x = F.interpolate(normalize(frames.flatten(0, 1)), (self.side, self.side), mode="bilinear")
-        with torch.no_grad() if self.frozen else contextlib.nullcontext():
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             return self.net(x).feature_maps[-1].unflatten(0, frames.shape[:2])
 
 
@@ -190,15 +182,14 @@ class Encoder(nn.Module):
     """
     def __init__(self, args, load=False):
         super().__init__()
-        D = args.latent_dim
+        D, self.tau = args.latent_dim, args.tau
         width = D if args.latent == "grid" else 128
-        self.tau = args.tau
         self.backbone = None if args.encoder == "cnn" else Backbone(args, load)
         self.patch = 8 if self.backbone else 4
         features = 3 * self.patch ** 2 + (self.backbone.net.channels[-1] if self.backbone else 0)
         side = SIZE // self.patch
-        self.project = nn.Sequential(nn.Conv2d((self.tau + 1) * features, 128, 1), nn.SiLU(),
-                                     nn.Conv2d(128, width, 1))
+        features = (self.tau + 1) * features
+        self.project = nn.Sequential(nn.Conv2d(features, 128, 1), nn.SiLU(), nn.Conv2d(128, width, 1))
         self.position = nn.Parameter(0.02 * torch.randn(width, side, side))
         self.blocks = nn.Sequential(ResBlock(width), ResBlock(width))
         if args.latent == "vector":
@@ -226,8 +217,7 @@ class RecurrentDynamics(nn.Module):
     With kernel 1 on a 1x1 grid it is an ordinary GRU or LSTM of a vector."""
     def __init__(self, kind, D, hidden, layers, kernel):
         super().__init__()
-        self.lstm = kind == "lstm"
-        self.hidden = hidden
+        self.lstm, self.hidden = kind == "lstm", hidden
         self.gates = nn.Conv2d(D + hidden, (3 if self.lstm else 2) * hidden, 1)
         self.candidate_z = nn.Conv2d(D, hidden, 1, bias=False)
         self.candidate_h = nn.Conv2d(hidden, hidden, kernel, padding=kernel // 2)
@@ -262,16 +252,14 @@ class CausalBlock(nn.Module):
         super().__init__()
         self.heads = math.gcd(D, max(1, D // 32))                   # a number that divides D
         self.window = window
-        self.norm1 = nn.GroupNorm(1, D)
-        self.qkv = nn.Conv2d(D, 3 * D, 1)
-        self.out = nn.Conv2d(D, D, 1)
-        self.bias = nn.Parameter(torch.zeros(self.heads, window))
         width = 2 * D if kernel > 1 else 4 * D
-        self.norm2 = nn.GroupNorm(1, D)
+        self.norm1, self.norm2 = nn.GroupNorm(1, D), nn.GroupNorm(1, D)
+        self.qkv, self.out = nn.Conv2d(D, 3 * D, 1), nn.Conv2d(D, D, 1)
+        self.bias = nn.Parameter(torch.zeros(self.heads, window))
         self.up = nn.Conv2d(D, width, kernel, padding=kernel // 2)
         self.down = nn.Conv2d(width, D, 1)
-        nn.init.zeros_(self.out.weight)
-        nn.init.zeros_(self.down.weight)
+        for layer in (self.out, self.down):
+            nn.init.zeros_(layer.weight)
 
     def forward(self, x, past=None):
         """x B T D h w; past: keys and values of latents before, each B hw heads T' D/heads -> x, past."""
@@ -304,8 +292,7 @@ class Transformer(nn.Module):
         nn.init.zeros_(self.out.weight)
 
     def forward(self, z, state=None):
-        x = z
-        cache = []
+        x, cache = z, []
         for block, past in zip(self.blocks, state or [None] * len(self.blocks)):
             x, past = block(x, past)
             cache.append(past)
@@ -322,9 +309,8 @@ class SelfAttention(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(1))
 
     def forward(self, x):
-        cells = x.flatten(2).transpose(1, 2)
-        y, _ = self.attention(cells, cells, cells, need_weights=False)
-        return x + self.gamma * y.transpose(1, 2).view_as(x)
+        y = x.flatten(2).transpose(1, 2)
+        return x + self.gamma * self.attention(y, y, y, need_weights=False)[0].transpose(1, 2).view_as(x)
 
 
 class Decoder(nn.Sequential):
@@ -352,16 +338,13 @@ class VideoWorldModel(nn.Module):
     """Frames in, the frames that follow out. load: with the weights of a pretrained encoder."""
     def __init__(self, args, load: bool = False):
         super().__init__()
-        D = args.latent_dim
-        grid = args.latent == "grid"
-        kernel = 3 if grid else 1
-        self.tau = args.tau
+        D, self.tau = args.latent_dim, args.tau
+        kernel, hidden = (3, D) if args.latent == "grid" else (1, args.hidden_dim)
         self.context = max(1, args.context // args.tau)                # latents
         self.encoder = Encoder(args, load)
         if args.world_model == "transformer":
             self.dynamics = Transformer(D, args.num_layers, args.window, kernel)
         else:
-            hidden = D if grid else args.hidden_dim
             self.dynamics = RecurrentDynamics(args.world_model, D, hidden, args.num_layers, kernel)
         self.decoder = Decoder(args)
         self.register_buffer("background", torch.ones(3, SIZE, SIZE))  # median of the training frames
@@ -373,8 +356,7 @@ class VideoWorldModel(nn.Module):
     def decode(self, z):
         """B t D h w -> B t*tau 3 H W. An untrained decoder shows the background."""
         z_flat = z.flatten(0, 1).contiguous(memory_format=torch.channels_last)     # 1.4 times faster on CPUs
-        difference = self.decoder(z_flat).reshape(len(z), -1, 3, SIZE, SIZE)
-        return self.background - 2 * difference
+        return self.background - 2 * self.decoder(z_flat).reshape(len(z), -1, 3, SIZE, SIZE)
 
     def rollout(self, z, state, n):
         """z B 1 D h w, a predicted latent, and the state that it came from -> n predictions B n D h w."""
@@ -439,8 +421,7 @@ def rollout_plan(args, step):
     """What the clips of a step share, in latents: context, rollout, those of it to decode; and the weight
     of the foreground. Contexts vary in length: a model that is trained with one fails at others."""
     rng = np.random.default_rng([args.seed, step])
-    progress = step / args.max_steps
-    clip = (args.T_in + args.T_out) // args.tau
+    progress, clip = step / args.max_steps, (args.T_in + args.T_out) // args.tau
     longest = min(max(1, min(args.context, args.T_in) // args.tau), clip - 1)
     context = int(rng.integers(min(max(1, 4 // args.tau), longest), longest + 1))
     final = min(max(1, min(args.rollout, args.T_out) // args.tau), clip - longest)
@@ -448,7 +429,7 @@ def rollout_plan(args, step):
     count = max(2, 3 // args.tau)        # the first ones, and as many from anywhere
     first = int(rng.integers(rollout))
     decoded = sorted({*range(min(count, rollout)), *range(first, min(first + count, rollout))})
-    weight = FOREGROUND * max(0, 1 - 1.1 * progress)
+    weight = 4 * max(0, 1 - 1.1 * progress)        # of 3 % of the pixels; in the end the loss is plain
     return argparse.Namespace(context=context, rollout=rollout, decoded=decoded, foreground=weight)
 
 
@@ -462,8 +443,7 @@ def pixel_loss(prediction, target, background, recon_type, foreground):
 def world_model_loss(model, x, plan, args, vgg=None):
     """x B T 3 H W: frames of plan.context latents, then of plan.rollout latents. The last latent of the
     context is reconstructed and predicted from those before; a rollout predicts the rest. -> loss, terms."""
-    tau = model.tau
-    observed = plan.context * tau
+    tau, observed = model.tau, plan.context * model.tau
     z = model.encode(x[:, :observed])
     p, state = model.dynamics(z)
     rollout = model.rollout(p[:, -1:], state, plan.rollout)[:, plan.decoded]
@@ -473,14 +453,13 @@ def world_model_loss(model, x, plan, args, vgg=None):
     now = x[:, observed - tau:observed]
     target = x[:, observed:].unflatten(1, (-1, tau))[:, plan.decoded].flatten(1, 2)
 
-    def error(prediction, target):
-        return pixel_loss(prediction, target, model.background, args.recon_type, plan.foreground)
-
+    options = dict(background=model.background, recon_type=args.recon_type, foreground=plan.foreground)
+    error = functools.partial(pixel_loss, **options)
     terms = {"recon_loss": error(reconstruction, now), "rollout_loss": error(future, target)}
     if plan.context > 1:
         terms["one_step_loss"] = error(one_step, now)
-    loss = args.recon_weight * sum(terms.values())
-    if target.shape[1] > 1:          # the reference project's term, |motion|, favours frozen videos
+    loss = sum(terms.values())
+    if target.shape[1] > 1:              # the reference project's term, |motion|, favours frozen videos
         terms["temporal_loss"] = (future.diff(dim=1) - target.diff(dim=1)).abs().mean()
         loss = loss + args.temporal_weight * terms["temporal_loss"]
     if vgg is not None:
@@ -494,43 +473,35 @@ def world_model_loss(model, x, plan, args, vgg=None):
 
 # ---- data -----------------------------------------------------------------------------------------------
 
-def read_split(root, split):
-    """A split that data/cosmos_lite/prepare.py wrote -> frames F 3 64 64 uint8, mapped, [(video, frames)]:
-
-        root/<split>.npy        the frames of all its videos, one after the other
-        root/split.json         {split: [[video, number of frames], ...]}; a video is <kind>/<name>.mp4
-    """
-    root = Path(root)
-    if not (root / "split.json").is_file():
-        raise UserError(f"no data set in {root}: make it with python data/{SCRIPT}/prepare.py --data_dir "
-                        f"{root}, and --raw FOLDER for your own videos")
-    try:
-        videos = json.loads(common.read_text(root / "split.json"))[split]
-        frames = torch.from_numpy(np.load(root / f"{split}.npy", mmap_mode="c"))
-        expected = (sum(length for _, length in videos), 3, SIZE, SIZE)
-        if frames.dtype != torch.uint8 or frames.shape != expected:
-            raise ValueError(f"{split}.npy has shape {tuple(frames.shape)}, expected {expected} of uint8")
-    except Exception as error:           # of a damaged file: ValueError, KeyError, EOFError, ...
-        raise UserError(f"cannot read split {split} of {root}: {common.reason(error)}") from error
-    return frames, videos
-
-
 class Clips:
-    """Clips of T frames, `stride` frames apart, of the videos of a split that have as many. starts: their first
-    frames in frames F 3 64 64 uint8; videos: [(name, first frame, number of frames)]."""
+    """Clips of T frames, `stride` frames apart, of a split that data/cosmos_lite/prepare.py wrote:
+
+        root/<split>.npy        uint8 frames F 3 64 64 of all its videos, one after the other
+        root/split.json         {split: [[video, number of frames], ...]}; a video is <kind>/<name>.mp4
+
+    videos: [(name, first frame, number of frames)] of at least T frames; starts: first frames of the clips.
+    """
     def __init__(self, root, split, T, stride=5):
-        self.T = T
-        self.frames, listed = read_split(root, split)
+        root, self.T = Path(root), T
+        if not (root / "split.json").is_file():
+            raise UserError(f"no data set in {root}: python data/{SCRIPT}/prepare.py --data_dir {root} makes "
+                            f"it, of your own videos with --raw FOLDER")
+        try:
+            listed = json.loads(common.read_text(root / "split.json"))[split]
+            self.frames = torch.from_numpy(np.load(root / f"{split}.npy", mmap_mode="c"))
+            expected = (sum(length for _, length in listed), 3, SIZE, SIZE)
+            if self.frames.dtype != torch.uint8 or self.frames.shape != expected:
+                raise ValueError(f"its shape is {tuple(self.frames.shape)}, not {expected} of uint8")
+        except Exception as error:       # of a damaged file: ValueError, KeyError, EOFError, ...
+            raise UserError(f"cannot read {root}/{split}.npy: {common.reason(error)}") from error
         first = np.cumsum([0, *(length for _, length in listed)]).tolist()
-        videos = [(name, start, length) for (name, length), start in zip(listed, first)]
-        self.videos = [video for video in videos if video[2] >= T]
-        short = [name for name, _, length in videos if length < T]
+        self.videos = [(name, start, length) for (name, length), start in zip(listed, first) if length >= T]
         if not self.videos:
             raise UserError(f"no video of {split} has {T} frames: lower --T_in or --T_out")
         self.starts = torch.cat([torch.arange(start, start + length - T + 1, stride)
                                  for _, start, length in self.videos])
-        left_out = f", {len(short)} shorter videos left out: {', '.join(short[:5])}" if short else ""
-        common.print_once(f"{split}: {len(self.videos)} videos, {len(self.starts)} clips{left_out}")
+        common.print_once(f"{split}: {len(self.videos)} videos, {len(self.starts)} clips of {T} frames, "
+                          f"{len(listed) - len(self.videos)} shorter videos left out")
 
     def first_clips(self, count=None):
         """The first clip of each video: N T 3 H W uint8."""
@@ -551,9 +522,6 @@ def create_data_loader(video_dir: str, T_in: int = 30, T_out: int = 30, batch_si
         return x[:, :T_in], x[:, T_in:]
 
     return torch.utils.data.DataLoader(clips.starts, batch_size, shuffle=shuffle, collate_fn=collate)
-
-
-AUGMENTATION = {"flip": ("rand",), "contrast": ("rand",), "order": ("randint", 6)}
 
 
 def augment_clips(x, values, background, brightness, permute_colors=False):
@@ -593,13 +561,11 @@ def constant_velocity(pair, background, colours, T):
     centres, area, owner = locate(difference.abs(), colours)
     velocity = torch.where((area > 1).all(0)[:, None], centres[1] - centres[0], 0.)
     velocity = F.pad(velocity, (0, 0, 0, 1))                           # what is no object stays
-    frames = background.expand(T, -1, -1, -1)
+    frames, steps = background.expand(T, -1, -1, -1), torch.arange(1, T + 1).view(-1, 1, 1, 1)
+    grid = F.affine_grid(torch.eye(2, 3)[None], [1, 3, SIZE, SIZE], align_corners=False)
     for i, v in enumerate(velocity):
-        shift = torch.eye(2, 3).repeat(T, 1, 1)
-        shift[:, :, 2] = -2 / SIZE * v * torch.arange(1, T + 1)[:, None]
-        grid = F.affine_grid(shift, [T, 3, SIZE, SIZE], align_corners=False)
-        moved = ((owner[1] == i) * difference[1]).expand(T, -1, -1, -1)
-        frames = frames + F.grid_sample(moved, grid, align_corners=False)
+        mine = ((owner[1] == i) * difference[1]).expand(T, -1, -1, -1)
+        frames = frames + F.grid_sample(mine, grid - 2 / SIZE * v * steps, align_corners=False)
     return frames.clamp(0, 1)
 
 
@@ -609,9 +575,8 @@ def object_scores(x, truth, state, T_in):
     T = len(x)
     if state is None:
         return dict.fromkeys(("position_px", "missed"), torch.full((T,), math.nan))
-    colours = torch.tensor(state["colour"])
-    centres, area, _ = locate(1 - x, colours)
-    _, true_area, _ = locate(1 - truth, colours)
+    centres, area, _ = locate(1 - x, torch.tensor(state["colour"]))
+    _, true_area, _ = locate(1 - truth, torch.tensor(state["colour"]))
     visible = true_area > 1
     found = visible & (area > 0.25 * true_area)
     distance = (centres - torch.tensor(state["pos"])[T_in:T_in + T]).norm(dim=-1)
@@ -622,31 +587,26 @@ def object_scores(x, truth, state, T_in):
 def average_scores(tables, kinds):
     """[{metric: n T}] of clips of these kinds -> means, in total, per horizon and per kind (falling/mse)."""
     scores = common.horizon_means(tables)
-    for metric in tables[0]:
-        values = torch.cat([table[metric] for table in tables])
-        for kind in dict.fromkeys(kinds):
-            members = torch.tensor([k == kind for k in kinds])
-            scores[f"{kind or 'videos'}/{metric}"] = values[members].nanmean().item()
+    for kind in dict.fromkeys(kinds):
+        members = common.horizon_means([table for table, k in zip(tables, kinds) if k == kind])
+        scores |= {f"{kind}/{metric}": members[metric] for metric in tables[0]}
     return scores
 
 
 @torch.no_grad()
 def evaluate(args, run, model, test):
     """Forecasts the first clip of each test video, prints tables -> [eval.json, curves.png]."""
-    began = time.time()
-    T_in, T_out = args.T_in, args.T_out
+    began, T_in, T_out = time.time(), args.T_in, args.T_out
     clips = test.first_clips(args.eval_clips or None)
     names = [name for name, _, _ in test.videos[:len(clips)]]
-    kinds = [os.path.dirname(name) for name in names]
-    states = Path(args.data_dir, "test_states.json")
-    states = json.loads(common.read_text(states)) if states.is_file() else {}
+    kinds = [os.path.dirname(name) or "videos" for name in names]
+    states = json.loads(common.read_text(Path(args.data_dir, "test_states.json")))
     background = (model.background.cpu() + 1) / 2
-    train_frames, _ = read_split(args.data_dir, "train")
+    train_frames = Clips(args.data_dir, "train", 1).frames
     mean_frame = train_frames[::math.ceil(len(train_frames) / 4096)].float().mean(0) / 255
     tables = {}                                  # method -> [{metric: 1 T}], a table for each clip
     for clip, name in zip(tqdm(clips, "evaluate", unit="clip"), names):
-        x = clip / 255
-        observed, truth = x[:T_in], x[T_in:]
+        observed, truth = (clip / 255).split([T_in, T_out])
         state = states.get(name)
         colours = torch.tensor(state["colour"] if state else [[0., 0., 0.]])       # else all is one object
         with run.autocast():
@@ -667,7 +627,7 @@ def evaluate(args, run, model, test):
     horizons = [h for h in (1, 5, 10, 20, 30) if h <= T_out]
     if states:
         common.print_table(rows, [f"{name}_h{h:02d}" for name in ("position_px", "missed") for h in horizons])
-    common.print_table(rows, [f"{kind or 'videos'}/mse" for kind in dict.fromkeys(kinds)])
+    common.print_table(rows, [f"{kind}/mse" for kind in dict.fromkeys(kinds)])
     weights = "trained from scratch" if args.encoder == "cnn" else f"encoder pretrained: {args.encoder}"
     columns = [*(f"mse_h{h:02d}" for h in horizons), "mse", "psnr", "ssim"]
     return common.report(SCRIPT, args, weights, began, ("mse", "mean frame", True), results, baselines,
@@ -692,10 +652,10 @@ def sample(args, run, model, test):
         rows = {"ground truth": torch.cat([observed, truth, unknown]),
                 "prediction": torch.cat([observed, frames]),
                 "error": torch.cat([torch.full_like(observed, -1), error, unknown])}
-        mse = common.mse(frames[:len(truth)] * 127.5, truth * 127.5).tolist() + [None] * len(unknown)
+        mse = [f"  MSE {e:.0f}" for e in common.mse(frames[:len(truth)] * 127.5, truth * 127.5).tolist()]
         labels = ["t-1", "t"][2 - len(observed):]
-        labels += [f"t+{n}" + (f"  MSE {e:.0f}" if e is not None else "") for n, e in enumerate(mse, 1)]
-        stem = Path(args.output_dir, "samples", f"rollout_{i}")
+        labels += [f"t+{n}{text}" for n, text in enumerate(mse + [""] * len(unknown), 1)]
+        stem = f"{args.output_dir}/samples/rollout_{i}"
         files += common.write_panels(stem, rows, labels, len(observed), fps=15)
     return files
 
@@ -845,8 +805,7 @@ def load_model(folder: str, device: str = "cpu", best: bool = False) -> VideoWor
 
 def dry_run(args):
     """Prints parameters, FLOPs and memory at the longest rollout, on the meta device: allocates nothing."""
-    B = args.batch_size * args.grad_accum
-    plan = rollout_plan(args, args.max_steps)
+    B, plan = args.batch_size * args.grad_accum, rollout_plan(args, args.max_steps)
     with torch.device("meta"):
         model = VideoWorldModel(args)
         x = torch.randn(B, (plan.context + plan.rollout) * args.tau, 3, SIZE, SIZE)
@@ -871,11 +830,10 @@ def run_script(argv):
     if training:
         checkpoint = train_world_model(args, run, vgg, checkpoint)
     if run.rank == 0:
+        path, state, _ = checkpoint
+        model = common.load_for_inference(VideoWorldModel(args), state["ema"], path, run.device)
         if args.best:
             model = load_model(args.output_dir, run.device, best=True)
-        else:
-            path, state, _ = checkpoint
-            model = common.load_for_inference(VideoWorldModel(args), state["ema"], path, run.device)
         files = evaluate(args, run, model, test) if args.eval or not inference_only else []
         if args.sample or not inference_only:
             files += sample(args, run, model, test)

@@ -3,8 +3,8 @@
 Run         python data/cosmos_lite/prepare.py                 # simulates 4 x 128 videos, beside this file
             python data/cosmos_lite/prepare.py --raw my_videos --data_dir data/split   # subfolders are kinds
 Writes      {train,val,test}.npy, frames F 3 64 64 uint8 of all videos of a split, one after the other;
-            split.json, {split: [[video, number of frames], ...]}; test_states.json, exact states of test
-            videos; dataset_stats.json; and, if simulated, raw/<kind>/<kind>_000.mp4 with its state as .npz
+            split.json, {split: [[video, number of frames], ...]}; test_states.json, exact states of them;
+            dataset_stats.json; and, if simulated, raw/<kind>/<kind>_000.mp4 with its state as .npz
 Restart     the same command continues an interrupted one from <data_dir>.partial, another one starts over
 """
 import argparse
@@ -31,85 +31,74 @@ from common import UserError, at_least  # noqa: E402
 
 SIZE = 64                            # height and width of a frame of the data set
 SUBSTEPS = 4                         # simulated steps per frame
-STATS = "dataset_stats.json"
 
 # The reference project's. Pixels of a side; gravity in pixels per frame^2; shares of the speed that are kept
-# at floor and ceiling, at walls, per frame, and horizontally at the floor.
-Physics = namedtuple("Physics", "size gravity restitution wall drag friction")
+# at floor and ceiling, at walls, per frame, and horizontally at the floor; ranges of x and y at the start.
+Physics = namedtuple("Physics", "size gravity restitution wall drag friction x y")
 PHYSICS = {
-    "bouncing": Physics(256, .5, .85, .85, 1, 1), "pendulum": Physics(64, .5, 1, 1, .995, 1),
-    "falling": Physics(64, .4, .7, .7, .98, .9), "projectile": Physics(64, .3, .7, .8, 1, 1)}
-START = {"bouncing": ((21, 235), (21, 128)), "pendulum": ((32, 32), (5, 5)), "falling": ((10, 54), (5, 21)),
-         "projectile": ((5, 21), (59, 59))}                        # ranges of x and y
-
-
-def first_state(kind, rng):
-    """Random objects -> state with "pos" and "vel" N 2 of the first frame, and a pendulum's "theta"."""
-    counts = {"bouncing": rng.integers(1, 6), "falling": rng.integers(1, 4)}       # both, whatever the kind
-    n = counts.get(kind, 1)
-    state = {"square": np.zeros(n, bool), "vel": np.zeros((n, 2))}
-    state["radius"] = np.full(n, 16.) if kind == "bouncing" else rng.integers(3, 6, n).astype(float)
-    if kind == "bouncing":
-        state["vel"] = np.stack([rng.uniform(-2, 2, n), rng.uniform(-1, 1, n)], axis=1)
-    elif kind == "falling":
-        state["vel"][:, 0] = rng.uniform(-1, 1, n)
-        state["square"] = rng.random(n) < .5
-    elif kind == "projectile":
-        angle, speed = rng.uniform(math.pi / 6, math.pi / 3), rng.uniform(3, 5)
-        state["radius"][:] = 3
-        state["vel"] = speed * np.array([[math.cos(angle), -math.sin(angle)]])
-    else:
-        state["radius"][:] = 4
-        state["pivot"] = np.array([32., 5.])
-        state["length"] = rng.uniform(20, 35)
-        state["theta"] = rng.choice([-1, 1]) * rng.uniform(.3, math.pi / 3)
-    apart = False
-    while not apart:                                               # draw again until no two overlap
-        state["pos"] = np.stack([rng.uniform(*START[kind][axis], n) for axis in (0, 1)], axis=1)
-        gaps = np.linalg.norm(state["pos"][:, None] - state["pos"], axis=2) + 999 * np.eye(n)
-        apart = (gaps - state["radius"][:, None] - state["radius"] > 1).all()
-    return state
+    "bouncing": Physics(256, .5, .85, .85, 1, 1, (21, 235), (21, 128)),
+    "pendulum": Physics(64, .5, 1, 1, .995, 1, (32, 32), (5, 5)),
+    "falling": Physics(64, .4, .7, .7, .98, .9, (10, 54), (5, 21)),
+    "projectile": Physics(64, .3, .7, .8, 1, 1, (5, 21), (59, 59))}
 
 
 def simulate(kind, frames, seed):
-    """A video's exact state: "pos" T N 2 (x to the right, y down, in pixels), "radius", "square", "colour" (in
-    [0, 1]), "kind", "size" of the picture, "pivot" of a pendulum. Semi-implicit Euler."""
+    """A video's exact state: "pos" T N 2 (x to the right, y down, in pixels), "radius", "square", "colour" in
+    [0, 1], "kind", "size" of the picture, "pivot" of a pendulum. Semi-implicit Euler."""
     rng = np.random.default_rng(seed)
     physics = PHYSICS[kind]
-    state = first_state(kind, rng)
-    pos, vel, theta, omega = state["pos"], state.pop("vel"), state.pop("theta", 0.), 0.
-    dt = 1 / SUBSTEPS
-    path = []
+    n = {"bouncing": rng.integers(1, 6), "falling": rng.integers(1, 4)}.get(kind, 1)       # draws both
+    radius = np.full(n, 16.) if kind == "bouncing" else rng.integers(3, 6, n).astype(float)
+    state = {"kind": kind, "size": physics.size, "radius": radius, "square": np.zeros(n, bool)}
+    vel = np.zeros((n, 2))
+    if kind == "bouncing":
+        vel = np.stack([rng.uniform(-2, 2, n), rng.uniform(-1, 1, n)], axis=1)
+    elif kind == "falling":
+        vel[:, 0] = rng.uniform(-1, 1, n)
+        state["square"] = rng.random(n) < .5
+    elif kind == "projectile":
+        angle, speed = rng.uniform(math.pi / 6, math.pi / 3), rng.uniform(3, 5)
+        radius[:] = 3
+        vel = speed * np.array([[math.cos(angle), -math.sin(angle)]])
+    else:
+        radius[:] = 4
+        length = state["length"] = rng.uniform(20, 35)
+        pivot = state["pivot"] = np.array([32., 5.])
+        theta, omega = rng.choice([-1, 1]) * rng.uniform(.3, math.pi / 3), 0.
+    apart = False
+    while not apart:                                               # draw again until no two overlap
+        pos = np.stack([rng.uniform(*physics.x, n), rng.uniform(*physics.y, n)], axis=1)
+        gaps = np.linalg.norm(pos[:, None] - pos, axis=2) + 999 * np.eye(n)
+        apart = (gaps - radius[:, None] - radius > 1).all()
+    dt, path = 1 / SUBSTEPS, []
     for step in range(frames * SUBSTEPS):
         if kind == "pendulum":
             if step:
-                omega -= dt * physics.gravity / state["length"] * math.sin(theta)
-                omega *= physics.drag ** dt
+                omega = (omega - dt * physics.gravity / length * math.sin(theta)) * physics.drag ** dt
                 theta += dt * omega
-            pos = state["pivot"] + state["length"] * np.array([[math.sin(theta), math.cos(theta)]])
+            pos = pivot + length * np.array([[math.sin(theta), math.cos(theta)]])
         elif step:
             vel[:, 1] += dt * physics.gravity
             vel *= physics.drag ** dt
             pos = pos + dt * vel
             if kind == "bouncing":
-                collide(pos, vel, state["radius"])
-            bounce(pos, vel, state["radius"], physics, at_rest=2 * dt * physics.gravity)
+                collide(pos, vel, radius)
+            bounce(pos, vel, radius, physics, at_rest=2 * dt * physics.gravity)
         if step % SUBSTEPS == 0:
             path.append(pos.copy())
     colours = []
-    for hue in (rng.random() + np.arange(len(pos)) / len(pos)) % 1:    # far apart, to distinguish objects
+    for hue in (rng.random() + np.arange(n) / n) % 1:              # far apart, to distinguish objects
         rgb = np.array(colorsys.hsv_to_rgb(hue, rng.uniform(.75, 1), rng.uniform(.55, .9)))
         colours.append(rgb * min(1, .6 / (rgb @ [.2126, .7152, .0722])))           # dark enough on white
-    return {**state, "kind": kind, "size": physics.size, "pos": np.stack(path), "colour": np.stack(colours)}
+    return {**state, "pos": np.stack(path), "colour": np.stack(colours)}
 
 
 def collide(pos, vel, radius):
     """Elastic collisions between balls of equal mass, in place."""
     for i in range(len(pos)):
         for j in range(i):
-            normal = pos[i] - pos[j]
-            distance = np.linalg.norm(normal)
-            normal = normal / max(distance, 1e-9)
+            distance = np.linalg.norm(pos[i] - pos[j])
+            normal = (pos[i] - pos[j]) / max(distance, 1e-9)
             overlap = radius[i] + radius[j] - distance
             closing = (vel[j] - vel[i]) @ normal
             if overlap > 0 and closing > 0:                        # the normal components are exchanged
@@ -147,8 +136,7 @@ def draw_object(picture, centre, radius, colour, square=False):
     x1, y1 = np.clip(np.floor(centre + radius + 2), 0, len(picture)).astype(int)
     dx = np.abs(np.arange(x0, x1) + .5 - centre[0])
     dy = np.abs(np.arange(y0, y1) + .5 - centre[1])[:, None]
-    distance = np.maximum(dx, dy) if square else np.sqrt(dx ** 2 + dy ** 2)
-    blend(picture[y0:y1, x0:x1], radius + .5 - distance, colour)
+    blend(picture[y0:y1, x0:x1], radius + .5 - (np.maximum if square else np.hypot)(dx, dy), colour)
 
 
 def render(state):
@@ -183,10 +171,9 @@ def write_frames(path, frames):
 def simulate_video(number, kind, args, partial):
     """-> the video's name, (file of its 64x64 frames, their number, exact state)."""
     video = f"{kind}/{kind}_{number:03d}.mp4"
-    state = simulate(kind, args.num_frames, [args.seed, list(PHYSICS).index(kind), number])
-    frames = partial / "frames" / f"{kind}_{number:03d}"
+    path, frames = partial / "raw" / video, partial / "frames" / Path(video).stem
     if not frames.exists():
-        path = partial / "raw" / video
+        state = simulate(kind, args.num_frames, [args.seed, list(PHYSICS).index(kind), number])
         pictures = render(state)
         # Full chroma: subsampled, the colours of small objects would be off.
         options = ("-crf", "8", "-pix_fmt", "yuv444p", "-preset", "ultrafast")
@@ -195,7 +182,7 @@ def simulate_video(number, kind, args, partial):
         k = state["size"] // SIZE
         small = pictures.reshape(-1, SIZE, k, SIZE, k, 3).mean(axis=(2, 4)).round().astype(np.uint8)
         write_frames(frames, small)
-    return video, (frames, args.num_frames, state)
+    return video, (frames, args.num_frames, read_state(path.with_suffix(".npz"), args.num_frames))
 
 
 def decode_video(path, args, partial):
@@ -224,38 +211,34 @@ def make_videos(args, partial):
             print(f"left out of {args.raw}: {common.describe_left_out(left_out)}", file=sys.stderr)
         make, jobs = decode_video, [(path,) for path in files]
     with ThreadPoolExecutor() as pool:
-        videos = pool.map(lambda job: make(*job, args, partial), jobs)
-        return dict(tqdm(videos, "videos", len(jobs), unit="video"))
+        return dict(tqdm(pool.map(lambda job: make(*job, args, partial), jobs), "videos", len(jobs)))
 
 
 def read_state(path, frames):
-    """The exact state beside a video of that many frames, if the file is one as simulate_video writes."""
+    """The state beside a video of that many frames, in pixels of 64; None if the file is foreign."""
     try:
         with np.load(path) as file:
-            state = {name: file[name] for name in ("pos", "colour", "size")}
-        n = len(state["colour"])
-        valid = state["pos"].shape == (frames, n, 2) and state["colour"].shape == (n, 3) and n > 0
-        valid = valid and np.isfinite(state["pos"]).all() and 0 < float(state["size"]) < math.inf
-        return state if valid and ((0 <= state["colour"]) & (state["colour"] <= 1)).all() else None
-    except Exception:                                              # of a foreign or damaged file, any kind
+            pos, colour, size = file["pos"], file["colour"], float(file["size"])
+        valid = len(colour) > 0 and pos.shape == (frames, len(colour), 2) and colour.shape[1:] == (3,)
+        valid = valid and np.isfinite(pos).all() and 0 < size < math.inf and (abs(colour - .5) <= .5).all()
+        return {"pos": (pos * SIZE / size).round(3).tolist(), "colour": colour.tolist()} if valid else None
+    except Exception:                                              # of a damaged file, any kind
         return None
 
 
 def split_videos(videos):
     """Names -> {split: names}, 80/10/10, stratified by folder, a function of the names (512: 409, 51, 52)."""
-    rng = np.random.default_rng(42)
-    position = {}
+    rng, position = np.random.default_rng(42), {}
     for kind in sorted({os.path.dirname(video) for video in videos}):
         members = [video for video in sorted(videos) if os.path.dirname(video) == kind]
         for i, j in enumerate(rng.permutation(len(members))):      # evenly spread over [0, 1) within a kind
             position[members[j]] = (i + .5) / len(members), kind
-    order = sorted(position, key=position.get)
-    if len(order) < 3:
-        raise UserError(f"{len(order)} videos cannot be split into train, val and test: use more")
-    val = max(1, len(order) // 10)
+    order, val = sorted(position, key=position.get), max(1, len(position) // 10)
     train = min(len(order) * 8 // 10, len(order) - val - 1)
-    return {"train": sorted(order[:train]), "val": sorted(order[train:train + val]),
-            "test": sorted(order[train + val:])}
+    if train < 1:
+        raise UserError(f"{len(order)} videos cannot be split into train, val and test: use more")
+    parts = {"train": order[:train], "val": order[train:train + val], "test": order[train + val:]}
+    return {split: sorted(part) for split, part in parts.items()}
 
 
 def prepare(args):
@@ -265,9 +248,10 @@ def prepare(args):
         raise UserError(f"{args.data_dir} exists: remove it, or choose another folder with --data_dir")
     source = f"videos of {os.path.abspath(args.raw)}" if args.raw else "SIMULATED physics, not filmed"
     stats = {"source": source, "flags": [args.num_videos, args.num_frames, args.seed]}
-    if not (partial / STATS).is_file() or json.loads((partial / STATS).read_text()) != stats:
+    record = partial / "dataset_stats.json"
+    if not record.is_file() or json.loads(record.read_text()) != stats:
         shutil.rmtree(partial, ignore_errors=True)
-        common.write_json(partial / STATS, stats)
+        common.write_json(record, stats)
     (partial / "frames").mkdir(exist_ok=True)
     videos = make_videos(args, partial)
     skipped = {video: value for video, value in videos.items() if isinstance(value, str)}
@@ -275,8 +259,8 @@ def prepare(args):
         print(f"left out {video}: {reason}", file=sys.stderr)
         del videos[video]
     if not videos:
-        raise UserError(f"no videos in {args.raw} can be used: --raw takes a folder of video files")
-    split, states = {}, {}
+        raise UserError(f"no videos in {args.raw} can be used")
+    split = {}
     for part, names in split_videos(videos).items():
         split[part] = [[video, videos[video][1]] for video in names]
         shape = (sum(length for _, length in split[part]), 3, SIZE, SIZE)
@@ -286,17 +270,13 @@ def prepare(args):
             array[first:first + length] = np.fromfile(file, np.uint8).reshape(-1, *shape[1:])
             first += length
         array.flush()
-    for video, _ in split["test"]:
-        state = videos[video][2]
-        if state:                                                  # positions in pixels of the 64x64 frames
-            pos = state["pos"] * SIZE / float(state["size"])
-            states[video] = {"pos": pos.round(3).tolist(), "colour": state["colour"].round(4).tolist()}
+    states = {video: videos[video][2] for video, _ in split["test"] if videos[video][2]}
     common.write_json(partial / "split.json", split)
     common.write_json(partial / "test_states.json", states)
     shutil.rmtree(partial / "frames")
     stats["videos"] = {part: len(names) for part, names in split.items()}
     stats["skipped"] = skipped
-    common.write_json(partial / STATS, stats)
+    common.write_json(record, stats)
     partial.rename(args.data_dir)
     print(f"wrote {args.data_dir}: videos {stats['videos']}, {len(skipped)} left out")
 
