@@ -43,9 +43,9 @@ AUGMENTATION = {"flip": ("rand",), "contrast": ("rand",), "order": ("randint", 6
 # ---- presets and flags ----------------------------------------------------------------------------------
 
 PRESETS = {
-    "tiny": dict(data_dir=f"data/{SCRIPT}/dataset", latent_dim=48, max_steps=1750, batch_size=8, lr=2e-3,
+    "tiny": dict(data_dir=f"data/{SCRIPT}/dataset", latent_dim=48, max_steps=1500, batch_size=8, lr=2e-3,
                  warmup_steps=50, weight_decay=1e-3, ema_decay=0.99, perceptual_weight=0.0, brightness=0.0,
-                 permute_colors=True, rollout=20, eval_every=350, save_every=350),
+                 permute_colors=True, rollout=20, eval_every=300, save_every=300),
     # The reference project's options B, with a transformer, and A, with a vector per frame; 100 epochs.
     "best": dict(data_dir="data/split", encoder="dinov2_vits14", world_model="transformer", latent_dim=128,
                  num_layers=6, context=30, rollout=30, batch_size=8, max_steps=5100, weight_decay=1e-5,
