@@ -1477,12 +1477,12 @@ def open_log(script, stage, args, start, total):
 
 
 def horizon_means(tables):
-    """A list of {metric: N T}, T horizons -> {metric: mean, metric_h01: mean at horizon 1, ...}."""
+    """A list of {metric: N T}, T horizons -> {metric: mean, metric_h01: at horizon 1, ...}, NaN left out."""
     means = {}
     for name in tables[0]:
         values = torch.cat([table[name].cpu() for table in tables])
-        means[name] = values.mean().item()
-        means |= {f"{name}_h{h:02d}": value.item() for h, value in enumerate(values.mean(0), 1)}
+        means[name] = values.nanmean().item()
+        means |= {f"{name}_h{h:02d}": value.item() for h, value in enumerate(values.nanmean(0), 1)}
     return means
 
 

@@ -70,6 +70,7 @@ def load_program(path):
 
 
 river_prepare = load_program(HERE / "data/river_smoke/prepare.py")
+cosmos_prepare = load_program(HERE / "data/cosmos_lite/prepare.py")
 VAE21 = {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2,
          "latents_mean": [.1, -.2, .3, .4], "latents_std": [.5, 2., 1., 3.]}
 VAE22 = {**VAE21, "is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12,
@@ -175,43 +176,32 @@ SCRIPTS = {
             ("--output_dir {run} --eval --i3d {data}/none.pt", "none.pt is not StyleGAN-V's", None),
         ]),
     "cosmos_lite": dict(
-        tiny="--preset tiny --dtype float32 --num_videos 5 --num_frames 12 --T_in 6 --T_out 4 --context 4 "
-             "--rollout 4 --latent_dim 8 --num_layers 1 --batch_size 4 --max_steps 4 --lr 1 "
-             "--warmup_steps 1000 --log_every 1 --eval_every 2 --save_every 2 --keep_last 0 --num_predict 5",
-        stages=(".",), reuse="", double="--batch_size 8", deterministic=True, typed=False,
-        headline=("results/mse", "results/psnr", "results/ms_per_frame", "baselines/copy_last/position_px",
-                  "baselines/copy_last/mse", "baselines/mean_frame/mse", "baselines/codec/mse"),
+        tiny="--preset tiny --dtype float32 --T_in 6 --T_out 4 --context 4 --rollout 4 --latent_dim 8 "
+             "--num_layers 1 --batch_size 4 --max_steps 4 --lr 1 --warmup_steps 1000 --log_every 1 "
+             "--eval_every 2 --save_every 2 --keep_last 0 --num_predict 5",
+        prepare=lambda: cosmos_prepare.main(["--data_dir", cosmos.PRESETS["tiny"]["data_dir"], "--num_videos",
+                                             "5", "--num_frames", "12"]),
+        stages=(".",), reuse="", double="--batch_size 8", deterministic=True, typed=False, fsdp=False,
+        headline=("results/mse", "results/psnr", "results/ssim", "baselines/persistence/position_px",
+                  "baselines/persistence/mse", "baselines/mean frame/mse", "baselines/constant velocity/mse"),
         overfit=lambda: overfit_cosmos(),
         bad=[
-            ("", "no videos in .*raw", lambda data, run: shutil.rmtree(data / "raw")),
-            ("--T_in 0", "--T_in must be at least 1", None),
-            ("--T_out 0", "--T_out must be at least 1", None),
-            ("--tau 6", "leave no room for two latents", None),
-            ("--T_in 7 --T_out 7", "train has 0 clips of 14 frames.*skipped 16 videos.*12 frames", None),
-            ("--batch_size 17", "split train has 16 clips of 10 frames, a batch needs 17", None),
-            ("--split 80/10", "--split takes three shares", None),
-            ("--split 98/1/1", "20 videos leave none for val", None),
+            ("", "no data set in .*prepare.py --data_dir", lambda data, run: shutil.rmtree(data)),
+            ("", "cannot read .*train.npy", lambda data, run: cut(data / "train.npy")),
+            ("", "cannot read .*test.npy", lambda data, run: edit(data / "split.json", "test", "best")),
+            ("", "val.npy: its shape is .3, 3, 64, 64., not .24, 3", lambda data, run: np.save(
+                data / "val.npy", np.zeros((3, 3, 64, 64), np.uint8))),
+            ("--T_in 7 --T_out 7", "no video of test has 14 frames", None),
+            ("--tau 6", "too short for two latents", None),
             ("--encoder vgg", "invalid choice: 'vgg'", None),
-            ("--encoder dinov2_vits14", "no weights for --encoder dinov2_vits14.*--encoder_weights", None),
-            ("--encoder resnet50 --encoder_weights {data}", "no weights for --encoder resnet50", None),
-            ("--split 80/-10/30", "--split takes three shares", None),
-            ("--freeze_encoder", "--freeze_encoder is for pretrained encoders, not for --encoder cnn", None),
-            ("--video_idx 2", "--video_idx 2: the test split has the videos 0 to 1", None),
-            ("--video_idx -2", "--video_idx must be a test video's number or -1, not -2", None),
-            ("--num_predict 301", "--num_predict must be from 1 to 300", None),
-            ("--latent_dim 20", "multiple of 8", None),
-            ("--world_model transformer --latent_dim 104", "3 heads, which do not divide --latent", None),
-            ("--lr nan", "--lr must not be negative", None),
-            *[(f"--{name} -1", f"--{name} must not be negative, but is -1", None) for name in (
-                "seed", "lr", "warmup_steps", "weight_decay", "grad_clip", "log_every", "eval_every",
-                "save_every", "keep_last", "foreground", "brightness", "temporal_weight")],
-            ("--ema_decay 2", "--ema_decay must be in .0, 1., not 2", None),
-            ("--beta2 1", "--beta2 must be in .0, 1., not 1", None),
-            ("--best --eval_every 0", "--best needs validations", None),
-            ("--vgg_weights {data}/none.pth", "none.pth: no such file", None),
-            ("--vgg_weights {data}/split.json", "split.json cannot be read", None),
-            ("--output_dir {run} --eval --world_model lstm", "lstm does not fit .* with gru", None),
-            ("--output_dir {run} --sample --latent vector", "--latent vector does not fit", None),
+            ("--encoder dinov2_vits14", "cannot load --encoder dinov2_vits14 .*hf download", None),
+            ("--encoder resnet50 --encoder_weights {data}", "cannot load --encoder resnet50", None),
+            ("--freeze_encoder", "need a pretrained encoder, not --encoder cnn", None),
+            ("--video_idx 2", "--video_idx 2: the test videos are 0 to 1", None),
+            ("--lr nan", "argument --lr: must be at least 0, not nan", None),
+            ("--perceptual_weight 1 --vgg_weights {data}/none.pth", "cannot load --vgg_weights", None),
+            ("--perceptual_weight 1 --vgg_weights {data}/split.json", "cannot load --vgg_weights", None),
+            ("--output_dir {run} --eval --world_model lstm", "lstm does not fit .* trained with gru", None),
             ("--output_dir {run} --eval --best", "best/world_model.safetensors", lambda data, run: cut(
                 run / "best/world_model.safetensors")),
         ]),
@@ -1070,7 +1060,7 @@ def test_all_tensors_lie_on_the_device(script, base, tmp_path):
 
 def test_shared_blocks_are_identical():
     blocks = {}
-    for script in [name for name in SCRIPTS if name != "river_smoke"]:
+    for script in [name for name in SCRIPTS if name not in ("river_smoke", "cosmos_lite")]:
         text = (HERE / f"{script}.py").read_text()
         found = re.findall(r"# ---- shared:(\w+) .*?\n(.*?)# end shared:\1\n", text, re.DOTALL)
         assert {name for name, _ in found} >= {"flags", "dist", "fit"}
@@ -1152,7 +1142,8 @@ def test_readme_names_what_there_is():
     text += "\n" + (HERE / "docs/reproduction.md").read_text()
     tests, rows = set(re.findall(r"^def (test_\w+)", Path(__file__).read_text(), re.MULTILINE)), 0
     sources = {path.stem: path.read_text() for path in HERE.glob("*.py")}
-    sources["river_smoke"] += (HERE / "data/river_smoke/prepare.py").read_text()
+    for name in ("river_smoke", "cosmos_lite"):
+        sources[name] += (HERE / f"data/{name}/prepare.py").read_text()
     for line in text.splitlines():
         if line.startswith(("## ", "### ")):
             own = [name for name in SCRIPTS if f"{name}.py" in line] or list(SCRIPTS)
@@ -1603,7 +1594,7 @@ def test_typed_flags():
 
 
 def test_every_number_has_a_bound():
-    for action in river.build_parser()._actions:
+    for action in (*river.build_parser()._actions, *cosmos.build_parser()._actions):
         if action.type is not None:
             assert action.type not in (int, float), action.dest
             with pytest.raises((argparse.ArgumentTypeError, ValueError)):
@@ -2379,13 +2370,12 @@ def test_extract(tmp_path, monkeypatch, capsys):
 # ---- cosmos_lite.py -------------------------------------------------------------------------------------
 
 def cosmos_args(flags=""):
-    args = cosmos.parse_args(shlex.split(f"{SCRIPTS['cosmos_lite']['tiny']} {flags}"))
-    cosmos.check_args(args)
-    return args
+    argv = shlex.split(f"{SCRIPTS['cosmos_lite']['tiny']} --dry_run {flags}")      # looks at no checkpoint
+    return cosmos.parse_args(argv)[0]
 
 
-def cosmos_model(flags="", noise=.2):
-    """A model none of whose weights is zero, as some are at the start."""
+def cosmos_model(flags="", noise=.05):
+    """A model none of whose weights is zero, as some are at initialisation."""
     torch.manual_seed(0)
     model = cosmos.VideoWorldModel(cosmos_args(flags)).eval()
     for p in model.parameters():
@@ -2393,172 +2383,171 @@ def cosmos_model(flags="", noise=.2):
     return model
 
 
+def cosmos_plan(context, rollout, decoded, foreground=0.):
+    return Namespace(context=context, rollout=rollout, decoded=decoded, foreground=foreground)
+
+
+def projectiles(first, count, frames):
+    """Videos of projectiles, count frames 3 64 64 in [-1, 1]."""
+    videos = [cosmos_prepare.render(cosmos_prepare.simulate("projectile", frames, [0, first + i]))
+              for i in range(count)]
+    return common.from_uint8(torch.from_numpy(np.stack(videos))).permute(0, 1, 4, 2, 3)
+
+
 def overfit_cosmos():
     args = cosmos_args("--latent_dim 16")
     torch.manual_seed(0)
-    model = cosmos.WorldModelLoss(cosmos.VideoWorldModel(args), args)
-    x = cosmos.render(cosmos.simulate("projectile", 8, 0))
-    x = common.from_uint8(torch.from_numpy(x)).permute(0, 3, 1, 2)[None]
+    model, x = cosmos.VideoWorldModel(args), projectiles(0, 1, 8)
     optimizer, losses = torch.optim.Adam(model.parameters(), lr=5e-3), []
     for _ in range(150):
-        losses.append(model(x, (2, 2, 2, [0, 1], 1.0))[0])
+        losses.append(cosmos.world_model_loss(model, x, cosmos_plan(2, 2, [0, 1], 1.), args)[0])
         optimizer.zero_grad()
         losses[-1].backward()
         optimizer.step()
     return losses
 
 
-def test_the_documents_parameter_counts():
-    """--latent vector is the document's model; group norm has as many weights as its batch norm."""
-    def count(flags):
-        with torch.device("meta"):
-            model = cosmos.VideoWorldModel(cosmos.parse_args(shlex.split(f"--preset quick {flags}")))
-        return [common.count_params(part) for part in (model.encoder, model.dynamics, model.decoder)]
-    assert count("") == [7_964_544, 3_152_640, 6_413_251] and sum(count("")) == 17_530_435
-    assert count("--world_model lstm --decoder enhanced") == [7_964_544, 4_072_192, 10_326_501]
-    assert count("--world_model transformer")[1] == pytest.approx(7.4e6, rel=.04)
-    assert count("--encoder resnet50") == [23_508_032 + 1_180_416, 3_152_640, 10_326_501]
-    assert count("--encoder dinov2_vits14")[0] == 22_056_576 + 328_448
+def test_parameter_counts_are_near_the_reference():
+    """A vector of 256 with GRU has 17.5 million there. DINOv2-S as published."""
+    with torch.device("meta"):
+        quick = cosmos.VideoWorldModel(cosmos.parse_args(["--preset", "quick", "--dry_run"])[0])
+        best = cosmos.VideoWorldModel(cosmos.parse_args(["--preset", "best", "--dry_run"])[0])
+    assert common.count_params(quick) == pytest.approx(17.5e6, rel=.1)
+    assert common.count_params(best.encoder.backbone) == 22_056_576
 
 
-KINDS_OF_MODEL = [f"--latent {latent} --world_model {kind} --decoder {decoder} --tau {tau}"
-                  for latent, decoder, tau in (("grid", "simple", 2), ("grid", "enhanced", 1),
-                                               ("vector", "simple", 1), ("vector", "enhanced", 2))
-                  for kind in ("gru", "lstm", "transformer")]
-
-
-@pytest.mark.parametrize("flags", KINDS_OF_MODEL)
+@pytest.mark.parametrize("flags", [
+    f"--latent {latent} --world_model {kind} --decoder {decoder} --tau {tau}"
+    for latent, decoder, tau in (("grid", "simple", 2), ("grid", "enhanced", 1), ("vector", "enhanced", 2))
+    for kind in ("gru", "lstm", "transformer")])
 def test_kinds_of_model(flags):
-    """All predict, hold on to the context, learn in every weight, and start as the background."""
-    flags += " --latent_dim 32 --hidden_dim 16 --num_layers 2"
-    args, g = cosmos_args(flags), torch.Generator().manual_seed(0)
+    """All predict, depend on the context, learn in every weight, and start as the background."""
+    args, g = cosmos_args(f"{flags} --latent_dim 32 --hidden_dim 16"), torch.Generator().manual_seed(0)
     x = torch.rand(2, 8, 3, 64, 64, generator=g) * 2 - 1
-    model = cosmos.VideoWorldModel(args)
-    frames, latents, context = model(x[:, :4], num_predictions=5)
+    frames, latents, context = cosmos.VideoWorldModel(args)(x[:, :4], num_predictions=5)
     assert frames.shape == (2, 5, 3, 64, 64) and torch.equal(frames, torch.ones_like(frames))
     assert latents.shape[:2] == (2, -(-5 // args.tau)) and context.shape[1] == 4 // args.tau
-    model = cosmos_model(flags, noise=.05)
-    short, long = model(x[:, :4], 3)[0], model(x[:, :4], 8)[0]
-    assert torch.allclose(short, long[:, :3], atol=1e-5)
-    other = x[:, :4].clone()
-    other[:, 3] = 0
-    assert (model(other, 3)[1] - model(x[:, :4], 3)[1]).abs().max() > 1e-5
-    assert torch.isfinite(model(x[:, :1], 2)[0]).all()
-    plan = (4 // args.tau, 4 // args.tau, 4 // args.tau, [0, 1], 1.0)
-    loss, parts = cosmos.WorldModelLoss(model.train(), args)(x, plan)
+    model = cosmos_model(f"{flags} --latent_dim 32 --hidden_dim 16")
+    with torch.no_grad():
+        assert torch.allclose(model(x[:, :4], 3)[0], model(x[:, :4], 8)[0][:, :3], atol=1e-5)
+        other = torch.cat([x[:, :3], x[:, 3:4] * 0], dim=1)
+        assert (model(other, 3)[1] - model(x[:, :4], 3)[1]).abs().max() > 1e-5
+        assert torch.isfinite(model(x[:, :1], 2)[0]).all()
+    count = 4 // args.tau
+    loss, terms = cosmos.world_model_loss(model.train(), x, cosmos_plan(count, count, [0, 1], 1.), args)
     loss.backward()
-    assert set(parts) == {"recon_loss", "one_step_loss", "rollout_loss", "temporal_loss"}
+    assert set(terms) == {"recon_loss", "one_step_loss", "rollout_loss", "temporal_loss"}
     for name, p in model.named_parameters():
-        assert p.grad is not None and p.grad.abs().max() > 0, name
+        # The key's bias in an attention is without effect.
+        assert "in_proj_bias" in name or p.grad is not None and p.grad.abs().max() > 0, name
 
 
 @pytest.mark.parametrize("flags", ["--world_model gru", "--world_model lstm", "--world_model transformer",
                                    "--latent vector --world_model transformer"])
 def test_dynamics_one_at_a_time_equal_all_at_once(flags):
-    """What is cached between frames is all that matters; the future is not seen, nor what left the window."""
+    """What is cached is all that matters; the future is not seen, nor what left the window."""
     flags += " --window 3 --latent_dim 16 --hidden_dim 16 --num_layers 2"
-    model = cosmos_model(flags).dynamics
+    model = cosmos_model(flags, noise=.2).dynamics
     side = 1 if "vector" in flags else 4
     z = torch.randn(2, 7, 16, side, side, generator=torch.Generator().manual_seed(0))
-    whole, state, steps = model(z)[0], None, []
-    for t in range(7):
-        p, state = model(z[:, t:t + 1], state)
-        if "transformer" in flags:
-            state = model.cut(state, state[0][0].shape[3])
-            assert state[0][0].shape[3] == min(t + 1, 2)   # the window less the frame to come
-        steps.append(p)
-    assert torch.allclose(torch.cat(steps, dim=1), whole, atol=1e-4)
-    later = z.clone()
-    later[:, 5:] = 0
-    assert torch.allclose(model(later)[0][:, :5], whole[:, :5], atol=1e-5)
-    first = z.clone()
-    first[:, 0] = 0                      # two layers of window 3 look back four frames
-    seen = (model(first)[0] - whole).abs().amax((0, 2, 3, 4)) > 1e-5
+    with torch.no_grad():
+        whole, state, steps = model(z)[0], None, []
+        for t in range(7):
+            p, state = model(z[:, t:t + 1], state)
+            if "transformer" in flags:
+                assert state[0][0].shape[3] == min(t + 1, 2)       # the window less the latent to come
+            steps.append(p)
+        assert torch.allclose(torch.cat(steps, dim=1), whole, atol=1e-4)
+        later = torch.cat([z[:, :5], 0 * z[:, 5:]], dim=1)
+        assert torch.allclose(model(later)[0][:, :5], whole[:, :5], atol=1e-5)
+        first = torch.cat([0 * z[:, :1], z[:, 1:]], dim=1)         # two layers of window 3 look back four
+        seen = (model(first)[0] - whole).abs().amax((0, 2, 3, 4)) > 1e-5
     assert seen.tolist() == [True] * 5 + ["transformer" not in flags] * 2
 
 
-def test_curriculum():
-    args = cosmos_args("--T_in 30 --T_out 30 --context 10 --rollout 16 --max_steps 100 --foreground_end 0.5")
-    plans = [cosmos.curriculum(args, step) for step in range(100)]
-    assert {plan[0] for plan in plans} == {2, 3, 4, 5}                 # latents of two frames
-    lengths = [plan[1] for plan in plans]
+def test_rollout_plan():
+    args = cosmos_args("--T_in 30 --T_out 30 --context 10 --rollout 16 --max_steps 100")
+    plans = [cosmos.rollout_plan(args, step) for step in range(100)]
+    assert {plan.context for plan in plans} == {2, 3, 4, 5}            # latents of two frames
+    lengths = [plan.rollout for plan in plans]
     assert lengths == sorted(lengths) and (lengths[0], lengths[60], lengths[-1]) == (1, 8, 8)
-    for c, k, last, shown, _ in plans:
-        assert last == c and 0 in shown and shown == sorted(set(shown)) and max(shown) < k and len(shown) <= 4
-    weights = [plan[4] for plan in plans]
-    assert weights[0] == 4 and weights == sorted(weights, reverse=True) and weights[-1] == .5
+    for plan in plans:
+        assert 0 in plan.decoded and plan.decoded == sorted(set(plan.decoded))
+        assert max(plan.decoded) < plan.rollout and len(plan.decoded) <= 4
+    weights = [plan.foreground for plan in plans]
+    assert weights[0] == 4 and weights == sorted(weights, reverse=True) and weights[-1] == 0
     for flags in ("--T_in 1 --T_out 3", "--T_in 4 --T_out 1", "--T_in 1 --T_out 4", "--tau 1"):
-        args = cosmos_args(f"{flags} --world_model transformer --max_steps 10")
+        args = cosmos_args(f"{flags} --max_steps 10")
         for step in range(10):
-            c, k, last, shown, _ = cosmos.curriculum(args, step)
-            assert c >= 1 and k >= 1 and (c + k) * args.tau <= args.T_in + args.T_out and c <= last <= c + k
+            plan = cosmos.rollout_plan(args, step)
+            assert min(plan.context, plan.rollout) >= 1
+            assert (plan.context + plan.rollout) * args.tau <= args.T_in + args.T_out
 
 
-def test_world_model_loss_parts():
-    """Each part against its definition; a frozen prediction of something that moves is not consistent."""
+def test_world_model_loss():
+    """Each term against its definition; a frozen prediction of something that moves is not consistent."""
     args, g = cosmos_args("--latent_dim 16"), torch.Generator().manual_seed(0)
-    model, background = cosmos_model("--latent_dim 16", noise=.05), torch.ones(3, 64, 64)
+    model, background = cosmos_model("--latent_dim 16"), torch.ones(3, 64, 64)
     x = torch.rand(2, 8, 3, 64, 64, generator=g) * 2 - 1
-    _, parts = cosmos.WorldModelLoss(model, args)(x, (2, 2, 2, [1], 3.0))
+    loss, terms = cosmos.world_model_loss(model, x, cosmos_plan(2, 2, [1], 3.), args)
     z = model.encode(x[:, :4])
     p, state = model.dynamics(z)
-    rolled = model.rollout(p[:, 1:], state, 2)
-    expected = {"recon_loss": (z[:, 1:], x[:, 2:4]), "one_step_loss": (p[:, :1], x[:, 2:4]),
-                "rollout_loss": (rolled[:, 1:], x[:, 6:8])}
-    for name, (latent, truth) in expected.items():
-        value = cosmos.pixel_loss(model.decode(latent), truth, background, args, 3.0)
-        assert parts[name].item() == pytest.approx(value.item(), rel=1e-5)
-    motion = (model.decode(rolled[:, 1:]).diff(dim=1) - x[:, 6:8].diff(dim=1)).abs().mean()
-    assert parts["temporal_loss"].item() == pytest.approx(motion.item(), rel=1e-5)
+    rollout = model.rollout(p[:, 1:], state, 2)[:, 1:]
+    for name, latent, target in (("recon_loss", z[:, 1:], x[:, 2:4]), ("one_step_loss", p[:, :1], x[:, 2:4]),
+                                 ("rollout_loss", rollout, x[:, 6:8])):
+        value = cosmos.pixel_loss(model.decode(latent), target, background, "mse", 3.)
+        assert terms[name].item() == pytest.approx(value.item(), rel=1e-5)
+    motion = (model.decode(rollout).diff(dim=1) - x[:, 6:8].diff(dim=1)).abs().mean()
+    assert terms["temporal_loss"].item() == pytest.approx(motion.item(), rel=1e-5)
+    whole = sum(value for name, value in terms.items() if name != "temporal_loss") + .01 * motion
+    assert loss.item() == pytest.approx(whole.item(), rel=1e-5)
     half = torch.ones(1, 1, 3, 64, 64)
-    half[..., :32] = 0                   # ink in one half: weight 4 there, 1 elsewhere
-    assert cosmos.pixel_loss(half + 1, half, background, args, 3.0).item() == pytest.approx(2.5)
-    args.recon_type = "l1"
-    assert cosmos.pixel_loss(half + 2, half, background, args, 0.0).item() == pytest.approx(2)
+    half[..., :32] = 0                   # foreground in one half: weight 4 there, 1 elsewhere
+    assert cosmos.pixel_loss(half + 1, half, background, "mse", 3.).item() == pytest.approx(2.5)
+    assert cosmos.pixel_loss(half + 2, half, background, "l1", 0.).item() == pytest.approx(2)
 
 
-def test_perceptual_loss(tmp_path, monkeypatch, capsys):
+def test_perceptual_loss(tmp_path):
     torch.manual_seed(0)
-    vgg, args = cosmos.VGGFeatures(), cosmos_args()
-    assert common.count_params(vgg) == 7_635_264
-    taps = vgg(torch.rand(2, 3, 64, 64) * 2 - 1)
-    assert [tuple(tap.shape[1:]) for tap in taps] == [(64, 64, 64), (128, 32, 32), (256, 16, 16), (512, 8, 8)]
-    assert all(tap.min() == 0 for tap in taps)             # after the ReLUs
-    file = {**vgg.state_dict(), "features.24.weight": torch.zeros(1), "classifier.0.bias": torch.zeros(1)}
-    torch.save(file, tmp_path / "vgg.pth")                 # as published, with layers that are not needed
-    args.no_perceptual, args.vgg_weights = False, str(tmp_path / "vgg.pth")
-    loaded, why = cosmos.load_vgg(args, "cpu")
+    vgg, args = cosmos.VGGFeatures(), cosmos_args("--perceptual_weight 0.1")
+    assert common.count_params(vgg) == 7_635_264                       # of relu4_3 and before
+    maps = vgg(torch.rand(1, 3, 64, 64) * 2 - 1)
+    assert [tuple(x.shape[1:]) for x in maps] == [(64, 64, 64), (128, 32, 32), (256, 16, 16), (512, 8, 8)]
+    assert all(x.min() == 0 for x in maps)                 # after the ReLUs
+    file = {f"features.{name}": value for name, value in vgg.state_dict().items()}
+    torch.save({**file, "classifier.0.bias": torch.zeros(1)}, tmp_path / "vgg.pth")        # as published
+    args.vgg_weights = str(tmp_path / "vgg.pth")
+    loaded = cosmos.load_vgg(args, "cpu")
     assert_same(loaded.state_dict(), vgg.state_dict())
-    assert "vgg.pth" in why and not any(p.requires_grad for p in loaded.parameters())
-    model = cosmos_model("--latent_dim 16", noise=.05)
-    x = torch.rand(1, 8, 3, 64, 64) * 2 - 1
-    loss, parts = cosmos.WorldModelLoss(model, args)(x, (2, 2, 2, [0], 0.0), loaded)
-    a, b = vgg(model.decode(model(x[:, :4], 2)[1])[0].detach()), vgg(x[0, 4:6])
+    model, x = cosmos_model("--latent_dim 16"), torch.rand(1, 8, 3, 64, 64) * 2 - 1
+    with torch.no_grad():
+        loss, terms = cosmos.world_model_loss(model, x, cosmos_plan(2, 2, [0]), args, loaded)
+        a, b = vgg(model.decode(model(x[:, :4], 2)[1])[0]), vgg(x[0, 4:6])
+        without, _ = cosmos.world_model_loss(model, x, cosmos_plan(2, 2, [0]), args)
     expected = sum(F.mse_loss(u, v) for u, v in zip(a, b)) / 4
-    assert parts["perceptual_loss"].item() == pytest.approx(expected.item(), rel=1e-4)
-    without, _ = cosmos.WorldModelLoss(model, args)(x, (2, 2, 2, [0], 0.0))
-    assert (loss - without).item() == pytest.approx(.1 * parts["perceptual_loss"].item(), rel=1e-3)
-    args.vgg_weights = "http://127.0.0.1:9/vgg16-397923af.pth"         # nobody listens: off, and said
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    loaded, why = cosmos.load_vgg(args, "cpu")
-    assert loaded is None and why.startswith("OFF")
-    args.vgg_weights = str(tmp_path / "none.pth")
-    with pytest.raises(common.UserError, match="none.pth: no such file"):
-        cosmos.load_vgg(args, "cpu")
+    assert terms["perceptual_loss"].item() == pytest.approx(expected.item(), rel=1e-4)
+    assert (loss - without).item() == pytest.approx(.1 * expected.item(), rel=1e-3)
+    for source in ("http://127.0.0.1:9/vgg16-397923af.pth", str(tmp_path)):        # no server; a folder
+        args.vgg_weights = source
+        with pytest.raises(common.UserError, match="cannot load --vgg_weights"):
+            cosmos.load_vgg(args, "cpu")
 
 
 @pytest.mark.parametrize("name", ["resnet50", "dinov2_vits14"])
 def test_pretrained_encoders(name, tmp_path, monkeypatch):
     """Small ones of the same classes, saved as the hub's are and read from a folder."""
     import transformers
-    small = {"resnet50": dict(depths=[1, 1, 1, 1], hidden_sizes=[16, 32, 16, 16], embedding_size=8),
-             "dinov2_vits14": dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=112,
-                                   patch_size=14)}[name]
-    hub, family, _, _, _ = cosmos.PRETRAINED[name]
-    monkeypatch.setitem(cosmos.PRETRAINED, name, (hub, family, small, 32, 16 if family == "ResNet" else 32))
-    config = getattr(transformers, f"{family}Config")(**small)
+    repository, kind, _ = cosmos.PRETRAINED[name]
+    small = {"resnet": dict(depths=[1, 1, 1], hidden_sizes=[16, 32, 16], embedding_size=8),
+             "dinov2": dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=112,
+                            patch_size=14)}[kind]
+    stage = "stage3" if kind == "resnet" else "stage1"
+    monkeypatch.setitem(cosmos.PRETRAINED, name, (repository, kind, small | {"out_features": [stage]}))
     torch.manual_seed(0)
-    published = getattr(transformers, f"{family}Model")(config)
+    if kind == "resnet":                 # published files have a fourth stage
+        small = dict(depths=[1, 1, 1, 1], hidden_sizes=[16, 32, 16, 16], embedding_size=8)
+    config = transformers.AutoConfig.for_model(kind, **small)
+    published = transformers.AutoModel.from_config(config)
     published.save_pretrained(tmp_path / "weights")
     x = torch.rand(2, 4, 3, 64, 64) * 2 - 1
     for latent, side in (("grid", 8), ("vector", 1)):
@@ -2566,265 +2555,201 @@ def test_pretrained_encoders(name, tmp_path, monkeypatch):
             args = cosmos_args(f"--encoder {name} --encoder_weights {tmp_path / 'weights'} --latent {latent} "
                                f"--latent_dim 32 --hidden_dim 16 {freeze}")
             model = cosmos.VideoWorldModel(args, load=True)
-            own = model.encoder.backbone.state_dict()
-            assert own and all(torch.equal(value, published.state_dict()[key]) for key, value in own.items())
+            weights = {key.removeprefix("encoder."): value for key, value in published.state_dict().items()}
+            ours = {key.removeprefix("encoder."): value
+                    for key, value in model.encoder.backbone.net.state_dict().items()}
+            shared = ours.keys() & weights.keys()
+            assert len(shared) > .7 * len(ours) and all(torch.equal(ours[k], weights[k]) for k in shared)
             assert model.encode(x).shape == (2, 2, 32, side, side)
-            torch.nn.init.normal_((list(model.decoder.parameters()))[-2])
-            plan = (1, 1, 1, [0], 1.0)
-            cosmos.WorldModelLoss(model, args).train()(x, plan)[0].backward()
+            for p in model.decoder.parameters():
+                nn.init.normal_(p, std=.1)
+            cosmos.world_model_loss(model.train(), x, cosmos_plan(1, 1, [0], 1.), args)[0].backward()
             learns = [p.grad is not None for p in model.encoder.backbone.parameters() if p.ndim > 1]
             assert not any(learns) if freeze else any(learns)
-            assert model.encoder.backbone.training == (not freeze)
+            assert model.encoder.backbone.net.training == (not freeze)
             assert any(isinstance(m, cosmos.SelfAttention) for m in model.decoder.modules())   # enhanced
+            model.load_state_dict(cosmos.VideoWorldModel(args).state_dict())       # built without the weights
 
 
-def test_simulated_physics():
-    def run(kind, seed, frames=60):
-        return cosmos.simulate(kind, frames, [0, seed])
-    same, again = run("bouncing", 1), run("bouncing", 1)
-    assert all(np.array_equal(same[key], again[key]) for key in same)
-    counts = set()
-    for seed in range(25):
-        s = run("bouncing", seed)
-        counts.add(len(s["radius"]))
-        x, y, r = s["pos"][..., 0], s["pos"][..., 1], s["radius"]
-        assert ((x >= r - 1e-9) & (x <= 256 - r + 1e-9) & (y >= r - 1e-9) & (y <= 256 - r + 1e-9)).all()
-        gap = np.linalg.norm(s["pos"][0][:, None] - s["pos"][0], axis=-1) - 2 * 16
-        assert (gap[~np.eye(len(r), dtype=bool)] > 0).all()            # no overlap at the start
-        energy = (s["vel"] ** 2).sum(-1) / 2 + .5 * (256 - r - y)
-        assert (energy.sum(1)[1:] < energy.sum(1)[:-1] * 1.05 + 1).all()               # nothing speeds up
-        luminance = s["colour"] @ [.2126, .7152, .0722]
-        assert luminance.max() <= .601 and s["colour"].min() >= 0
-        p = run("pendulum", seed)
-        length = np.linalg.norm(p["pos"][:, 0] - p["pivot"], axis=1)
-        assert np.allclose(length, p["length"]) and np.ptp(p["pos"][:, 0, 0]) > 5
-        t, q = np.arange(6), run("projectile", seed)       # a parabola, before anything is hit
-        (x, y), (u, v) = q["pos"][0, 0], q["vel"][0, 0]
-        assert np.allclose(q["pos"][:6, 0, 0], x + u * t)
-        assert np.allclose(q["pos"][:6, 0, 1], y + v * t + .15 * t ** 2, atol=.3)
-        f = run("falling", seed)
-        assert (f["vel"][1:4, :, 1] > f["vel"][:3, :, 1]).all() and f["vel"][..., 1].max() < 19.6
-        assert (f["pos"][-1, :, 1] > 40).all() and len(f["radius"]) <= 3
-    assert counts == {1, 2, 3, 4, 5}
-    a, b = np.array([[10., 30.], [20., 30.]]), np.array([[2., 0.], [-1., 0.]])     # they change velocities
-    cosmos.collide(a, b, np.array([6., 6.]), True, 64, 1, 1, 1, 0)
-    assert np.allclose(b, [[-1, 0], [2, 0]]) and np.allclose(a, [[9, 30], [21, 30]])
+def test_objects_are_located():
+    for kind in cosmos_prepare.PHYSICS:
+        state = cosmos_prepare.simulate(kind, 30, [0, 7])
+        x = torch.from_numpy(cosmos_prepare.render(state)).permute(0, 3, 1, 2).float()
+        x = F.adaptive_avg_pool2d(x, 64) / 255
+        scaled = {"pos": (state["pos"] * 64 / state["size"]).tolist(), "colour": state["colour"].tolist()}
+        perfect = cosmos.object_scores(x[10:], x[10:], scaled, 10)
+        assert perfect["position_px"].mean() < .6 and perfect["missed"].max() == 0, kind
+        gone = cosmos.object_scores(torch.ones_like(x[10:]), x[10:], scaled, 10)
+        assert gone["missed"].min() == 1 and gone["position_px"].isnan().all()
+    assert cosmos.object_scores(x[10:], x[10:], None, 10)["missed"].isnan().all()
 
 
-def test_objects_are_read_from_pictures(tmp_path):
-    """Pictures show the exact state: what is read from them is where it should be, as files too."""
-    for kind in cosmos.KINDS:
-        state = cosmos.simulate(kind, 30, [0, 7])
-        x = torch.from_numpy(cosmos.render(state))
-        assert x.shape == (30, state["size"], state["size"], 3)
-        assert torch.equal(x[10:20], torch.from_numpy(cosmos.render(state, slice(10, 20))))
-        x = F.adaptive_avg_pool2d(x.permute(0, 3, 1, 2).float(), 64) / 255
-        scale = 64 / state["size"]
-        centre, mass, _ = cosmos.locate(x, state["colour"])
-        error = np.linalg.norm(centre.numpy() - state["pos"] * scale, axis=-1)
-        assert np.median(error) < (.5 if kind == "projectile" else .2), kind           # its trail pulls
-        seen = *cosmos.locate(x[10:], state["colour"]), cosmos.count_blobs(x[10:])
-        perfect = cosmos.physics(x[10:], seen, state, 10)
-        assert perfect["lost"].max() == 0 == perfect["gained"].max() == perfect["energy_error"][1:-1].max()
-        assert perfect["position_px"].nanmean() < .7
-        gone = cosmos.physics(torch.ones_like(x[10:]), seen, state, 10)
-        assert gone["lost"].min() > .3 and gone["gained"].max() == 0
-        twice = torch.minimum(x, x.flip(-1).flip(-2))
-        assert cosmos.physics(twice[10:], seen, state, 10)["gained"].max() >= 1
-        scores = cosmos.frame_scores(x[None], x[None])
-        assert scores["mse"].max() == 0 == scores["com_px"].max()
-        assert torch.equal(scores["ink"], scores["ink_true"])
-        assert cosmos.frame_scores(x[None] * 0 + .5, x[None] * 0 + .5 + 10 / 255)["mse"].max() == 100
-
-
-def test_linear_motion():
-    """Two squares that move uniformly are predicted; without a state all ink counts as one object."""
-    def square(x, y, colour, film):
-        film[:, y:y + 6, x:x + 6] = torch.tensor(colour)[:, None, None]
-        return film
-    red, blue = [.8, .1, .1], [.1, .1, .8]
-    films = [square(40 + 4 * t, 30, blue, square(10 + t, 10 + 2 * t, red, torch.ones(3, 64, 64)))
-             for t in range(5)]
-    state = {"colour": np.array([red, blue])}
-    y = cosmos.linear_motion(films[1], films[0], state, 3)
-    assert torch.allclose(y, torch.stack(films[2:5]), atol=1e-3)
-    alone = [square(10 + t, 10 + 2 * t, red, torch.ones(3, 64, 64)) for t in range(5)]
-    assert torch.allclose(cosmos.linear_motion(alone[1], alone[0], None, 3), torch.stack(alone[2:]), atol=.02)
-    still = cosmos.linear_motion(torch.ones(3, 64, 64), torch.ones(3, 64, 64), None, 3)
-    assert torch.equal(still, torch.ones(3, 3, 64, 64))
-
-
-def test_split():
-    names = [f"{kind}/{kind}_{i:03d}.mp4" for kind in cosmos.KINDS for i in range(128)]
-    split = cosmos.split_videos(names, "80/10/10")
-    assert {part: len(own) for part, own in split.items()} == {"train": 409, "val": 51, "test": 52}
-    assert sorted(itertools.chain(*split.values())) == sorted(names)   # each in exactly one
-    for own in split.values():
-        counts = [sum(name.startswith(kind) for name in own) for kind in cosmos.KINDS]
-        assert max(counts) - min(counts) <= 1
-    assert cosmos.split_videos(random.sample(names, len(names)), "80/10/10") == split
-    assert len(cosmos.split_videos([f"{i}.mp4" for i in range(10)], "6/2/2")["val"]) == 2
-
-
-def test_own_videos(tmp_path, capsys):
-    """A flat folder of videos of another size: split, decoded once and when they change, bad ones named."""
-    raw = tmp_path / "raw"
-    for i in range(12):
-        film = torch.zeros(3, 96, 128).repeat(14 if i else 5, 1, 1, 1).byte()          # the first is short
-        film[:, :, 20 + i:40 + i, 30:60] = 200
-        common.write_video(raw / f"film_{i:02d}.mp4", film)
-    (raw / "broken.mp4").write_bytes(b"no video")
-    (raw / "empty.mp4").write_bytes(b"")
-    flags = f"--data_dir {tmp_path} --output_dir {tmp_path / 'run'} --stride 2 --split 60/20/20"
-    assert launch("cosmos_lite", f"{flags} --batch_size 2 --num_predict 12", full=True) == 0
-    out = capsys.readouterr().out
-    for name in ("film_00.mp4 has 5 frames, fewer than 10", "broken.mp4", "empty.mp4"):
-        assert name in out
-    report = json.loads((tmp_path / "run/eval.json").read_text())
-    assert report["results"]["mse"] >= 0 and "position_px" not in report["results"]
-    data = cosmos.load_split(cosmos_args(f"{flags} --batch_size 2"), "train")
-    assert data.frames.shape[1:] == (3, 64, 64) and len(data.starts) == 3 * len(data.usable)
-    assert data.frames[0].float().mean() > 10 and data.frames[0, :, 0, 0].max() < 20
-    before = (tmp_path / "cache/index.json").stat().st_mtime_ns
-    args = cosmos_args(f"{flags} --batch_size 2")
-    cosmos.build_cache(args)
-    assert (tmp_path / "cache/index.json").stat().st_mtime_ns == before
-    name = data.names[0]
-    common.write_video(raw / name, torch.full((20, 3, 96, 128), 90, dtype=torch.uint8))
-    common.write_video(raw / "late.mp4", torch.full((20, 3, 96, 128), 90, dtype=torch.uint8))
-    capsys.readouterr()
-    cosmos.build_cache(args)
-    assert "1 videos of" in capsys.readouterr().out        # the late one is in no split
-    data = cosmos.load_split(args, "train")
-    assert data.length[0] == 20 and abs(data.frames[0].float().mean() - 90) < 3
-    for path in raw.glob("*.mp4"):
-        path.write_bytes(b"")
-    assert launch("cosmos_lite", flags) == 2
-    assert re.search("split .* has 0 clips of 10 frames.*skipped", the_error(capsys, "cosmos_lite"))
-
-
-@pytest.mark.parametrize("script,made_by_others", [
-    ("cosmos_lite", lambda data: (data / "raw/generated.json").unlink()),
-    ("well_i2v", lambda data: next(data.rglob("simulated.json")).unlink()),
-    ("vidar", lambda data: edit(data / "manifest.json", '"simulated"', '"other"')),
-], ids=["cosmos_lite", "well_i2v", "vidar"])
-def test_a_resumed_run_stays_with_its_data(script, made_by_others, trained, tmp_path):
-    """A checkpoint's data_dir holds where no --data_dir is given: nothing is simulated into it."""
-    data, module = shutil.copytree(trained(script).data, tmp_path / "data"), importlib.import_module(script)
-    made_by_others(data)
-    args, before = module.parse_args(shlex.split(SCRIPTS[script]["tiny"])), files(data)
-    module.adopt(args, {"data_dir": str(data)}, (), "a checkpoint")
-    module.prepare(args, CPU)
-    assert set(files(data)) == set(before)
-
-
-def test_generated_videos(trained, tmp_path, capsys):
-    base = trained("cosmos_lite")
-    films = files(base.data, "raw/*/*.mp4")
-    assert len(films) == 20 == len(files(base.data, "raw/*/*.npz"))
-    data = cosmos.load_split(cosmos_args(f"--data_dir {base.data}"), "test")
-    state = cosmos.load_state(Namespace(data_dir=base.data), data.names[0])
-    exact = torch.from_numpy(cosmos.render(state)).permute(0, 3, 1, 2).float()
-    error = F.adaptive_avg_pool2d(exact, 64) - data.frames[:data.length[0]]
-    assert error.square().mean() < 2     # what the codec costs
-    other = shutil.copytree(base.data, tmp_path / "data")  # killed half-way: the next call makes the rest
-    for path in sorted(other.glob("raw/*/*.mp4"))[::3]:
-        path.unlink()
-    edit(other / "raw/generated.json", "true", "false")
-    flags = f"--generate --num_videos 5 --num_frames 12 --data_dir {other}"
-    assert cosmos.main(shlex.split(flags)) == 0 and files(other, "raw/*/*.mp4") == films
-    assert cosmos.main(shlex.split(f"{flags} --data_seed 1")) == 2
-    assert "was made with --data_seed 0, not 1" in the_error(capsys, "cosmos_lite")
-    flags = f"--generate --num_videos 3 --num_frames 12 --split 50/25/25 --data_dir {tmp_path / 'new'}"
-    assert cosmos.main(shlex.split(flags)) == 0
-    assert "'train': 6, 'val': 3, 'test': 3" in capsys.readouterr().out
-    assert all(films[name] == film for name, film in files(tmp_path / "new", "raw/*/*.mp4").items())
+def test_constant_velocity():
+    """Two squares that move uniformly are predicted; without colours the foreground is one object."""
+    def square(x, y, colour, frame):
+        frame[:, y:y + 6, x:x + 6] = torch.tensor(colour)[:, None, None]
+        return frame
+    red, blue, white = [.8, .1, .1], [.1, .1, .8], torch.ones(3, 64, 64)
+    frames = torch.stack([square(40 + 4 * t, 30, blue, square(10 + t, 10 + 2 * t, red, white.clone()))
+                          for t in range(5)])
+    y = cosmos.constant_velocity(frames[:2], white, torch.tensor([red, blue]), 3)
+    assert torch.allclose(y, frames[2:], atol=1e-3)
+    dark = torch.full((3, 64, 64), .2)
+    alone = torch.stack([square(10 + t, 10 + 2 * t, red, dark.clone()) for t in range(5)])
+    y = cosmos.constant_velocity(alone[:2], dark, torch.zeros(1, 3), 3)
+    assert torch.allclose(y, alone[2:], atol=.02)
+    assert torch.equal(cosmos.constant_velocity(white.expand(2, -1, -1, -1), white, torch.zeros(1, 3), 3),
+                       white.expand(3, -1, -1, -1))
 
 
 def test_augmentation_is_alike_in_all_frames():
-    args, g = cosmos_args("--brightness .5 --permute_colours"), torch.Generator().manual_seed(0)
+    g = torch.Generator().manual_seed(0)
     x, background = torch.rand(6, 4, 3, 64, 64, generator=g) * .4 + .3, torch.ones(3, 64, 64)
-    numbers = {"flip": torch.tensor([0, 1] * 3), "contrast": torch.rand(6, generator=g),
-               "order": torch.arange(6)}
-    y = cosmos.augment(x, numbers, background, args)
+    values = {"flip": torch.tensor([.9, .1] * 3), "contrast": torch.rand(6, generator=g),
+              "order": torch.arange(6)}
+    y = cosmos.augment_clips(x, values, background, .5, True)
     for b, order in enumerate(itertools.permutations(range(3))):
-        factor = 1 + .5 * (2 * numbers["contrast"][b] - 1)
-        expected = (x[b].flip(-1) if b % 2 else x[b])
+        factor = 1 + .5 * (2 * values["contrast"][b] - 1)
+        expected = x[b].flip(-1) if b % 2 else x[b]
         expected = (1 + factor * (expected - 1)).clamp(-1, 1)[:, order]
         assert torch.allclose(y[b], expected, atol=1e-6)
 
 
 def test_rollout_demo(trained, tmp_path):
-    """300 frames ahead of a video of 12, whose truth ends after 6; and a length that does not fit tau."""
+    """40 frames after 6 of a video of 12: the truth ends."""
     base = trained("cosmos_lite")
-    for count, index in ((300, 0), (7, 1)):
-        run = shutil.copytree(base.run, tmp_path / str(count))
-        shutil.rmtree(run / "samples")
-        flags = f"--sample --video_idx {index} --num_predict {count} --data_dir {base.data}"
-        assert launch("cosmos_lite", f"{flags} --output_dir {run}", full=True) == 0
-        made = {path.name for path in (run / "samples").iterdir()}
-        assert made == {f"rollout_{what}_{index}.{suffix}" for what, suffix in (
-            ("video", "mp4"), ("grid", "png"), ("positions", "png"))}
-        film = common.read_video(run / f"samples/rollout_video_{index}.mp4")
-        assert len(film) == 6 + count and film.shape[-1] == 3 * 256 + 8
-        assert (film[-1, :, 100, 100].int() - 200).abs().max() < 4     # beyond the video: grey
-    data = cosmos.load_split(cosmos_args(f"--data_dir {base.data}"), "test")
-    truth = data.frames[data.first[1]].repeat_interleave(4, -1).repeat_interleave(4, -2)
-    assert (film[0, :, 20:276, :256].float() - truth).abs().mean() < 3
+    run = shutil.copytree(base.run, tmp_path / "run")
+    shutil.rmtree(run / "samples")
+    flags = f"--sample --video_idx 1 --num_predict 40 --data_dir {base.data} --output_dir {run}"
+    assert launch("cosmos_lite", flags, full=True) == 0
+    assert {path.name for path in (run / "samples").iterdir()} == {"rollout_1.mp4", "rollout_1.png"}
+    assert len(common.read_video(run / "samples/rollout_1.mp4")) == 2 + 40
 
 
-def test_library_call_and_best_weights(trained, tmp_path):
-    """The document's call; --best evaluates the weights of the lowest validation loss."""
+def test_use_from_python(trained, tmp_path):
+    """The reference project's calls; --best evaluates the weights of the lowest validation loss."""
     base = trained("cosmos_lite")
-    model, x = cosmos.load_model(base.run), torch.rand(2, 6, 3, 64, 64)
-    frames, latents, context = model(x, num_predictions=30)
-    assert frames.shape == (2, 30, 3, 64, 64) and latents.shape[1] == 15 and frames.abs().max() <= 1
+    context, target = next(iter(cosmos.create_data_loader(
+        f"{base.data}/train", T_in=6, T_out=4, batch_size=3, shuffle=True, augment=True)))
+    assert context.shape == (3, 6, 3, 64, 64) and target.shape == (3, 4, 3, 64, 64)
+    context, target = next(iter(cosmos.create_data_loader(f"{base.data}/test", 6, 4, 2, shuffle=False)))
+    frames = torch.from_numpy(np.load(base.data / "test.npy")[12:22])
+    assert torch.equal(common.to_uint8(torch.cat([context[1], target[1]])), frames)
+    frames, latents, context_latents = cosmos.load_model(base.run)(context[1:], num_predictions=30)
+    assert frames.shape == (1, 30, 3, 64, 64) and latents.shape[1] == 15 and frames.abs().max() <= 1
     losses = {row["step"]: row["val_loss"] for row in rows(base.run) if "val_loss" in row}
     step = min(losses, key=losses.get)
     state, _ = common.load_checkpoint(base.run / f"ckpt/step_{step:06d}", "cosmos_lite")
-    best = common.load_weights(base.run / "best/world_model.safetensors")
-    assert_same(best, {name.removeprefix("model."): value for name, value in state["ema"].items()})
+    assert_same(dict(cosmos.load_model(base.run, best=True).state_dict()), state["ema"])
     run = shutil.copytree(base.run, tmp_path / "run")
     weights = common.load_weights(run / "best/world_model.safetensors")
     common.save_weights(run / "best/world_model.safetensors", {k: v * 0 for k, v in weights.items()})
-    flags = f"--data_dir {base.data} --output_dir {run} --eval"
     results = []
     for more in ("", "--best"):
-        assert launch("cosmos_lite", f"{flags} {more}", full=True) == 0
+        flags = f"--data_dir {base.data} --output_dir {run} --eval {more}"
+        assert launch("cosmos_lite", flags, full=True) == 0
         results.append(json.loads((run / "eval.json").read_text())["results"]["mse"])
     assert results[0] != results[1]
 
 
-def test_learns_physics(tmp_path):
-    """Ten seconds of training beat the last frame and the white one on clips that it has not seen."""
-    def clips(first, count):
-        films = [cosmos.render(cosmos.simulate("projectile", 16, [0, first + i])) for i in range(count)]
-        return common.from_uint8(torch.from_numpy(np.stack(films))).permute(0, 1, 4, 2, 3)
+def test_learns_physics():
+    """Ten seconds of training beat persistence and the white frame on clips that it has not seen."""
     args = cosmos_args("--latent_dim 16 --T_in 8 --T_out 8 --context 6 --rollout 8 --max_steps 120")
     torch.manual_seed(0)
-    train, held = clips(0, 48), clips(1000, 12)
-    model = cosmos.WorldModelLoss(cosmos.VideoWorldModel(args), args)
-    optimizer = torch.optim.AdamW(model.parameters(), 4e-3, betas=(.9, .98))
+    train, held_out = projectiles(0, 48, 16), projectiles(1000, 12, 16)
+    model = cosmos.VideoWorldModel(args)
+    optimizer = torch.optim.AdamW(model.parameters(), 4e-3, betas=(.9, .95))
     for step in range(args.max_steps):
-        common.seed_all(0, step)
-        plan = cosmos.curriculum(args, step)
-        length = (plan[0] + plan[1]) * 2
-        start = np.random.randint(16 - length + 1)
+        plan = cosmos.rollout_plan(args, step)
+        length = (plan.context + plan.rollout) * 2
+        start = torch.randint(16 - length + 1, ()).item()
         x = train[torch.randint(len(train), (8,))][:, start:start + length]
         for group in optimizer.param_groups:
             group["lr"] = cosmos.get_lr(step, 4e-3, 10, args.max_steps)
-        loss, _ = model(x, plan)
+        loss, _ = cosmos.world_model_loss(model, x, plan, args)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1)
         optimizer.step()
     with torch.no_grad():
-        y = model.eval()(held[:, :8])
-    truth = held[:, 8:]
-    error, still, white = (((z - truth) ** 2).mean((0, 2, 3, 4)) for z in (y, held[:, 7:8], torch.ones(())))
+        y = model.eval()(held_out[:, :8], 8)[0]
+    truth = held_out[:, 8:]
+    guesses = (y, held_out[:, 7:8], torch.ones(()))
+    error, still, white = (((z - truth) ** 2).mean((0, 2, 3, 4)) for z in guesses)
     assert error[0] < .7 * min(still[0], white[0]) and error.mean() < min(still.mean(), white.mean())
     assert y.std(0).mean() > .3 * truth.std(0).mean()      # not the same picture for every clip
     assert y.diff(dim=1).abs().mean() > .2 * truth.diff(dim=1).abs().mean()            # nor a frozen one
+
+
+# ---- data/cosmos_lite/prepare.py ------------------------------------------------------------------------
+
+def test_simulated_videos(tmp_path, monkeypatch, capsys):
+    """Gravity and energy as in closed form; videos, states and split; a killed call is continued."""
+    state = cosmos_prepare.simulate("projectile", 20, [0, 0])
+    fall = np.diff(state["pos"][:, 0, 1], 2)
+    assert np.allclose(fall[:5], .3) and np.allclose(np.diff(state["pos"][:5, 0, 0], 2), 0)
+    state = cosmos_prepare.simulate("pendulum", 60, [0, 1])
+    assert np.allclose(np.linalg.norm(state["pos"][:, 0] - state["pivot"], axis=1), state["length"])
+    a, b = np.array([[10., 10.], [20., 10.]]), np.array([[1., 0.], [-2., 0.]])
+    cosmos_prepare.collide(a, b, np.array([6., 6.]))
+    assert np.allclose(b, [[-2, 0], [1, 0]]) and np.isclose(a[1, 0] - a[0, 0], 12)     # exchanged, apart
+    names = [f"{kind}/{kind}_{i:03d}.mp4" for kind in cosmos_prepare.PHYSICS for i in range(128)]
+    split = cosmos_prepare.split_videos(names)
+    assert {part: len(own) for part, own in split.items()} == {"train": 409, "val": 51, "test": 52}
+    assert sorted(itertools.chain(*split.values())) == sorted(names)   # each in exactly one
+    for own in split.values():
+        counts = [sum(name.startswith(kind) for name in own) for kind in cosmos_prepare.PHYSICS]
+        assert max(counts) - min(counts) <= 1
+    flags, root = ["--num_videos", "2", "--num_frames", "4", "--data_dir"], tmp_path / "set"
+    assert cosmos_prepare.main([*flags, str(tmp_path / "whole")]) == 0
+    render, made = cosmos_prepare.render, []
+    monkeypatch.setattr(cosmos_prepare, "render", lambda state: made.append(1) or render(state))
+    with monkeypatch.context() as patch:
+        patch.setattr(cosmos_prepare.np.lib.format, "open_memmap", disk_full)
+        assert cosmos_prepare.main([*flags, str(root)]) == 2 and not root.exists()
+    assert cosmos_prepare.main([*flags, str(root)]) == 0 and len(made) == 8
+    assert not (tmp_path / "set.partial").exists()
+    same = lambda folder: {name: data for name, data in files(folder).items() if not name.endswith(".npz")}
+    assert same(root) == same(tmp_path / "whole") and len(files(root, "*.npz")) == 8
+    assert cosmos_prepare.main([*flags, str(root)]) == 2
+    assert "set exists: remove it" in capsys.readouterr().err
+
+
+def test_own_videos(tmp_path, capsys):
+    """Another size, links, an ending in capitals; short and damaged files are named; states by content."""
+    raw, video = tmp_path / "raw", torch.zeros(14, 3, 96, 128, dtype=torch.uint8)
+    video[:, :, 20:40, 40:60] = 200
+    for name in ("a/1", "a/2", "a/3", "b/1", "b/2", "b/3"):
+        common.write_video(raw / f"{name}.mp4", video)
+        np.savez(raw / f"{name}.npz", pose=np.zeros(3))                # a foreign file
+    state = {"pos": np.full((14, 1, 2), 48.), "colour": np.array([[.2, .2, .2]]), "size": 96}
+    for name in ("a/1", "a/2", "a/3"):
+        np.savez(raw / f"{name}.npz", **state)
+    (raw / "b/1.mp4").rename(raw / "b/1.MP4")
+    common.write_video(tmp_path / "far/4.mp4", video)
+    (raw / "link").symlink_to(tmp_path / "far")
+    common.write_video(raw / "short.mp4", video[:5])
+    (raw / "cut.mp4").write_bytes((raw / "a/1.mp4").read_bytes()[:700])
+    (raw / "notes.txt").touch()
+    flags = ["--raw", str(raw), "--min_frames", "10", "--data_dir", str(tmp_path / "set")]
+    assert cosmos_prepare.main(flags) == 0
+    out, err = capsys.readouterr()
+    assert "'train': 5, 'val': 1, 'test': 1}, 2 left out" in out and "1 .txt" in err
+    assert "left out short.mp4: 5 frames" in err and "left out cut.mp4: cannot read video" in err
+    split = json.loads((tmp_path / "set/split.json").read_text())
+    names = {name for part in split.values() for name, _ in part}
+    assert names == {"a/1.mp4", "a/2.mp4", "a/3.mp4", "b/1.MP4", "b/2.mp4", "b/3.mp4", "link/4.mp4"}
+    frames = np.load(tmp_path / "set/test.npy")
+    assert frames.shape == (14, 3, 64, 64) and frames[0, 0, 20, 22] > 190 and frames[0, 0, 2, 2] < 8
+    states = json.loads((tmp_path / "set/test_states.json").read_text())
+    assert states.keys() == {name for name, _ in split["test"] if name.startswith("a/")}
+    assert cosmos_prepare.read_state(raw / "a/1.npz", 14)
+    assert not cosmos_prepare.read_state(raw / "b/2.npz", 14)
+    assert not cosmos_prepare.read_state(raw / "a/1.npz", 13)          # of another video
+    run = f"--data_dir {tmp_path / 'set'} --output_dir {tmp_path / 'run'}"
+    assert launch("cosmos_lite", f"{run} --batch_size 2", full=True) == 0
+    assert json.loads((tmp_path / "run/eval.json").read_text())["results"]["mse"] >= 0
+    assert cosmos_prepare.main(["--raw", str(tmp_path / "far"), "--data_dir", str(tmp_path / "none")]) == 2
 
 
 # ---- sim_physics_heads.py -------------------------------------------------------------------------------
@@ -4110,6 +4035,20 @@ def test_well_field_video(simulated_set):
     other = well.field_video(x, x + .1 * x.std(), file.names)
     assert torch.equal(other[:, :, 24:24 + h, left:left + w], truth)              # the truth's range decides
     assert not torch.equal(other[:, :, 24:24 + h, left + w + 8:left + 2 * w + 8], truth)
+
+
+@pytest.mark.parametrize("script,made_by_others", [
+    ("well_i2v", lambda data: next(data.rglob("simulated.json")).unlink()),
+    ("vidar", lambda data: edit(data / "manifest.json", '"simulated"', '"other"')),
+], ids=["well_i2v", "vidar"])
+def test_a_resumed_run_stays_with_its_data(script, made_by_others, trained, tmp_path):
+    """A checkpoint's data_dir holds where no --data_dir is given: nothing is simulated into it."""
+    data, module = shutil.copytree(trained(script).data, tmp_path / "data"), importlib.import_module(script)
+    made_by_others(data)
+    args, before = module.parse_args(shlex.split(SCRIPTS[script]["tiny"])), files(data)
+    module.adopt(args, {"data_dir": str(data)}, (), "a checkpoint")
+    module.prepare(args, CPU)
+    assert set(files(data)) == set(before)
 
 
 # ---- vidar.py -------------------------------------------------------------------------------------------
