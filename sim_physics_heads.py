@@ -46,10 +46,8 @@ SCRIPT = "sim_physics_heads"
 MOVING = 0.5                             # pixels per frame of a clip, above which a pixel counts as moving
 READ_SIGMA = 0.05                        # noise level at which heads predict
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
-NEGATIVE_PROMPT = (
-    "vivid tones, overexposed, static, blurred details, subtitles, style, artwork, painting, still picture, "
-    "grey overall, worst quality, low quality, JPEG artifacts, ugly, incomplete, deformed, messy background, "
-    "walking backwards")
+NEGATIVE_PROMPT = ("vivid tones, overexposed, static, blurred details, subtitles, style, still picture, "
+                   "grey, worst quality, JPEG artifacts, ugly, deformed, messy background, walking backwards")
 
 # ---- presets and flags ----------------------------------------------------------------------------------
 
@@ -71,8 +69,8 @@ PRESETS = {
 TINY = {
     "transformer": {"num_attention_heads": 6, "attention_head_dim": 32, "in_channels": 48, "out_channels": 48,
                     "text_dim": 32, "freq_dim": 64, "ffn_dim": 384, "num_layers": 4},
-    "text_encoder": {"vocab_size": 259, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2,
-                     "num_heads": 2},
+    "text_encoder": {"vocab_size": 259, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_heads": 2,
+                     "num_layers": 2},
 }
 # These shape the weights or give them their meaning: a checkpoint's values hold.
 MODEL_FLAGS = ("model", "stage", "head_width", "head_blocks", "cells", "taps", "lora_rank", "text_length")
@@ -102,19 +100,18 @@ def build_parser():
     add("--head_blocks", type=at_least(0), default=3, help="residual blocks of the heads")
     add("--cells", type=at_least(1), default=4, help="rows and columns that the heads predict per latent")
     add("--text_length", type=at_least(1), default=512, help="tokens of a prompt, padding included")
-    add = parser.add_argument_group("stages and loss").add_argument
+    add = parser.add_argument_group("stages, loss and sampling").add_argument
     add("--stage", choices=["heads", "lora", "all"], default="heads",
         help="what to train; all: backbone (tiny only), heads, then lora")
     add("--heads", metavar="FILE", help="heads.safetensors of stage heads, from which stage lora starts")
     add("--lora_rank", type=at_least(1), default=32, help="rank and alpha of LoRA")
     add("--lora_steps", type=at_least(1), default=1000, help="optimizer steps of lora in --stage all")
-    add("--lora_lr", type=at_least(0, float), default=1e-4, help="peak learning rate of lora in --stage all")
+    add("--lora_lr", type=at_least(0, float), default=0.0, help="its peak learning rate (0: --lr)")
     add("--backbone_steps", type=at_least(0), default=0, help="optimizer steps of the tiny backbone")
     add("--backbone_lr", type=at_least(0, float), default=1e-3, help="peak learning rate of the backbone")
     add("--motion_weight", type=at_least(0, float), default=1.0, help="weight of the motion loss")
     add("--depth_weight", type=at_least(0, float), default=1.0, help="weight of the depth loss")
     add("--shift", type=at_least(1e-3, float), default=5.0, help="shift of Wan's noise schedule")
-    add = parser.add_argument_group("sampling").add_argument
     add("--num_inference_steps", type=at_least(1), default=50, help="steps of the sampler")
     add("--guidance_scale", type=at_least(0, float), default=5.0, help="guidance (1: none)")
     add("--num_samples", type=at_least(1), default=3, help="held-out scenes to sample")
@@ -145,12 +142,9 @@ class EarlyExit(Exception):
 
 
 def run_backbone(dit, x, t, text, taps=(), velocity=True):
-    """diffusers' own forward, with forward hooks that keep hidden states.
-
-    x B C F h w latents, t B N timesteps per token (0 to 1000), text B L D. taps: numbers of blocks passed, 0
-    is the patch embedding. Without `velocity` it stops after the last of them.
-    -> velocity B C F h w or None, [hidden states B N D of each tap], time embedding B N D.
-    """
+    """diffusers' own forward, with hooks that keep hidden states: x B C F h w latents, t B N timestep of each
+    token (0 to 1000), text B L D. taps: numbers of blocks passed, 0 is the patch embedding. It stops after
+    them without `velocity`. -> velocity B C F h w or None, [hidden states B N D], time embedding B N D."""
     kept = {}
     last = max(taps, default=0) or "time"        # the time embedding comes after the patch embedding
 
@@ -165,11 +159,10 @@ def run_backbone(dit, x, t, text, taps=(), velocity=True):
     modules |= {n: dit.blocks[n - 1] for n in taps if n}
     hooks = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
     dtype = dit.patch_embedding.weight.dtype
-    v = None
     try:
         v = dit(x.to(dtype), t, text.to(dtype), return_dict=False)[0]
     except EarlyExit:
-        pass
+        v = None
     finally:
         for hook in hooks:
             hook.remove()
@@ -179,9 +172,7 @@ def run_backbone(dit, x, t, text, taps=(), velocity=True):
 
 def add_noise(z, noise, sigma):
     """x_sigma = (1 - sigma) z + sigma eps, with latent frame 0, the given image, left clean.
-
-    z, noise B C F h w, sigma B -> x, and sigma of every token B F h/2 w/2.
-    """
+    z, noise B C F h w, sigma B -> x, and sigma of every token B F h/2 w/2."""
     s = expand_to(sigma, z).expand(-1, 1, z.shape[2], z.shape[3] // 2, z.shape[4] // 2).clone()
     s[:, :, 0] = 0
     x = (1 - expand_to(sigma, z)) * z + expand_to(sigma, z) * noise
@@ -253,14 +244,11 @@ class PhysicsModel(nn.Module):
     """Backbone and heads in one module, so that DDP sees one forward. heads: None in stage backbone."""
     def __init__(self, dit, heads, args, taps):
         super().__init__()
-        self.dit, self.heads = dit, heads
-        self.args, self.taps = args, taps
+        self.dit, self.heads, self.args, self.taps = dit, heads, args, taps
 
     def forward(self, z, noise, sigma, text, batch=None, velocity=True):
-        """z, noise B C F h w, sigma B, text B L D -> velocity or None, heads' output or None.
-
-        With `batch`, targets as Clips.get gives them -> loss, {name: term to log}.
-        """
+        """z, noise B C F h w, sigma B, text B L D -> velocity or None, heads' output or None; with `batch`,
+        targets as Clips.get gives them -> loss, {name: term to log}."""
         x, token_sigma = add_noise(z, noise, sigma)
         trained = any(p.requires_grad for p in self.dit.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
@@ -365,11 +353,8 @@ def clip_means(x, mask):
 
 
 def motion_loss(y, batch, args):
-    """y B 3 T h w: dx, dy and the logit of a gate -> scalar.
-
-    The vector is trained where something moves, a few per cent of the pixels, and the gate everywhere: a mean
-    over the frame is won by the background.
-    """
+    """y B 3 T h w: dx, dy and the logit of a gate -> scalar. The vector is trained where something moves, a
+    few per cent of the pixels, the gate everywhere: a mean over the frame is won by the background."""
     moving, valid = batch["moving"], batch["motion_valid"]
     error = (y[:, :2] - batch["motion"].movedim(1, 2)) * 96 / args.height
     error = (error.square().sum(1) + 0.02 ** 2).sqrt() - 0.02                  # end-point error, smooth at 0
@@ -405,10 +390,9 @@ def depth_loss(y, batch, args):
     off = torch.where(valid, y[:, 0] - batch["depth"][:, :, 0].clamp(min=1e-3).log(), 0.0)
     loss = masked_mean(off.abs(), valid & batch["moving"]) + masked_mean(off.abs(), valid)
     for step in (1, 2):
-        for axis in (-1, -2):
-            n = off.shape[axis] - step
-            both = valid.narrow(axis, 0, n) & valid.narrow(axis, step, n)
-            slope = off.narrow(axis, step, n) - off.narrow(axis, 0, n)
+        right = off[..., step:] - off[..., :-step], valid[..., step:] & valid[..., :-step]
+        down = off[..., step:, :] - off[..., :-step, :], valid[..., step:, :] & valid[..., :-step, :]
+        for slope, both in (right, down):
             loss = loss + masked_mean(slope.abs(), both) / 4
     return loss
 
@@ -512,7 +496,7 @@ def generate(dit, z0, text, negative, args, seed):
 def predict(model, z, text, seed=0):
     """One pass of the backbone on latents B C F h w of a video, text B L D -> {name of quantity: values}."""
     sigma = torch.full((len(z),), READ_SIGMA, device=z.device)
-    _, outputs = model(z, fixed_noise(z, seed), sigma, text, velocity=False)
+    outputs = model(z, fixed_noise(z, seed), sigma, text, velocity=False)[1]
     outputs = resize_outputs(outputs, (model.args.height, model.args.width))
     return {name: QUANTITIES[name].decode(y) for name, y in outputs.items()}
 
@@ -526,9 +510,8 @@ def run_program(name, *arguments):
     if done.returncode:
         message = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise UserError(message.removeprefix(f"{name}: error: "))
-    for line in done.stdout.splitlines():
-        if "left out" in line or "prompts" in line:
-            print(line)
+    for line in re.findall(".*(?:left out|prompts).*", done.stdout):
+        print(line)
 
 
 def cache_folder(args):
@@ -562,9 +545,8 @@ def build_cache(args, run):
     files = sorted(json.loads((folder / "clips.json").read_text()).items())
     if run.rank == 0 and args.model == "tiny" and not (folder / "codec.safetensors").is_file():
         train = [name for name, _ in files if name.startswith("train")]
-        videos = [from_uint8(common.load_weights(folder / name)["video"])
-                  for name in train[::max(1, len(train) // 40)]]
-        codec = common.LinearCodec.fit(torch.stack(videos), TINY["transformer"]["in_channels"])
+        videos = [common.load_weights(folder / name)["video"] for name in train[::len(train) // 40 + 1]]
+        codec = common.LinearCodec.fit(from_uint8(torch.stack(videos)), TINY["transformer"]["in_channels"])
         common.save_weights(folder / "codec.safetensors", codec.tensors)
     common.barrier()
     codec = load_codec(args, folder, run.device)
@@ -597,10 +579,10 @@ class Clips:
     def get(self, numbers, device):
         """These clips' tensors, stacked, with text padded by zeros, and "moving" B T H W."""
         clips = [self.clips[i] for i in numbers]
-        batch = {name: torch.stack([clip[name] for clip in clips]).to(device) for name in clips[0]
-                 if name != "text"}
-        for name in ("latents", *QUANTITIES):
-            batch[name] = batch[name].float()
+        batch = {}
+        for name in clips[0].keys() - {"text"}:
+            dtype = torch.float32 if clips[0][name].is_floating_point() else clips[0][name].dtype
+            batch[name] = torch.stack([clip[name].to(dtype) for clip in clips]).to(device)
         batch["text"] = common.pad_text([clip["text"] for clip in clips], self.text_length).to(device)
         batch["moving"] = batch["motion_valid"] & (speed(batch["motion"]) > MOVING)
         return batch
@@ -610,46 +592,41 @@ class Clips:
 
 @torch.no_grad()
 def evaluate(args, run, model, clips, means):
-    """Scores at full resolution on scenes that were held out, beside what needs no model -> [eval.json,
-    curves.png]. means: pixel_means of the training set."""
+    """Scores at full resolution on held-out scenes -> [eval.json, curves.png]. means: of the training set."""
     began = time.time()
     mean_depth = F.interpolate(means["depth"][None, None], (args.height, args.width)).to(run.device)[None]
     tables = {}                                  # method -> [{metric: 1}], a row for each clip
     for i in tqdm(range(len(clips.clips)), "evaluate", unit="clip"):
         clip = clips.get([i], run.device)
-        motion, depth = clip["motion"], clip["depth"]
-        sky = clip["sky"][:, :1].expand_as(clip["sky"])            # of the first frame, which is given
-        first_depth = torch.where(clip["depth_valid"][:, :1, None], depth[:, :1], mean_depth)
+        # Persistence: all quantities as in the first frame, which is given; motion as in the first step.
+        first = {name: clip[name][:, :1].expand_as(clip[name]) for name in QUANTITIES}
+        first["motion"] = clip["motion"][:, 1:2].expand_as(clip["motion"])
+        first["depth"] = torch.where(clip["depth_valid"][:, :1, None], first["depth"], mean_depth)
+        trivial = {"motion": torch.zeros_like(first["motion"]), "depth": mean_depth.expand_as(first["depth"])}
+        predictions = {"mean depth, zero motion": {**first, **trivial}, "persistence": first}
         with run.autocast():
-            predictions = {"model": predict(model, clip["latents"], clip["text"], seed=i)}
-        predictions["mean depth, zero motion"] = {
-            "motion": torch.zeros_like(motion), "depth": mean_depth.expand_as(depth), "sky": sky}
-        predictions["persistence"] = {
-            "motion": motion[:, 1:2].expand_as(motion), "depth": first_depth.expand_as(depth), "sky": sky}
+            predictions["model"] = predict(model, clip["latents"], clip["text"], seed=i)
         for method, values in predictions.items():
             scores = {}
             for quantity in QUANTITIES.values():
                 scores |= quantity.scores(values, clip)
             tables.setdefault(method, []).append(scores)
-    averages = {}
-    for method, rows in tables.items():
-        averages[method] = {name: torch.cat([row[name] for row in rows]).nanmean().item() for name in rows[0]}
+    averages = {method: {name: torch.cat([row[name] for row in rows]).nanmean().item() for name in rows[0]}
+                for method, rows in tables.items()}
     results = averages.pop("model")
     print(f"held-out scenes: {', '.join(dict.fromkeys(clips.scenes))}")
     columns = "epe", "epe_moving", "abs_rel", "abs_rel_moving", "delta1_moving", "sky_accuracy"
     weights = "tiny, trained by this run" if args.model == "tiny" else args.weights_from
-    stages = [folder for _, folder, _, _ in stage_plan(args)]
     return common.report(SCRIPT, args, weights, began, ("epe_moving", "mean depth, zero motion", True),
-                         results, averages, columns, stages=stages)
+                         results, averages, columns, stages=[folder for _, folder, _, _ in stage_plan(args)])
 
 
 @torch.no_grad()
 def sample(args, run, model, clips, cache):
-    """Generates videos of held-out scenes from their first frames and predicts their motion and depth, and
-    those of the real videos -> [samples/<scene>.{mp4,png}, <scene>_{motion,depth,sky}.npy]."""
+    """Videos of held-out scenes from their first frames, and what the heads predict -> [samples/...]."""
     codec, encode_prompt = load_codec(args, cache, run.device), text_encoder(args, run.device)
     negative = common.pad_text([encode_prompt(NEGATIVE_PROMPT)], args.text_length).to(run.device)
-    pictured = {name: quantity.picture for name, quantity in QUANTITIES.items() if quantity.picture}
+    labels = ["given", *(f"t+{t}" for t in range(1, args.frames))]
     files = []
     for scene in list(dict.fromkeys(clips.scenes))[:args.num_samples]:
         index = clips.scenes.index(scene)
@@ -661,17 +638,16 @@ def sample(args, run, model, clips, cache):
             sampled = predict(model, z, clip["text"], seed)
         truth, real, sampled = ({name: values[name][0].float().cpu() for name in QUANTITIES}
                                 for values in (clip, real, sampled))
-        panels = {"real video": from_uint8(clip["video"][0]).cpu()}
-        for name, picture in pictured.items():
-            panels[name] = picture(truth, truth)
-            panels[f"{name} predicted"] = picture(real, truth)
-        panels["sampled video"] = common.wan_decode(codec, z)[0].cpu()
-        panels |= {f"{name} of it": picture(sampled, truth) for name, picture in pictured.items()}
+        panels = {"real video": from_uint8(clip["video"][0]).cpu(),
+                  "sampled video": common.wan_decode(codec, z)[0].cpu()}
         stem = Path(args.output_dir, "samples", scene)
-        labels = ["given", *(f"t+{t}" for t in range(1, args.frames))]
+        for name, quantity in QUANTITIES.items():
+            if quantity.picture:
+                panels |= {name: quantity.picture(truth, truth), f"{name} predicted": quantity.picture(
+                    real, truth), f"{name} of sample": quantity.picture(sampled, truth)}
         files += common.write_panels(stem, panels, labels, 1, 15, max(1, 128 // args.height), columns=9)
-        for name, values in sampled.items():
-            np.save(f"{stem}_{name}.npy", values.numpy())
+        for name in QUANTITIES:
+            np.save(f"{stem}_{name}.npy", sampled[name].numpy())
             files.append(f"{stem}_{name}.npy")
     return files
 
@@ -720,11 +696,8 @@ STAGES = ("backbone", "heads", "lora")
 
 def train(args, run, stage, folder, model, spec, loss_fn, val_fn, steps, lr, checkpoint):
     """Trains what requires grad of `model` up to `steps`, resuming from `checkpoint`; <folder>/ckpt then has
-    the last step, and `model` the EMA weights.
-
-    spec: random values of a sample, for common.sample_global_batch. loss_fn(model, values, step) -> loss,
-    {name: term to log}. val_fn(model) -> {name: number}.
-    """
+    the last step, and `model` the EMA weights. spec: random values of a sample, for sample_global_batch.
+    loss_fn(model, values, step) -> loss, {name: term to log}. val_fn(model) -> {name: number}."""
     net = wrap(model, args, run)
     params = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
@@ -805,25 +778,23 @@ def train_stage(args, run, stage, folder, model, clips, checkpoint, steps, lr):
         return {f"val_{name}": value.item() for name, value in {"loss": loss, **terms}.items()}
 
     train(args, run, stage, folder, model, spec, loss_fn, val_fn, steps, lr, checkpoint)
-    if run.rank:
-        return
+    name, module = ("backbone", model.dit) if stage == "backbone" else ("heads", model.heads)
     final = folder / "final"
-    final.mkdir(exist_ok=True)
-    if stage == "backbone":
-        return common.save_weights(final / "backbone.safetensors", model.dit.state_dict())
-    common.save_weights(final / "heads.safetensors", model.heads.state_dict())
-    if stage == "lora":
-        common.save_lora(final, model.dit)
+    trained = not checkpoint or checkpoint.meta["step"] < steps
+    if run.rank == 0 and (trained or not (final / f"{name}.safetensors").is_file()):
+        final.mkdir(exist_ok=True)
+        common.save_weights(final / f"{name}.safetensors", module.state_dict())
+        if stage == "lora":
+            common.save_lora(final, model.dit)
 
 
 def stage_plan(args):
     """-> [(stage, its folder in output_dir, steps, peak learning rate)]."""
     if args.stage != "all":
         return [(args.stage, ".", args.max_steps, args.lr)]
-    plan = [("heads", "heads", args.max_steps, args.lr), ("lora", ".", args.lora_steps, args.lora_lr)]
-    if args.model == "tiny" and args.backbone_steps:
-        plan.insert(0, ("backbone", "backbone", args.backbone_steps, args.backbone_lr))
-    return plan
+    plan = [("backbone", "backbone", args.backbone_steps, args.backbone_lr)] if args.backbone_steps else []
+    return [*plan, ("heads", "heads", args.max_steps, args.lr),
+            ("lora", ".", args.lora_steps, args.lora_lr or args.lr)]
 
 
 def train_stages(args, run, checkpoint, cache):
@@ -831,17 +802,13 @@ def train_stages(args, run, checkpoint, cache):
     folder = Path(args.output_dir)
     if run.rank == 0:
         common.write_json(folder / "args.json", {**vars(args), **common.provenance()})
-        if args.model == "tiny":
-            shutil.copy(cache / "codec.safetensors", folder)
     means = common.load_weights(cache / "pixel_means.safetensors")
     clips = {split: Clips(cache, split, args) for split in ("train", "val")}
     dit = load_part(args, "transformer", run.device)
     heads = common.load_weights(args.heads) if args.heads else None
     for stage, name, steps, lr in stage_plan(args):
-        found = checkpoint
-        if name != ".":
-            resume = "none" if args.resume == "none" else "auto"
-            found = common.find_checkpoint(folder / name / "ckpt", SCRIPT, resume)
+        resume = "none" if args.resume == "none" else "auto"
+        found = checkpoint if name == "." else common.find_checkpoint(folder / name / "ckpt", SCRIPT, resume)
         torch.manual_seed(args.seed)             # equal initial weights on all processes and after a restart
         model = build_model(args, stage, dit)
         if stage == "heads":                     # at first few pixels move, depth and sky are the mean maps
@@ -853,6 +820,8 @@ def train_stages(args, run, checkpoint, cache):
         train_stage(args, run, stage, folder / name, model, clips, found, steps, lr)
         if stage == "heads":
             heads = model.heads.state_dict()
+    if run.rank == 0 and args.model == "tiny":
+        shutil.copy(cache / "codec.safetensors", folder)
     return common.find_checkpoint(folder / "ckpt", SCRIPT, "auto")
 
 
@@ -884,8 +853,7 @@ def dry_run(args):
             batch = {"moving": torch.ones(B, args.frames, *target_size(args), dtype=torch.bool)}
             for name, quantity in QUANTITIES.items():
                 outputs = torch.ones(B, quantity.channels, *batch["moving"].shape[1:])
-                batch[name] = quantity.decode(outputs)
-                batch[f"{name}_valid"] = batch["moving"]
+                batch |= {name: quantity.decode(outputs), f"{name}_valid": batch["moving"]}
             if args.grad_checkpoint:
                 model.dit.enable_gradient_checkpointing()
 
@@ -893,8 +861,8 @@ def dry_run(args):
                 with torch.autocast("cpu", torch.bfloat16, enabled=args.model != "tiny"):
                     return model(z, z, torch.rand(B), text, batch, velocity=stage != "heads")[0]
 
-            print(common.dry_run_report(f"stage {stage}", model, loss, B, math.prod(latents) // 4,
-                                        int(os.environ.get("WORLD_SIZE", 1))))
+            world = int(os.environ.get("WORLD_SIZE", 1))
+            print(common.dry_run_report(f"stage {stage}", model, loss, B, math.prod(latents) // 4, world))
 
 
 def run_script(argv):
