@@ -62,15 +62,18 @@ import well_i2v as well
 
 
 def load_program(path):
-    """A prepare.py as a module."""
-    spec = importlib.util.spec_from_file_location(path.parent.name + "_prepare", path)
+    """A program in data/ as a module, which its own processes find by name."""
+    spec = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
 
 
 river_prepare = load_program(HERE / "data/river_smoke/prepare.py")
 cosmos_prepare = load_program(HERE / "data/cosmos_lite/prepare.py")
+physics_prepare, physics_check, physics_clips = (
+    load_program(HERE / f"data/sim_physics_heads/{name}.py") for name in ("prepare", "check", "clips"))
 VAE21 = {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2,
          "latents_mean": [.1, -.2, .3, .4], "latents_std": [.5, 2., 1., 3.]}
 VAE22 = {**VAE21, "is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12,
@@ -166,8 +169,8 @@ SCRIPTS = {
             ("--num_observations 15", "no clip of train has 15 consecutively", None),
             ("--condition_frames 12", "no clip of test has 15 consecutively", None),
             ("--warm_start 1.0", "argument --warm_start: must be in .0, 1., not 1.0", None),
-            ("--num_inference_steps 0", "--num_inference_steps: must be finite and at least 1, not 0", None),
-            ("--lr nan", "argument --lr: must be finite and at least 0, not nan", None),
+            ("--num_inference_steps 0", "--num_inference_steps: must be .*at least 1, not 0", None),
+            ("--lr nan", "argument --lr: must be .*at least 0, not nan", None),
             ("--heads 3", "--width must be a multiple of --heads 3", None),
             ("--ae_width 12", "--ae_width must be a multiple of 8, not 12", None),
             ("--autoencoder {data}/none.safetensors", "none.safetensors", None),
@@ -198,7 +201,7 @@ SCRIPTS = {
             ("--encoder resnet50 --encoder_weights {data}", "cannot load --encoder resnet50", None),
             ("--freeze_encoder", "need a pretrained encoder, not --encoder cnn", None),
             ("--video_idx 2", "--video_idx 2: the test videos are 0 to 1", None),
-            ("--lr nan", "argument --lr: must be at least 0, not nan", None),
+            ("--lr nan", "argument --lr: must be .*at least 0, not nan", None),
             ("--perceptual_weight 1 --vgg_weights {data}/none.pth", "cannot load --vgg_weights", None),
             ("--perceptual_weight 1 --vgg_weights {data}/split.json", "cannot load --vgg_weights", None),
             ("--output_dir {run} --eval --world_model lstm", "lstm does not fit .* trained with gru", None),
@@ -206,61 +209,44 @@ SCRIPTS = {
                 run / "best/world_model.safetensors")),
         ]),
     "sim_physics_heads": dict(
-        tiny="--preset tiny --dtype float32 --sim_frames 12 --sim_recordings 1 --height 32 "
-             "--width 32 --target_height 32 --frames 5 --strides 1,2 --clips 2 --eval_clips 1 "
-             "--head_width 8 --head_blocks 1 --cells 4 "
-             "--text_length 16 --lora_rank 2 --batch_size 4 --max_steps 4 --lora_steps 4 --backbone_steps 4 "
-             "--lr 1 --lora_lr 0 --backbone_lr 1 --warmup_steps 1000 --log_every 1 --eval_every 2 "
-             "--save_every 2 --keep_last 0 --steps 2 --num_samples 1 --no-controls",
-        stages=("backbone", "heads", "."), reuse="", steps="--lora_steps", typed=False,
+        tiny="--preset tiny --dtype float32 --height 32 --width 32 --frames 5 --strides 1,2 --clips 2 "
+             "--eval_clips 1 --head_width 8 --head_blocks 1 --cells 2 --text_length 16 --lora_rank 2 "
+             "--batch_size 4 --max_steps 4 --lora_steps 4 --backbone_steps 4 --lr 1 --lora_lr 0 "
+             "--backbone_lr 1 --warmup_steps 1000 --log_every 1 --eval_every 2 --save_every 2 --keep_last 0 "
+             "--num_inference_steps 2 --num_samples 1",
+        prepare=lambda: physics_prepare.main(["--data_dir", physics.PRESETS["tiny"]["data_dir"], "--size",
+                                              "32", "--frames", "12", "--takes", "1"]),
+        stages=("backbone", "heads", "."), reuse="", steps="--lora_steps", typed=False, fsdp=False,
         double="--batch_size 8",
-        fsdp=False,                              # for --stage full alone, which has its own test
-        headline=("results/epe_moving", "results/abs_rel_moving", "results/flow_loss_heldout",
-                  "results/flow_loss_adapter_off", "baselines/copy/epe_moving",
-                  "baselines/mean_depth_zero_motion/abs_rel_moving", "baselines/heads/epe_moving"),
+        headline=("results/epe_moving", "results/abs_rel_moving", "results/sky_accuracy",
+                  "baselines/mean depth, zero motion/abs_rel_moving", "baselines/persistence/epe_moving"),
         overfit=lambda: overfit_physics(),
         bad=[
-            ("", "scene test_ball_ramp: .* lacks the folder distance_to_camera",
+            ("", "scene test_ball_ramp: .* lacks files in distance_to_camera",
              lambda data, run: shutil.rmtree(data / "test_ball_ramp/env_0/0/0/distance_to_camera")),
             ("", "scene test_ball_ramp: .* share no step", lambda data, run: later_steps(
                 data / "test_ball_ramp/env_0/0/0/distance_to_camera")),
-            ("", "names .*nowhere, which is no folder", lambda data, run: edit(
-                data / "metadata.csv", "test_ball_ramp/.*?,", "nowhere,")),
-            ("", "no column video", lambda data, run: edit(data / "metadata.csv", "video", "path")),
-            ("", "no scenes in .*data", lambda data, run: shutil.rmtree(data)),
+            ("", "no folder .*data", lambda data, run: shutil.rmtree(data)),
             ("", "2 scenes cannot be split", lambda data, run: edit(
                 data / "metadata.csv", "(?s)(prompt.*?\n.*?\n.*?\n).*", "\\g<1>")),
             ("", "npy is float32 .32, 32, 3.: floats of shape .H, W, 2 or 4.", lambda data, run: arrays(
                 data, "motion_vectors", lambda array: np.zeros((32, 32, 3), np.float32))),
-            ("", "npy is int16 .32, 32.: floats of shape .H, W.", lambda data, run: arrays(
+            ("", "npy is int16 .32, 32.: floats of shape .H, W, 1.", lambda data, run: arrays(
                 data, "distance_to_camera", lambda array: np.zeros(array.shape, np.int16))),
-            ("", "npy is 16 x 32, the frames of scene test_ball_collide are 32 x 32",
+            ("", "npy is 16 x 32, the pictures are 32 x 32",
              lambda data, run: arrays(data, "distance_to_camera", lambda array: array[:, :16])),
-            ("", "motion_vectors point the other way: multiply by -1", lambda data, run: arrays(
-                data, "motion_vectors", lambda array: -array, "*")),
-            ("--frames 13 --strides 1,2", "no scene of split train has 13 frames", None),
-            ("--height 40", "--height must be a multiple of 32, not 40", None),
+            ("", "probably millimetres", lambda data, run: arrays(
+                data, "distance_to_camera", lambda array: 1000 * array, "*")),
+            ("--frames 13", "no scene of split train has 13 frames", None),
+            ("--height 40", "multiples of 32, not 40", None),
             ("--frames 6", "--frames must be 4k [+] 1, not 6", None),
-            ("--target_height 12", "--target_height 12 does not divide --height 32", None),
             ("--strides 0", "--strides takes numbers such as 1,2,4, not 0", None),
             ("--taps 99", "--taps 99: the backbone has 2 blocks", None),
-            ("--taps 1,b", "--taps takes numbers of blocks", None),
-            ("--stage head", "invalid choice: 'head'", None),
-            ("--stage lora", "--stage lora starts from stage 1's heads", None),
-            ("--stage lora --backbone_steps 0 --heads {data}/none.safetensors",
-             "cannot read the weights .*none.safetensors", None),
-            ("--stage lora --backbone_steps 0 --head_width 16 --heads {run}/heads/final/heads.safetensors",
+            ("--stage lora", "--stage lora starts from trained heads", None),
+            ("--stage lora --heads {data}/none.safetensors", "cannot read the weights .*none.safetensors",
+             None),
+            ("--stage lora --head_width 16 --heads {run}/heads/final/heads.safetensors",
              "heads.safetensors does not fit", None),
-            ("--cells 0", "--cells must be finite and at least 1, not 0", None),
-            ("--zoom nan", "--zoom must be at least 1, not nan", None),
-            ("--frames 1", "--frames must be 4k [+] 1, not 1", None),
-            ("--lr nan", "--lr must not be negative", None),
-            ("--keep_last -1", "--keep_last must not be negative, but is -1", None),
-            ("--weight_decay -.1", "--weight_decay must not be negative", None),
-            ("--ema_decay 1.5", "--ema_decay must be in .0, 1., not 1.5", None),
-            ("--beta2 1", "--beta2 must be in .0, 1., not 1.0", None),
-            ("--shift 0", "--shift must be above 0, not 0.0", None),
-            ("--seed -1", "seed", None),
             ("--output_dir {run} --eval --head_width 16", "--head_width 16 does not fit .* trained with 8",
              None),
         ]),
@@ -1060,7 +1046,7 @@ def test_all_tensors_lie_on_the_device(script, base, tmp_path):
 
 def test_shared_blocks_are_identical():
     blocks = {}
-    for script in [name for name in SCRIPTS if name not in ("river_smoke", "cosmos_lite")]:
+    for script in [name for name in SCRIPTS if name in ("well_i2v", "vidar", "vidarc")]:
         text = (HERE / f"{script}.py").read_text()
         found = re.findall(r"# ---- shared:(\w+) .*?\n(.*?)# end shared:\1\n", text, re.DOTALL)
         assert {name for name, _ in found} >= {"flags", "dist", "fit"}
@@ -1068,10 +1054,11 @@ def test_shared_blocks_are_identical():
             assert blocks.setdefault(name, text) == text, f"shared:{name} of {script}.py differs"
 
 
-@pytest.mark.parametrize("name", ["shift_sigma", "fixed_noise", "mean_scores", "text_encoder"])
+@pytest.mark.parametrize("name", ["shift_sigma"])
 def test_repeated_functions_are_identical(name):
     sources = [inspect.getsource(getattr(module, name)) for module in map(importlib.import_module, SCRIPTS)
-               if getattr(getattr(module, name, None), "__module__", "") == module.__name__]
+               if module is not physics
+               and getattr(getattr(module, name, None), "__module__", "") == module.__name__]
     assert len(sources) > 1 and len(set(sources)) == 1
 
 
@@ -1142,8 +1129,8 @@ def test_readme_names_what_there_is():
     text += "\n" + (HERE / "docs/reproduction.md").read_text()
     tests, rows = set(re.findall(r"^def (test_\w+)", Path(__file__).read_text(), re.MULTILINE)), 0
     sources = {path.stem: path.read_text() for path in HERE.glob("*.py")}
-    for name in ("river_smoke", "cosmos_lite"):
-        sources[name] += (HERE / f"data/{name}/prepare.py").read_text()
+    for name in ("river_smoke", "cosmos_lite", "sim_physics_heads"):
+        sources[name] += "".join(path.read_text() for path in HERE.glob(f"data/{name}/*.py"))
     for line in text.splitlines():
         if line.startswith(("## ", "### ")):
             own = [name for name in SCRIPTS if f"{name}.py" in line] or list(SCRIPTS)
@@ -2755,51 +2742,48 @@ def test_own_videos(tmp_path, capsys):
 # ---- sim_physics_heads.py -------------------------------------------------------------------------------
 
 def physics_args(flags=""):
-    args = physics.parse_args(shlex.split(f"{SCRIPTS['sim_physics_heads']['tiny']} {flags}"))
-    physics.check_args(args)
-    return args
+    return physics.parse_args(shlex.split(f"{SCRIPTS['sim_physics_heads']['tiny']} {flags}"))[0]
 
 
-def physics_model(flags="--stage heads", stage="heads", noise=0.):
+def physics_model(flags="", stage="heads", noise=0.):
     """PhysicsModel on a random tiny backbone; noise: of all weights, of which some are zero at the start."""
     args = physics_args(flags)
-    dit = physics.wan_part(args, Namespace(device=torch.device("cpu")), "transformer")
+    dit = physics.load_part(args, "transformer", "cpu")
     torch.manual_seed(0)
-    model = physics.make_model(args, dit, stage)
+    model = physics.build_model(args, stage, dit)
     for p in model.parameters() if noise else ():
         nn.init.normal_(p, std=noise)
     return model, args
 
 
 def clip_tensors(B=2, T=5, side=32, seed=0):
-    """Random inputs of PhysicsModel, and targets without holes."""
+    """Random inputs of PhysicsModel, and a batch of targets without holes."""
     g = torch.Generator().manual_seed(seed)
     z, noise = torch.randn(2, B, 48, (T - 1) // 4 + 1, side // 8, side // 8, generator=g)
-    motion = F.interpolate(torch.randn(B * T, 2, 4, 4, generator=g), (side, side), mode="bicubic")
-    motion = .5 * motion.unflatten(0, (B, T))
-    depth = (1 + torch.rand(B * T, 1, 4, 4, generator=g).log1p()) * 3
-    depth = F.interpolate(depth, (side, side), mode="bicubic").unflatten(0, (B, T))[:, :, 0]
+    smooth = F.interpolate(torch.randn(B * T, 3, 4, 4, generator=g), (side, side), mode="bicubic")
+    smooth = smooth.unflatten(0, (B, T))
     known = torch.ones(B, T, side, side, dtype=torch.bool)
-    target = {"motion": motion, "depth": depth, "motion_valid": known, "depth_valid": known.clone(),
-              "moving": physics.speed(motion) > physics.MOVING, "asked": torch.ones(B, dtype=torch.bool)}
-    return z, noise, torch.randn(B, 16, 32, generator=g), target
+    batch = {"motion": smooth[:, :, :2], "depth": (1 + smooth[:, :, 2:] / 3).exp(),
+             "sky": torch.zeros(B, T, 1, side, side), "moving": physics.speed(smooth[:, :, :2]) > .5,
+             "motion_valid": known, "depth_valid": known.clone(), "sky_valid": known.clone()}
+    return z, noise, torch.randn(B, 16, 32, generator=g), batch
 
 
 def overfit_physics():
-    model, args = physics_model("--stage heads --head_width 32 --head_blocks 2 --cells 16")
-    z, noise, text, target = clip_tensors()
+    model, args = physics_model("--head_width 32 --head_blocks 2 --cells 8")
+    z, noise, text, batch = clip_tensors()
     optimizer, losses = torch.optim.Adam(model.heads.parameters(), lr=3e-3), []
-    for _ in range(80):
-        loss, _ = model(z, noise, torch.full((2,), physics.PROBE), text, target, velocity=False)
-        losses.append(loss)
+    for _ in range(100):
+        loss, _ = model(z, noise, torch.full((2,), physics.READ_SIGMA), text, batch, velocity=False)
+        losses.append(loss.detach())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     return losses
 
 
-def test_backbone_opened_equals_the_library():
-    """To the last bit, with a timestep per token; taps are what lies between the blocks, early exits too."""
+def test_hidden_states_and_early_exit():
+    """Hooks leave diffusers' forward as it is, to the last bit, and end it after the last tap."""
     model, args = physics_model(noise=.05)
     z, noise, text, _ = clip_tensors()
     x, sigma = physics.add_noise(z, noise, torch.tensor([.3, .8]))
@@ -2808,80 +2792,57 @@ def test_backbone_opened_equals_the_library():
         block.register_forward_hook(lambda module, given, made: passed.append(made))
     expected = model.dit(x, t, text).sample
     between, depth = passed.copy(), len(model.dit.blocks)
-    v, tapped, temb = physics.run_backbone(model.dit, x, t, text, [0, 1, depth])
+    v, hidden, time = physics.run_backbone(model.dit, x, t, text, [0, 1, depth])
     assert torch.equal(v, expected) and v.std() > 0
-    assert torch.equal(tapped[1], between[0]) and torch.equal(tapped[2], between[-1])
-    assert torch.equal(tapped[0], model.dit.patch_embedding(x).flatten(2).transpose(1, 2))
-    assert temb.shape == (2, t.shape[1], tapped[0].shape[-1]) and not torch.equal(temb[0], temb[1])
-    passed.clear()
-    v, early, same = physics.run_backbone(model.dit, x, t, text, [0, 1], velocity=False)
-    assert v is None and len(passed) == 1 and torch.equal(same, temb)
-    assert torch.equal(early[0], tapped[0]) and torch.equal(early[1], tapped[1])
-    v, _, _ = physics.run_backbone(model.dit, x, t, text, [0], checkpointing=True)
-    assert torch.equal(v, expected)
+    assert torch.equal(hidden[1], between[0]) and torch.equal(hidden[2], between[-1])
+    assert torch.equal(hidden[0], model.dit.patch_embedding(x).flatten(2).transpose(1, 2))
+    assert time.shape == (2, t.shape[1], hidden[0].shape[-1]) and not torch.equal(time[0], time[1])
+    for taps, count in (([0, 1], 1), ([0], 0)):
+        passed.clear()
+        v, early, same = physics.run_backbone(model.dit, x, t, text, taps, velocity=False)
+        assert v is None and len(passed) == count and torch.equal(same, time)
+        assert all(torch.equal(a, b) for a, b in zip(early, hidden))
 
 
 def test_the_given_frame_stays_clean():
-    z, noise, text, _ = clip_tensors(T=9)
+    z, noise, text, batch = clip_tensors(T=9)
     x, sigma = physics.add_noise(z, noise, torch.tensor([.3, .8]))
     assert torch.equal(x[:, :, 0], z[:, :, 0]) and sigma.shape == (2, 3, 2, 2)
     assert torch.allclose(x[1, :, 1:], .2 * z[1, :, 1:] + .8 * noise[1, :, 1:], atol=1e-5)
     assert not sigma[:, 0].any() and (sigma[0, 1:] == .3).all() and (sigma[1, 1:] == .8).all()
-    model, args = physics_model("--stage full --heads none --frames 9", "backbone", noise=.05)
-    loss, parts = model(z, noise, torch.tensor([.3, .8]), text, {})
+    model, args = physics_model("--frames 9", "backbone", noise=.05)
+    loss, terms = model(z, noise, torch.tensor([.3, .8]), text, batch)
     v = model.dit(x, 1000 * sigma.flatten(1), text).sample
-    assert set(parts) == {"flow_loss"}
+    assert set(terms) == {"flow_loss"}
     assert torch.allclose(loss, F.mse_loss(v[:, :, 1:], (noise - z)[:, :, 1:]))
     other = noise.clone()
-    other[:, :, 0] = 9                   # neither seen nor asked for
-    assert torch.equal(model(z, other, torch.tensor([.3, .8]), text, {})[0], loss)
+    other[:, :, 0] = 9                   # neither seen nor predicted
+    assert torch.equal(model(z, other, torch.tensor([.3, .8]), text, batch)[0], loss)
 
 
-def test_document_heads():
-    """The document's counts; a token's 16 outputs are 2x2 cells of its channels, spread over 4 frames."""
-    assert common.count_params(physics.LinearHead(3072, 4)) == 55_312
-    assert common.count_params(physics.LinearHead(3072, 1)) == 18_436
-    head = physics.LinearHead(8, 4)
-    nn.init.zeros_(head.out.weight)
-    head.out.bias.data = torch.arange(16.)
-    y = head(torch.randn(1, 3, 2, 3, 8), torch.zeros(1, 3, 2, 3, 8))
-    assert y.shape == (1, 4, 3, 4, 6)
-    for channel, row, column in itertools.product(range(4), range(2), range(2)):
-        cells = y[0, channel, :, row::2, column::2]
-        assert (cells == (2 * row + column) * 4 + channel).all() and cells.shape == (3, 2, 3)
-    both = physics.LinearHeads(8, [1], Namespace())
-    for layer in (both.motion.out, both.depth.out):
-        nn.init.normal_(layer.weight)
-    tapped, temb = [torch.randn(1, 3, 2, 3, 8)], torch.randn(1, 3, 2, 3, 8)
-    y, slow = both(tapped, temb), both.depth(tapped[0], temb)[:, 0]
-    assert y.shape == (1, 4, 9, 4, 6) and (y[:, 3] > 5).all()
-    for frame in range(9):               # a causal VAE's latent frame after the first one holds four
-        assert torch.equal(y[:, 2, frame], slow[:, (frame + 3) // 4])
-
-
-def test_per_frame_heads_layout():
+def test_heads_layout():
     """Which number of the last layer goes to which frame, channel and pixel; a token rules its cells only."""
-    args = Namespace(head_width=8, head_blocks=1, cells=6)         # of a token, which is 2x2 latents
-    head = physics.PerFrameHeads(16, [0, 2], args)
-    head.out.bias.data = torch.arange(4 * 5 * 9.) / 100
-    tapped, temb = [torch.randn(1, 3, 2, 2, 16) for _ in range(2)], torch.randn(1, 3, 2, 2, 16)
-    y = head(tapped, temb)
-    assert y.shape == (1, 4, 9, 12, 12)
-    bias = head.out.bias.detach().clone().view(4, 5, 3, 3)         # slot of 4 frames, channel, row, column
-    bias[:, :2] *= bias[:, 4:].sigmoid()         # how much of its motion a pixel has
-    for frame, channel, row, column in itertools.product(range(9), range(4), range(12), range(12)):
-        slot = (frame + 3) % 4                   # the first latent frame has the last slot alone
-        assert torch.isclose(y[0, channel, frame, row, column], bias[slot, channel, row % 3, column % 3])
-    nn.init.normal_(head.out.weight)
-    head.norm, head.blocks = nn.Identity(), nn.ModuleList()        # through which all tokens are felt
-    for tap, (f, i, j) in itertools.product(range(2), ((0, 0, 1), (1, 1, 0), (2, 0, 0))):
-        tapped = [torch.zeros(1, 3, 2, 2, 16) for _ in range(2)]
-        before = head(tapped, temb)
-        tapped[tap][0, f, i, j] = torch.randn(16)
-        touched = (head(tapped, temb) - before).abs().amax((0, 1)) > 1e-6
+    args = Namespace(head_width=8, head_blocks=1, cells=3, model="tiny", height=32, width=32)
+    heads = physics.PhysicsHeads(16, 2, args)
+    heads.project_out.bias.data = torch.arange(4 * 5 * 9.) / 100
+    heads.mean[3] = 7
+    hidden, time = [torch.randn(1, 3, 2, 2, 16) for _ in range(2)], torch.randn(1, 3, 2, 2, 16)
+    y = torch.cat(list(heads(hidden, time).values()), dim=1)
+    assert y.shape == (1, 5, 9, 12, 12)
+    bias = heads.project_out.bias.detach().view(4, 5, 3, 3)        # slot of 4 frames, channel, row, column
+    for frame, channel in itertools.product(range(9), range(5)):   # the first latent frame has the last slot
+        expected = bias[(frame + 3) % 4, channel].repeat(4, 4) + 7 * (channel == 3)
+        assert torch.allclose(y[0, channel, frame], expected)
+    nn.init.normal_(heads.project_out.weight)
+    heads.norm, heads.blocks = nn.Identity(), nn.ModuleList()      # these mix tokens
+    for f, i, j in ((0, 0, 1), (1, 1, 0), (2, 0, 0)):
+        other = [state.clone() for state in hidden]
+        other[1][0, f, i, j] = torch.randn(16)
+        changed = sum((a - b).abs().sum((0, 1)) for a, b in zip(
+            heads(hidden, time).values(), heads(other, time).values())) > 1e-6
         expected = torch.zeros(9, 12, 12, dtype=torch.bool)
         expected[max(0, 4 * f - 3):4 * f + 1, 6 * i:6 * i + 6, 6 * j:6 * j + 6] = True
-        assert torch.equal(touched, expected)
+        assert torch.equal(changed, expected)
 
 
 def test_linear_codec():
@@ -2896,471 +2857,297 @@ def test_linear_codec():
     still = common.wan_encode(codec, x[:, :1].expand_as(x))
     assert still[:, :, 1].abs().max() < 1e-3 and torch.equal(still[:, :, 0], z[:, :, 0])
     assert torch.allclose(z.square().mean((0, 1, 3, 4)), torch.ones(2), rtol=.01)
-    flat = common.wan_encode(common.LinearCodec.fit(x, 8, flatness=1), x)
-    assert torch.allclose(flat.square().mean((0, 3, 4)), torch.ones(8, 2), rtol=.01)
-    coarse = common.LinearCodec.fit(x, 4)
-    assert .1 < (common.wan_decode(coarse, common.wan_encode(coarse, x)) - x).abs().mean() < .6
 
 
-def heads_that_say(target, scale, unit):
-    """The output of perfect heads."""
-    log = (target["depth"].log() - scale[0]) / scale[1]
-    sky = torch.where(target["depth_valid"], 20., -20.)
-    motion = target["motion"].movedim(1, 2) / unit
-    return torch.cat([motion, log[:, None], sky[:, None]], dim=1)
+def perfect_outputs(batch):
+    """Outputs of perfect heads."""
+    gate = torch.where(batch["moving"], 20., -20.)[:, None]
+    sky = torch.where(batch["sky"][:, :, 0] > 0, 20., -20.)[:, None]
+    return {"motion": torch.cat([batch["motion"].movedim(1, 2), gate], dim=1),
+            "depth": batch["depth"].movedim(1, 2).log(), "sky": sky}
 
 
-def test_physics_loss():
-    _, _, _, target = clip_tensors()
-    scale = torch.tensor([1.2, .5])
-    truth = heads_that_say(target, scale, 2.)
-    moving = target["moving"]
-    assert .1 < moving.float().mean() < .9
-    losses = lambda y, **changed: physics.physics_loss(y, {**target, **changed}, scale, 2.)
-    perfect = losses(truth)
-    assert set(perfect) == {"motion_loss", "depth_loss", "sky_loss"}
-    assert all(value.abs() < 1e-5 for value in perfect.values())
-
-    off = truth.clone()                          # one unit off on moving pixels alone, or on still ones
-    off[:, 0] += moving
-    one = math.sqrt(1 + .02 ** 2) - .02
-    assert losses(off)["motion_loss"].item() == pytest.approx(.75 * one, rel=1e-4)
-    off[:, 0] = truth[:, 0] + (~moving).float()
-    assert losses(off)["motion_loss"].item() == pytest.approx(.25 * one, rel=1e-4)
-    off = truth.clone()
-    off[:, 2] += 1
-    assert losses(off)["depth_loss"].item() == pytest.approx(1, rel=1e-4)          # and no slope is wrong
-    off[:, 2] = truth[:, 2] + torch.arange(32.) / 10
-    ramp = torch.arange(32.).expand_as(moving) / 10
-    own = [(ramp * mask).flatten(1).sum(1) / mask.flatten(1).sum(1) for mask in (moving, moving | True)]
-    expected = sum(own).mean() / 2 + (.1 + .2) / 8                 # across, at two scales; nothing down
-    assert losses(off)["depth_loss"].item() == pytest.approx(expected.item(), rel=1e-4)
-
-    hole = torch.ones_like(moving)
-    hole[:, :, 8:20, 5:17] = False
-    masks = {"motion_valid": hole, "depth_valid": hole, "moving": moving & hole}
-    y = truth.clone()
-    y[:, :3] = torch.where(hole[:, None], y[:, :3], math.pi)
-    y[:, 3] = torch.where(hole, 20., -20.)
-    y.requires_grad_()
-    parts = losses(y, **masks)
-    assert all(value.abs() < 1e-5 for value in parts.values())
-    y = (y.detach() + .1).requires_grad_()
-    parts = losses(y, **masks)
-    (parts["motion_loss"] + parts["depth_loss"]).backward()
-    touched = (y.grad[:, :3] != 0).any(1)
-    assert not touched[~hole].any() and touched[hole].float().mean() > .9
-    wrong = y.detach().clone()
-    wrong[:, 3] *= -1
-    assert losses(wrong, **masks)["sky_loss"] > 5
-    assert losses(wrong, **masks, asked=torch.zeros(2, dtype=torch.bool))["sky_loss"] == 0
+def test_physics_losses_and_scores():
+    """The truth costs nothing and scores best; what is not known teaches nothing."""
+    _, _, _, batch = clip_tensors()
+    args, truth = Namespace(height=96), perfect_outputs(batch)
+    assert .1 < batch["moving"].float().mean() < .99
+    for name, quantity in physics.QUANTITIES.items():
+        assert quantity.loss(truth[name], batch, args).abs() < 1e-5
+        hole = torch.ones_like(batch["moving"])
+        hole[:, :, 8:20, 5:17] = False
+        masked = {key: mask & hole if mask.dtype == torch.bool else mask for key, mask in batch.items()}
+        y = (truth[name] + .1).requires_grad_()
+        quantity.loss(y, masked, args).backward()
+        assert not y.grad[:, :, :, 8:20, 5:17].any() and y.grad.any()
+    off = truth["motion"] + torch.tensor([1., 0, 0]).view(3, 1, 1, 1)
+    expected = .75 * (math.sqrt(1 + .02 ** 2) - .02)               # one unit on what moves
+    assert physics.motion_loss(off, batch, args).item() == pytest.approx(expected, rel=1e-4)
+    assert physics.depth_loss(truth["depth"] + 1, batch, args).item() == pytest.approx(2, rel=1e-4)
     few = torch.zeros(1, 10, 20, 20, dtype=torch.bool)
     few[0, 0, 0, :5] = True              # 5 pixels of 4000 weigh as a quarter of half a per cent
     assert physics.masked_mean(torch.ones(1, 10, 20, 20), few) == .25
+    values = {name: quantity.decode(truth[name]) for name, quantity in physics.QUANTITIES.items()}
+    assert torch.allclose(values["depth"], batch["depth"], rtol=1e-4)
+    assert torch.equal(values["motion"], batch["motion"] * batch["moving"][:, :, None])
+    values["motion"] = batch["motion"] + 3
+    values["depth"] = 2 * batch["depth"]
+    scores = {}
+    for quantity in physics.QUANTITIES.values():
+        scores |= quantity.scores(values, batch)
+    assert torch.allclose(scores["epe"], torch.tensor(math.sqrt(18))) and scores["epe"].shape == (2,)
+    assert torch.allclose(scores["abs_rel"], torch.ones(2)) and not scores["delta1"].any()
+    assert torch.equal(scores["sky_accuracy"], torch.ones(2))
+    batch["moving"][0] = False
+    assert physics.motion_scores(values, batch)["epe_moving"].isnan().tolist() == [True, False]
+    picture = physics.motion_picture({"motion": batch["motion"][0]}, {"motion": batch["motion"][0]})
+    assert picture.shape == (5, 3, 32, 32) and picture.abs().max() <= 1
 
 
-def test_read_out_inverts():
-    _, _, _, target = clip_tensors()
-    target["depth_valid"][:, 2, :5] = False
-    scale = torch.tensor([1.2, .5])
-    motion, depth, sky = physics.read_out(heads_that_say(target, scale, 1 / 3), (32, 32), scale)
-    assert torch.allclose(motion, target["motion"], atol=1e-5)
-    assert torch.allclose(depth, target["depth"], rtol=1e-4) and torch.equal(sky, ~target["depth_valid"])
-    flat = torch.ones(1, 4, 5, 8, 8) * torch.tensor([1., -2., 0., 5.]).view(1, 4, 1, 1, 1)
-    motion, depth, sky = physics.read_out(flat, (96, 96), scale)   # 1/96 of 96 rows is a pixel
-    assert motion.shape == (1, 5, 2, 96, 96)
-    assert (motion[:, :, 0] == 1).all() and (motion[:, :, 1] == -2).all()
-    assert torch.allclose(depth, scale[0].exp()) and not sky.any()
-
-
-def test_physics_scores():
-    """Against numbers worked out by hand; the truth scores 0."""
-    d, truth = torch.tensor([1., 2, 4, 7]).view(1, 1, 4), torch.tensor([1., 1, 8, 1]).view(1, 1, 4)
-    mask = torch.tensor([True, True, True, False]).view(1, 1, 4)
-    two = math.log(2)
-    assert {k: v.item() for k, v in physics.depth_scores(d, truth, mask).items()} == pytest.approx({
-        "abs_rel": .5, "sq_rel": 1, "rmse": math.sqrt(17 / 3), "rmse_log": math.sqrt(2 / 3) * two,
-        "delta1": 1 / 3, "delta2": 1 / 3, "delta3": 1 / 3, "silog": 100 * math.sqrt(2 / 3) * two})
-    twice = physics.depth_scores(2 * truth, truth, mask)
-    assert twice["silog"] < 1e-4 and twice["rmse_log"].item() == pytest.approx(two)
-    f, length = torch.zeros(1, 2, 1, 4), torch.zeros(1, 2, 1, 4)
-    length[0, 0, 0], f[0, 0, 0] = torch.tensor([1., 50, 200, 9]), torch.tensor([1., 50, 200, 0])
-    f[0, 1, 0, 1:3] = 4                  # outlier where the vector is 50 px long, not where it is 200
-    scores = physics.motion_scores(f, length, mask)
-    assert {k: v.item() for k, v in scores.items()} == pytest.approx(
-        {"epe": 8 / 3, "outliers_1px": 2 / 3, "fl": 1 / 3})
-    _, _, _, clip = clip_tensors(B=1)
-    clip = {name: value[0] for name, value in clip.items()}
-    clip["depth_valid"][:, :9] = False
-    ideal = physics.clip_scores(clip["motion"], clip["depth"], ~clip["depth_valid"], clip)
-    assert {"epe_moving", "abs_rel_moving", "abs_rel_scaled", "sky_accuracy"} < set(ideal)
-    perfect = re.compile("delta|sky")
-    assert all(abs(value - bool(perfect.match(name))) < 1e-6 for name, value in ideal.items())
-    far = physics.clip_scores(clip["motion"] + 3, 2 * clip["depth"], clip["depth_valid"], clip)
-    assert far["abs_rel"] == pytest.approx(1) and far["abs_rel_scaled"] < 1e-6 and far["sky_accuracy"] == 0
-    assert far["epe"] == pytest.approx(math.sqrt(18)) and far["epe_moving"] == pytest.approx(far["epe"])
-    assert physics.mean_scores([{"a": 1., "b": math.nan}, {"a": 3., "b": 5.}]) == {"a": 2, "b": 5}
-
-
-@pytest.mark.parametrize("stage", ["backbone", "heads", "lora", "last_k", "full"])
+@pytest.mark.parametrize("stage", ["backbone", "heads", "lora"])
 def test_what_a_stage_trains(stage):
-    model, args = physics_model("--stage heads", stage)
+    model, args = physics_model("", stage)
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    ours = {"backbone": r"dit\.", "heads": r"heads\.", "lora": r"heads\.|dit\..*\.lora_[AB]\.",
-            "last_k": r"heads\.|dit\.blocks\.1\.", "full": ""}[stage]
-    assert set(named) == {name for name, _ in model.named_parameters() if re.match(ours, name)}
-    z, noise, text, target = clip_tensors()
+    pattern = {"backbone": r"dit\.", "heads": r"heads\.", "lora": r"heads\.|dit\..*\.lora_[AB]\."}[stage]
+    assert set(named) == {name for name, _ in model.named_parameters() if re.match(pattern, name)}
+    z, noise, text, batch = clip_tensors()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     for p in named.values():                     # off their zeros, so that all of them matter
         nn.init.normal_(p, std=.05)
     optimizer = torch.optim.AdamW(named.values(), .1)
-    model(z, noise, torch.tensor([.2, .6]), text, target, velocity=stage != "heads")[0].backward()
+    model(z, noise, torch.tensor([.2, .6]), text, batch, velocity=stage != "heads")[0].backward()
     assert all(p.grad is not None and p.grad.any() for p in named.values())
-    assert all(p.grad is None for name, p in model.named_parameters() if name not in named)
     optimizer.step()
     after = model.state_dict()
     assert {name for name in before if not torch.equal(before[name], after[name])} == set(named)
+    kind = torch.linspace(0, .999, 100)
+    sigma, for_heads = physics.draw_sigma(stage, {"kind": kind, "u": torch.full((100,), .5)}, 5.)
+    assert for_heads.float().mean() == {"backbone": 0, "heads": 1, "lora": .5}[stage]
+    assert (sigma == physics.READ_SIGMA).sum() == {"backbone": 0, "heads": 50, "lora": 25}[stage]
 
 
-def test_checkpoints_hold_what_is_trained(trained):
-    """And its average, which is not the last step's; what is exported is the average."""
-    base, patterns = trained("sim_physics_heads"), {"backbone": r"dit\.", "heads": r"heads\.",
-                                                    ".": r"heads\.|dit\..*lora_[AB]"}
-    for stage, pattern in patterns.items():
-        state, _ = common.load_checkpoint(base.run / stage / "ckpt/step_000004", "sim_physics_heads")
-        assert state["model"].keys() == state["ema"].keys()
-        assert all(re.match(pattern, name) for name in state["ema"])
-        moved = [not torch.equal(state["model"][name], value) for name, value in state["ema"].items()]
-        assert sum(moved) > len(moved) / 2
-        file = base.run / stage / "final" / ("backbone" if stage == "backbone" else "heads")
-        exported = common.load_weights(file.with_suffix(".safetensors"))
-        part = "dit." if stage == "backbone" else "heads."
-        assert_same(exported, {name.removeprefix(part): value for name, value in state["ema"].items()
-                               if name.startswith(part)})
-
-
-def test_trained_lora_loads_into_the_pipeline(trained):
-    run, model = trained("sim_physics_heads").run, physics_model(stage="lora")[0]
-    weights = common.load_weights(run / "backbone/final/backbone.safetensors")
+def test_trained_weights_load_elsewhere(trained):
+    """The LoRA file into diffusers' pipeline; the run's folder by load_model; a video by predict_video."""
+    run = trained("sim_physics_heads").run
     pipe = pipeline(physics_model()[0].dit)
-    common.restore_state(pipe.transformer, weights)
-    state, _ = common.load_checkpoint(run / "ckpt/step_000004", "sim_physics_heads")
-    backbone = {f"dit.{name.replace('.weight', '.base_layer.weight').replace('.bias', '.base_layer.bias')}"
-                if f"dit.{name}" not in model.state_dict() else f"dit.{name}": value
-                for name, value in weights.items()}
-    common.restore_state(model, {**backbone, **state["ema"]})
+    common.restore_state(pipe.transformer, common.load_weights(run / "backbone/final/backbone.safetensors"))
     plain = velocity(pipe.transformer)
     pipe.load_lora_weights(run / "final")
+    model = physics.load_model(str(run))
     assert not torch.equal(velocity(pipe.transformer), plain)
     torch.testing.assert_close(velocity(pipe.transformer), velocity(model.dit))
+    heads = common.load_weights(run / "final/heads.safetensors")
+    assert_same(heads, dict(model.heads.state_dict()))
+    with contextlib.chdir(run.parent.parent):
+        values = physics.predict_video(model, torch.zeros(5, 3, 32, 32, dtype=torch.uint8), "a ball rolls")
+    assert values["motion"].shape == (5, 2, 32, 32) and values["depth"].shape == (5, 1, 32, 32)
 
 
-def test_a_stale_cache_is_noticed(trained, tmp_path, capsys):
-    data = shutil.copytree(trained("sim_physics_heads").data, tmp_path / "data")
-    index = data / "cache/index.json"
-
-    count = len(physics.Clips(physics_args(f"--data_dir {data}"), "train").rows)
-
-    def built(flags=""):
-        args, before = physics_args(f"--data_dir {data} {flags}"), index.stat().st_mtime_ns
-        physics.build_cache(args, physics.Run(args))
-        assert len(physics.Clips(args, "train").rows) == count * args.clips / 2
-        return index.stat().st_mtime_ns > before
-    assert not built() and not built("--seed 3 --lr 5 --batch_size 3")
-    assert built("--clips 1") and "was made of other data or flags" in capsys.readouterr().out
+def test_cache_follows_its_data_and_flags(trained, tmp_path):
+    data = shutil.copytree(trained("sim_physics_heads").data, tmp_path / "data", copy_function=shutil.copy2)
+    folder = lambda flags="": physics.cache_folder(physics_args(f"--data_dir {data} {flags}"))
+    old = folder()
+    assert (old / "complete").is_file() and folder("--seed 3 --lr 5 --batch_size 3") == old
+    assert folder("--clips 1") != old
     path = data / "test_ball_ramp/env_0/0/0/distance_to_camera/step_0003.npy"
     np.save(path, np.load(path) + 1)
-    assert built("--clips 1") and not built("--clips 1")
-    edit(data / "metadata.csv", "A physics simulation of ball ramp", "a ramp")
-    assert built("--clips 1")
-    before = files(data / "cache")
-    with pytest.raises(common.UserError, match="no scene of split train has 49 frames"):
-        built("--frames 49")
-    assert files(data / "cache") == before       # it took hours: gone only when another can be made
+    changed = folder()
+    assert changed != old
+    shutil.copytree(data / "test_ball_ramp", data / "test_new_scene")
+    assert folder() != changed
 
 
-def test_seed_changes_no_data(trained, tmp_path, monkeypatch):
-    """--sample --seed 1 reads the cache, text encoder and backbone that the run was trained on."""
-    base = trained("sim_physics_heads")
-    monkeypatch.setattr(physics, "sample", lambda *a: [])
-    before = files(base.data / "cache")
-    run = shutil.copytree(base.run, tmp_path / "run")
-    flags = f"--sample --seed 1 --data_dir {base.data} --output_dir {run}"
-    assert physics.main(shlex.split(f"{SCRIPTS['sim_physics_heads']['tiny']} {flags}")) == 0
-    assert files(base.data / "cache") == before
-    parts = [physics.wan_part(physics_args(f"--seed {seed}"), Namespace(device="cpu"), "text_encoder")
-             for seed in (0, 1)]
-    assert same_weights(*parts)
-
-
-def test_split_and_clips():
-    """Scenes are held out whole; clips stay within them, held-out ones plain and the same for any seed."""
-    scenes = [Namespace(name=f"{i:02d}", steps=list(range(9 + 3 * i))) for i in range(21)]
-    parts = physics.split_scenes(scenes)
-    assert [s.name for s in parts["val"]] == ["03", "10", "17"]
-    assert [s.name for s in parts["test"]] == ["05", "12", "19"]
-    assert sorted(s.name for part in parts.values() for s in part) == [s.name for s in scenes]
-    assert {part: len(own) for part, own in physics.split_scenes(scenes[:3]).items()} == {
-        "train": 1, "val": 1, "test": 1}
-    with pytest.raises(common.UserError, match="2 scenes cannot be split"):
-        physics.split_scenes(scenes[:2])
-    args = physics_args("--frames 9 --strides 3,1 --clips 40 --eval_clips 5 --zoom 1.5 --permute_colours")
-    train = physics.choose_clips(scenes, "train", args)
-    assert len(train) == 40 * 21
-    for clip in train:
-        assert 0 <= clip["start"] and clip["start"] + 8 * clip["stride"] < len(clip["scene"].steps)
-        z, x, y = clip["zoom"]
-        assert 1 <= z <= 1.5 and 0 <= x <= 1 and 0 <= y <= 1
-        assert sorted(clip["colours"].tolist()) == [0, 1, 2]
-    last = [c["start"] + 8 * c["stride"] for c in train if c["scene"] is scenes[0]]
-    assert set(last) == {8}              # 9 steps: only one clip fits, at stride 1
-    assert {c["stride"] for c in train} == {1, 3} and {c["flip"] for c in train} == {True, False}
-    assert {c["zoom"][0] > 1 for c in train} == {True, False}
-    held = physics.choose_clips(scenes[3:], "val", args)
-    assert all(c["zoom"][0] == 1 and not c["flip"] and c["colours"].tolist() == [0, 1, 2] for c in held)
-    starts = [c["start"] for c in held[-5:]]
-    assert len(set(starts)) == 5 and starts == sorted(starts)
-    assert physics.choose_clips(scenes[:1], "train", physics_args("--frames 13 --strides 1")) == []
-
-
-@pytest.mark.parametrize("cfg", [1, 3])
-def test_generated_from_a_known_velocity(cfg, monkeypatch):
+@pytest.mark.parametrize("scale", [1, 3])
+def test_generated_from_a_known_velocity(scale, monkeypatch):
     """The flow to a known latent is a straight line: Euler ends on it, whatever the schedule's steps."""
-    args = physics_args(f"--steps 4 --cfg {cfg} --frames 9 --shift 5")
+    args = physics_args(f"--num_inference_steps 4 --guidance_scale {scale} --frames 9 --shift 5")
     target, z0 = torch.randn(1, 48, 3, 4, 4), torch.randn(1, 48, 1, 4, 4)
     noise, seen = physics.fixed_noise(target, 7), []
 
-    def field(dit, x, t, text, taps):
+    def field(dit, x, t, text):
         seen.append((x, t, text))
         return noise - target - (0 if text == "prompt" else 2 / 3 * noise), [], None
     monkeypatch.setattr(physics, "run_backbone", field)
     z = physics.generate(None, z0, "prompt", "negative", args, 7)
-    end = target[:, :, 1:] if cfg == 1 else target[:, :, 1:] - 4 / 3 * noise[:, :, 1:]
+    end = target[:, :, 1:] if scale == 1 else target[:, :, 1:] - 4 / 3 * noise[:, :, 1:]
     assert torch.equal(z[:, :, :1], z0) and torch.allclose(z[:, :, 1:], end, atol=1e-5)
-    assert len(seen) == (4 if cfg == 1 else 8)
+    assert len(seen) == (4 if scale == 1 else 8)
     for (x, t, _), u in zip(seen[::len(seen) // 4], (1, .75, .5, .25)):
         assert torch.equal(x[:, :, :1], z0) and t.shape == (1, 3 * 4) and not t[:, :4].any()
         assert torch.allclose(t[:, 4:], torch.tensor(1000 * 5 * u / (1 + 4 * u)))
-    assert torch.allclose(seen[0][0][:, :, 1:], noise[:, :, 1:])
 
 
-def test_full_stage_sharded_equals_one_process(trained, pair, tmp_path):
-    base = trained("sim_physics_heads")
-    flags = f"--data_dir {base.data} --stage full --heads {base.run}/heads/final/heads.safetensors"
-    flags += " --backbone_steps 0 --lr .01"      # else AdamW makes whole steps of what rounding leaves
-    alone, run = tmp_path / "alone", tmp_path / "run"
-    assert launch("sim_physics_heads", f"{flags} --output_dir {alone} --batch_size 8") == 0
-    pair("sim_physics_heads", f"{flags} --output_dir {run} --fsdp", full=True)
-    assert_same(saved(run), saved(alone), 1e-4)
-    there, again = halfway(run, tmp_path / "there"), halfway(run, tmp_path / "again")
-    back = halfway(alone, tmp_path / "back")
-    assert launch("sim_physics_heads", f"{flags} --output_dir {there} --batch_size 8") == 0
-    assert_same(saved(there), saved(alone), 1e-4)
-    pair("sim_physics_heads", f"{flags} --output_dir {back} --fsdp")
-    assert_same(saved(back), saved(alone), 1e-4)
-    pair("sim_physics_heads", f"{flags} --output_dir {again} --fsdp")
-    assert_same(saved(again), saved(run))
-    assert np.isfinite(json.loads((run / "eval.json").read_text())["headline"]["value"])
-    assert {path.name for path in (run / "final").glob("*.safetensors")} == {
-        "heads.safetensors", "backbone.safetensors"}
-
-
-# Its reader of the document's files, on scenes that it simulates.
+# ---- data/sim_physics_heads -----------------------------------------------------------------------------
 
 @pytest.fixture(scope="session")
-def ramp(tmp_path_factory):
-    """A scene of 12 steps, with a motion file more."""
-    root = tmp_path_factory.mktemp("ramp") / "set"
-    physics.simulate_scenes(root, 64, most=12, recordings=1, scenes=["test_ball_ramp"])
+def recordings(tmp_path_factory):
+    """Two scenes with much motion."""
+    root = tmp_path_factory.mktemp("recordings")
+    for number, name in enumerate(("ball_collide", "ball_and_block_fall")):
+        folder = root / f"test_{name}/env_0/0/0"
+        folder.parent.mkdir(parents=True)
+        physics_prepare.record((name, folder, 30, 64, [number]))
     return root
 
 
 @pytest.fixture
-def root(ramp, tmp_path):
-    return shutil.copytree(ramp, tmp_path / "set")
+def root(recordings, tmp_path):
+    return shutil.copytree(recordings, tmp_path / "set")
 
 
-@pytest.fixture(scope="session")
-def moving(tmp_path_factory):
-    """Two scenes with enough motion to tell what their vectors mean."""
-    root = tmp_path_factory.mktemp("moving") / "set"
-    physics.simulate_scenes(root, 112, most=30, recordings=1,
-                            scenes=["test_ball_collide", "test_ball_and_block_fall"])
-    return root
+def listed(root):
+    """check.py's list, as clips.py reads it."""
+    return json.loads(json.dumps(physics_check.find_scenes(root), default=str))
 
 
-def test_simulated_scenes(trained):
-    """Functions of the seed; balls stay above the ground; vectors lead to where a body was."""
-    for name in ("test_ball_collide", "test_duck_static"):
-        world, again = (physics.simulate(name, 8, 0) for _ in range(2))
-        assert all(np.array_equal(world[key], again[key]) for key in world)
-        assert not np.array_equal(world["colour"], physics.simulate(name, 8, 1)["colour"])
-        rgb, motion, depth, ids = physics.render(world, 5, 64)
-        assert (ids == physics.SKY).any() and np.array_equal(~np.isfinite(depth), ids == physics.SKY)
-        assert not motion[ids < 0, :2].any() and rgb.std() > 20
-        if name == "test_duck_static":
-            assert np.abs(motion[..., :2]).max() < 1e-5
-            continue
-        assert world["centre"][:, :, 1].min() > .25
-        for body in np.unique(ids[ids >= 0]):
-            now, before = physics.project(world["centre"][[5, 4], body], 64)
-            own = motion[ids == body, :2]
-            assert np.hypot(*(own.mean(0) - (before - now))) < 1 and np.hypot(*(before - now)) > .5
-            ahead = np.linalg.norm(world["centre"][5, body] - physics.EYE)
-            assert 0 < ahead - depth[ids == body].min() < .4       # a radius
-    names = sorted(path.name for path in trained("sim_physics_heads").data.glob("test_*"))
-    assert names == sorted(physics.SCENES) and len(names) == 21
+def test_simulated_scenes(tmp_path, monkeypatch, capsys):
+    """Functions of the seed; balls bounce and dominoes fall; a command that was killed is continued."""
+    assert len(physics_prepare.SCENES) == 21 and "block_domino" in physics_prepare.SCENES
+    heights = {}
+    for name in ("ball_and_block_fall", "block_domino"):
+        model, data = physics_prepare.build_model(name, np.random.default_rng(0))
+        again, _ = physics_prepare.build_model(name, np.random.default_rng(0))
+        assert np.array_equal(model.geom_rgba, again.geom_rgba)
+        heights[name] = []
+        for _ in range(60):
+            physics_prepare.mujoco.mj_step(model, data, nstep=8)
+            heights[name].append(data.geom_xpos[1:, 2].copy())
+    ball = np.array(heights["ball_and_block_fall"])[:, 0]
+    lowest = ball.argmin()
+    assert .2 < ball.min() < .35 and ball[lowest:].max() > ball.min() + .3         # bounces, does not sink
+    assert heights["block_domino"][0][0] > .5 and heights["block_domino"][-1][0] < .4      # has fallen
+    flags = ["--data_dir", str(tmp_path / "set"), "--frames", "3", "--size", "16", "--takes", "1"]
+    whole = [*flags[:1], str(tmp_path / "whole"), *flags[2:]]
+    assert physics_prepare.main(whole) == 0
+    monkeypatch.setattr(physics_prepare, "SCENES", physics_prepare.SCENES[:3])
+    monkeypatch.setattr(Path, "rename", disk_full)
+    assert physics_prepare.main(flags) == 2
+    monkeypatch.undo()
+    assert physics_prepare.main(flags) == 0 and physics_prepare.main(flags) == 2
+    assert "exists: remove it" in capsys.readouterr().err
+    assert files(tmp_path / "set") == files(tmp_path / "whole")
 
 
-def test_files_are_paired_by_step(root):
-    folder = root / "test_ball_ramp/env_0/0/0"
-    (folder / "rgb/step_0001.png").rename(folder / "rgb/view_2_0001.png")          # any stem
-    (folder / "rgb").rename(folder / "rgb_capture")
-    scene, = physics.find_scenes(root)
-    assert scene.name == "test_ball_ramp" and scene.prompt == "A physics simulation of ball ramp"
-    assert scene.steps == list(range(12)) and scene.dropped == {"rgb": 0, "motion": 1, "depth": 0}
-    assert scene.paths["rgb"][1].name == "view_2_0001.png"
-    clip = physics.read_clip(scene, 0, 1, 12, 64, 64)
-    assert clip["video"].shape == (12, 3, 64, 64) and clip["motion"].shape == (12, 2, 64, 64)
-    assert not clip["motion_valid"][0].any() and clip["motion_valid"][1:].float().mean() > .95
-    sky = ~clip["depth_valid"]
-    assert sky.float().mean() > .2 and (clip["depth"][sky] == 100).all() and clip["depth"].isfinite().all()
-    # An empty or a missing file in the middle breaks only the chains through it.
-    np.save(folder / "motion_vectors/step_0005.npy", np.zeros((0, 4), np.float32))
-    (folder / "rgb_capture/step_0008.png").unlink()
-    scene, = physics.find_scenes(root)
-    assert scene.steps == [0, 1, 2, 3, 4, 5, 6, 7, 9, 10, 11] and scene.dropped["depth"] == 1
-    valid = physics.read_clip(scene, 0, 1, 11, 64, 64)["motion_valid"].flatten(1).any(1)
-    assert valid.tolist() == [i not in (0, 5, 8) for i in range(11)]
-    # Steps 1, 4, 7 and 11: the chains need 2-4, 5-7 (5 is empty) and 8-11 (8 is missing).
-    valid = physics.read_clip(scene, 1, 3, 4, 64, 64)["motion_valid"].flatten(1).any(1)
-    assert valid.tolist() == [False, True, False, False]
-
-
-def test_table_of_scenes(root, tmp_path):
-    shutil.copytree(root / "test_ball_ramp", root / "test_b")
-    assert [scene.name for scene in physics.find_scenes(root)] == ["test_b", "test_ball_ramp"]
-    text = (root / "metadata.csv").read_text()
-    assert text.startswith("video,prompt") and "test_b/env_0/0/0,A physics simulation of b" in text
-    folder = root / "test_ball_ramp/env_0/0/0"
-    (tmp_path / "list").mkdir()
-    (tmp_path / "list/metadata.csv").write_text(f"num_frames,prompt,video\n12,\"a, b\",{folder}\n")
-    scene, = physics.find_scenes(tmp_path / "list")
-    assert (scene.name, scene.prompt, scene.folder) == ("test_ball_ramp", "a, b", folder)
-    (tmp_path / "list/metadata.csv").write_text(f"video,prompt\n{root / 'test_b'},\n")
-    assert physics.find_scenes(tmp_path / "list")[0].prompt == "A physics simulation of b"
-
-
-def test_files_that_cannot_be_read(root):
-    folder = root / "test_ball_ramp/env_0/0/0"
-    scene, = physics.find_scenes(root)
-
-    def fails(message, start=0, stride=1):
-        with pytest.raises(common.UserError, match=message):
-            physics.read_clip(scene, start, stride, 4, 32, 32)
-    fails("scene test_ball_ramp: 4 frames from 0 by 4 do not fit into its 12 steps", stride=4)
-    (folder / "distance_to_camera/step_0002.npy").write_bytes(b"no array")
-    fails("distance_to_camera/step_0002.npy cannot be read")
-    np.save(folder / "distance_to_camera/step_0002.npy", np.zeros((64, 64, 3), np.float32))
-    fails("distance_to_camera/step_0002.npy is float32 .64, 64, 3.")
-    (folder / "rgb/step_0005.png").write_bytes(b"no picture")
-    fails("rgb/step_0005.png cannot be read", start=3)
-    shutil.copy(folder / "rgb/step_0000.png", folder / "rgb/other_0000.png")
-    with pytest.raises(common.UserError, match="are of the same step"):
-        physics.find_scenes(root)
-
-
-def test_crops_and_mirrors(root):
-    scene, = physics.find_scenes(root)
-    full = physics.read_clip(scene, 2, 2, 4, 64, 64)
-    half = physics.read_clip(scene, 2, 2, 4, 32, 32)
-    assert torch.equal(half["motion"] * 2, full["motion"][..., 1::2, 1::2])
-    assert torch.equal(half["depth"], full["depth"][..., 1::2, 1::2])
-    assert torch.equal(half["motion_valid"], full["motion_valid"][..., 1::2, 1::2])
-    mean = full["video"].float().reshape(4, 3, 32, 2, 32, 2).mean((3, 5))
-    assert (half["video"].float() - mean).abs().mean() < 4         # anti-aliased and not shifted
-    wide = physics.read_clip(scene, 2, 2, 4, 32, 64)               # the middle rows, not squeezed
-    assert all(torch.equal(wide[name], full[name][..., 16:48, :]) for name in full)
-    part = physics.read_clip(scene, 2, 2, 4, 64, 64, zoom=(2., 1., .5))            # right, half-way down
-    for name, factor in (("motion", 2), ("depth", 1), ("motion_valid", 1)):
-        assert torch.equal(part[name][..., ::2, ::2], full[name][..., 16:48, 32:] * factor)
-    flip = physics.read_clip(scene, 2, 2, 4, 64, 64, flip=True)
-    assert full["motion"].abs().max() > 1
-    assert torch.equal(flip["motion"][:, 0], -full["motion"][:, 0].flip(-1))
-    assert torch.equal(flip["motion"][:, 1], full["motion"][:, 1].flip(-1))
-    for name in ("video", "depth", "motion_valid", "depth_valid"):
-        assert torch.equal(flip[name], full[name].flip(-1)), name
-    turned = physics.turned(full, math.pi / 2)
-    assert torch.equal(turned["video"], torch.rot90(full["video"], 1, (-2, -1)))
-    quarter = torch.rot90(full["motion"], 1, (-2, -1)).flip(1) * torch.tensor([1., -1]).view(2, 1, 1)
-    assert torch.allclose(turned["motion"], quarter, atol=1e-4)
-    assert torch.equal(turned["motion_valid"], torch.rot90(full["motion_valid"], 1, (-2, -1)))
-    half, back = physics.turned(full, .3), physics.turned(physics.turned(full, .3), -.3)
-    inner = (slice(None), slice(16, 48), slice(16, 48))
-    known = (back["motion_valid"] & full["motion_valid"])[inner]
-    off = physics.speed(back["motion"] - full["motion"])[inner][known]
-    assert not half["depth_valid"][:, 0, 0].any() and off.median() < 1e-4 and off.mean() < .1
-    # Other precisions and two channels; NaN, Inf and absurd vectors are masked.
-    arrays(root, "motion_vectors", lambda array: array[..., :2].astype(np.float64), "*")
-    again = lambda: physics.read_clip(physics.find_scenes(root)[0], 2, 2, 4, 64, 64)
-    assert torch.equal(again()["motion"], full["motion"])
-    path = scene.paths["motion"][6]
-    bad = np.load(path).astype(np.float16)
-    bad[40, 10], bad[41, 10, 1], bad[42, 10, 0] = np.nan, -np.inf, 6e4
-    np.save(path, bad)
-    clip = again()
-    assert not clip["motion_valid"][2, 40:43, 10].any() and clip["motion"].isfinite().all()
-    assert (clip["motion_valid"] != full["motion_valid"]).sum() < 20
-
-
-@pytest.mark.parametrize("stride", [2, 4])
-def test_composed_motion_is_exact(moving, stride):
-    """Against the scene's poses, `stride` frames apart."""
-    for scene in physics.find_scenes(moving):
-        world = physics.simulate(scene.name, 31 if physics.SCENES[scene.name][1] else 30, 0)
-        sparse = world | {name: world[name][::stride] for name in ("centre", "rotation", "light")}
-        clip = physics.read_clip(scene, 0, stride, 1 + 29 // stride, 112, 112)
-        errors, count = [], 0
-        for i in range(1, len(clip["video"])):
-            _, truth, _, ids = physics.render(sparse, i, 112)
-            truth, known = truth[..., :2], clip["motion_valid"][i].numpy()
-            y, x = np.indices(ids.shape)         # what was outside or behind something cannot be known
-            x, y = (np.rint(a).astype(int) for a in (x + truth[..., 0], y + truth[..., 1]))
-            inside = (x >= 0) & (x < 112) & (y >= 0) & (y < 112)
-            before = physics.render(sparse, i - 1, 112)[3][y.clip(0, 111), x.clip(0, 111)]
-            moves = (np.hypot(truth[..., 0], truth[..., 1]) > .5) & inside & (before == ids)
-            error = clip["motion"][i].numpy().transpose(1, 2, 0) - truth
-            errors.append(np.hypot(error[..., 0], error[..., 1])[moves & known])
-            count += moves.sum()
+@pytest.mark.parametrize("stride", [2, 3])
+def test_composed_motion_is_exact(recordings, stride):
+    """Against the poses that MuJoCo had `stride` frames before."""
+    rays, project = physics_prepare.camera_rays(64)
+    for scene in listed(recordings):
+        name = scene["name"].removeprefix("test_")
+        seed = ("ball_collide", "ball_and_block_fall").index(name)
+        model, data = physics_prepare.build_model(name, np.random.default_rng([seed]))
+        frames = range(0, 30, stride)
+        motion, valid = physics_clips.read_motion(scene, frames, stride)
+        poses, errors, missed = [], [], 0
+        for t in range(30):
+            poses.append((data.geom_xpos.copy(), data.geom_xmat.reshape(-1, 3, 3).copy()))
+            if t and t % stride == 0:
+                depth, geom, _ = physics_prepare.cast(model, data, physics_prepare.EYE, rays)
+                hit = np.flatnonzero(geom > 0)
+                points = physics_prepare.EYE + depth[hit, None] * rays[hit]
+                local = physics_prepare.body_coordinates(data, geom[hit], points)
+                position, rotation = poses[t - stride]
+                before = position[geom[hit]] + np.einsum("nij,nj->ni", rotation[geom[hit]], local)
+                truth = project(before) - project(points)
+                known = valid[t // stride].ravel()[hit]
+                found = motion[t // stride].reshape(2, -1).T[hit]
+                errors.append(np.linalg.norm(found - truth, axis=1)[known & (np.abs(truth).max(1) > .5)])
+                missed += (~known).sum()
+            physics_prepare.mujoco.mj_step(model, data, nstep=8)
         errors = np.concatenate(errors)
-        assert count > 1000 and errors.mean() < .1 and 1 - len(errors) / count < .1
+        print(name, stride, errors.mean(), len(errors), missed)
+        assert len(errors) > 500 and errors.mean() < .1 and missed < .35 * len(errors)
 
 
 @pytest.mark.parametrize("change,shift,message", [
-    (lambda a: a, 0, None), (lambda a: -a, 0, "multiply by -1"), (lambda a: a / 112, 0, "the unit .* is UV"),
-    (lambda a: a, 1, "shifted by [+]1 frame "), (lambda a: a, -1, "shifted by -1 frame "),
-    (lambda a: a[..., [1, 0, 2, 3]], 0, "do not explain the pictures"), (lambda a: 0 * a, 0, "too few"),
-], ids=["right", "sign", "UV", "late", "early", "swapped", "still"])
-def test_meaning_of_vectors(moving, tmp_path, capsys, change, shift, message):
-    """--check says what is wrong with them, in one line, from both scenes and from each."""
-    root = shutil.copytree(moving, tmp_path / "set")
-    for folder in root.glob("*/env_0/0/0/motion_vectors"):
-        paths = sorted(folder.iterdir())
+    (lambda a: a, 0, None), (lambda a: -a, 0, "multiply by -1"), (lambda a: a / 32, 0, "their unit is NDC"),
+    (lambda a: a, 1, "file of step t[+]1"), (lambda a: a, -1, "file of step t-1"),
+    (lambda a: a[..., [1, 0, 2, 3]], 0, "do not explain"), (lambda a: 0 * a, 0, None),
+    ("depth", 1000, "millimetres")],
+    ids=["right", "sign", "NDC", "late", "early", "swapped", "still", "millimetres"])
+def test_check_names_the_fault(root, capsys, change, shift, message):
+    for folder in root.glob("*/env_0/0/0"):
+        paths = sorted(folder.glob(f"{'distance_to_camera' if change == 'depth' else 'motion_vectors'}/*"))
         given = [np.load(path) for path in paths]
         for i, path in enumerate(paths):
-            array = given[min(max(i - shift, 0), len(given) - 1)]
-            np.save(path, change(array) if array.size else array)
-    scenes = physics.find_scenes(root)
-    for part in (scenes, scenes[:1], scenes[1:]):
-        line = physics.verdict(physics.convention_test(part, pairs=10))
-        assert line is None if message is None else re.search(message, line)
-    harmless = message in (None, "too few")
-    assert physics.main(["--check", "--data_dir", str(root)]) == (0 if harmless else 2)
-    if harmless:
-        expected = "too few" if message else "motion vectors are previous"
-        assert f"verdict: {expected}" in capsys.readouterr().out
-    else:
-        assert re.search(message, the_error(capsys, "sim_physics_heads"))
+            array = given[i if change == "depth" else min(max(i - shift, 0), len(given) - 1)]
+            np.save(path, array * shift if change == "depth" else change(array) if array.size else array)
+    assert physics_check.main([str(root)]) == (2 if message else 0)
+    printed = capsys.readouterr()
+    assert re.search(message, printed.err) if message else not printed.err
+    assert "30 steps" in printed.out
+
+
+def test_table_of_scenes(root, tmp_path, capsys):
+    """Columns by name in any case, commas without quotes, other encodings, scenes that it does not list."""
+    collide = "test_ball_collide/env_0/0/0"
+    prompts = lambda: [scene["prompt"] for scene in physics_check.find_scenes(root)]
+    assert sorted(prompts())[0] == "A physics simulation of ball and block fall" and len(prompts()) == 2
+    for text, prompt in ((f"video,prompt\n{collide},red ball, rolling, stop\n", "red ball, rolling, stop"),
+                         (f"Prompt, VIDEO \n\"a, b\", {collide}\n", "a, b"),
+                         (f"num_frames;video;caption\n12;{collide};a; b\n", "a; b"),
+                         ("video,text\ntest_ball_collide,\n", "A physics simulation of ball collide")):
+        (root / "metadata.csv").write_text(text)
+        assert prompts() == [prompt]
+        assert "left out: " + str(root / "test_ball_and_block_fall") in capsys.readouterr().out
+    for raw, message in ((f"video,prompt\n{collide},a “ball”\n".encode("cp1252"), "not UTF-8"),
+                         (f"video,prompt\n{collide},a\n".encode("utf-16"), "UTF-16"),
+                         (b"prompt,video\nonly a prompt\n", "line 2 does not fit"),
+                         (f"prompt,video\na,b,{collide}\n".encode(), "line 2 does not fit"),
+                         (b"prompt\na\n", "no column video"), (b"video\nnowhere\n", "no folder .*nowhere")):
+        (root / "metadata.csv").write_bytes(raw)
+        with pytest.raises(common.UserError, match=message):
+            prompts()
+
+
+def test_files_are_paired_by_step(root, tmp_path):
+    shutil.rmtree(root / "test_ball_collide")
+    shutil.move(root / "test_ball_and_block_fall", tmp_path / "fall")
+    (root / "test_ball_and_block_fall").symlink_to(tmp_path / "fall")              # links are followed
+    folder = root / "test_ball_and_block_fall/env_0/0/0"
+    (folder / "rgb/step_0001.png").rename(folder / "rgb/view_2_0001.png")
+    (folder / "rgb").rename(folder / "rgb_capture")
+    full = physics_clips.read_clip(*listed(root), 2, 2, 4, (64, 64))
+    assert full["motion"].abs().max() > 1 and not full["motion_valid"][0].any()
+    half = physics_clips.read_clip(*listed(root), 2, 2, 4, (32, 32))
+    assert torch.equal(half["motion"] * 2, full["motion"][..., 1::2, 1::2])
+    assert torch.equal(half["depth"], full["depth"][..., 1::2, 1::2])
+    mean = full["video"].float().reshape(4, 3, 32, 2, 32, 2).mean((3, 5))
+    assert (half["video"].float() - mean).abs().mean() < 4
+    wide = physics_clips.read_clip(*listed(root), 2, 2, 4, (32, 64))               # the middle rows
+    assert all(torch.equal(wide[name], full[name][..., 16:48, :]) for name in full)
+    flip = physics_clips.read_clip(*listed(root), 2, 2, 4, (64, 64), mirror=True)
+    assert torch.equal(flip["motion"], full["motion"].flip(-1) * torch.tensor([-1., 1]).view(2, 1, 1))
+    assert all(torch.equal(flip[name], full[name].flip(-1)) for name in ("video", "depth", "sky_valid"))
+    # An empty or a missing file breaks only the chains through it.
+    np.save(folder / "motion_vectors/step_0005.npy", np.zeros((0, 4), np.float32))
+    (folder / "rgb_capture/step_0008.png").unlink()
+    physics_clips.load.cache_clear()
+    scene, = listed(root)
+    assert scene["steps"] == [*range(8), *range(9, 30)]
+    valid = physics_clips.read_motion(scene, range(11), 1)[1].any((1, 2))
+    assert valid.tolist() == [i not in (0, 5, 8) for i in range(11)]
+    (folder / "rgb_capture/step_1_0003.png").touch()
+    with pytest.raises(common.UserError, match="have the same step number"):
+        listed(root)
+
+
+def test_split_and_clips():
+    """Scenes are held out whole; clips stay within them."""
+    scenes = [{"name": f"{i:02d}", "steps": list(range(9 + 3 * i))} for i in range(21)]
+    args = Namespace(frames=9, strides="3,1", clips=40, eval_clips=5, permute_colours=1)
+    clips = physics_clips.choose_clips(scenes, args)
+    names = {split: sorted({name[-2:] for name in clips if name.startswith(split)})
+             for split in ("train", "val", "test")}
+    assert names["val"] == ["03", "10", "17"] and names["test"] == ["05", "12", "19"]
+    assert sum(map(len, names.values())) == 21 and len(clips) == 40 * 15 + 5 * 6
+    for name, (scene, start, stride, mirror, colours) in clips.items():
+        assert 0 <= start and start + 8 * stride < len(scene["steps"]) and sorted(colours) == [0, 1, 2]
+        assert name.startswith("train") or not mirror and colours == [0, 1, 2]
+    assert {clip[2] for clip in clips.values()} == {1, 3}
+    for count, message in ((2, "2 scenes cannot be split"), (3, "no scene of split train has 9 frames")):
+        with pytest.raises(common.UserError, match=message):
+            physics_clips.choose_clips([{"name": f"{i}", "steps": [0]} for i in range(count)], args)
 
 
 # ---- well_i2v.py: what it alone has to show --------------------------------------------------------------
