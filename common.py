@@ -1213,10 +1213,10 @@ class LinearCodec:
 
     @classmethod
     @torch.no_grad()
-    def fit(cls, videos, z_dim, flatness=.5, ridge=.003):
+    def fit(cls, videos, z_dim, flatness=.5, ridge=100):
         """videos B T C H W in [-1, 1]. A latent has the size (its component's std) ** (1 - flatness): 1 makes
-        all equal, and a model of them spends itself on detail; 0 lets noise drown detail at once. ridge: the
-        penalty on what 3x3 cells add to one, in units of the latents' mean square."""
+        all equal, and a model of them spends itself on detail; 0 lets noise drown detail at once. ridge: as
+        if the decoders had also seen this many patches to which the 3x3 cells add nothing."""
         rows = lambda part: part.movedim(1, -1).flatten(0, -2)                   # n p
         first, later = cls.patches(videos.transpose(1, 2))
         codec = cls({"mean": rows(first).mean(0), "first": torch.zeros(z_dim, first.shape[1])})
@@ -1242,7 +1242,7 @@ class LinearCodec:
             self.tensors[f"{name}_decoder"] = F.pad(basis, [4 * basis.shape[1]] * 2)          # cell 4 of 9
         still = self.tensors["first_decoder"].repeat(4, 1)
         self.tensors["later_decoder"] = torch.cat([self.tensors["later_decoder"], still], dim=1)
-        sums = {"first": [0, 0], "later": [0, 0]}
+        sums = {"first": [0, 0, 0], "later": [0, 0, 0]}
         for video in (*videos.split(1), *videos.flip(-1).split(1)):
             z = self.encode(video.transpose(1, 2)).latent_dist.mode()
             left = self.patches(video.transpose(1, 2) - self.decode(z).sample)
@@ -1250,8 +1250,9 @@ class LinearCodec:
                 context = rows(self.context(name, z))
                 sums[name][0] += (context.T @ context).double()
                 sums[name][1] += (context.T @ rows(part)).double()
-        for name, (gram, cross) in sums.items():
-            gram.diagonal().add_(ridge * gram.diagonal().mean())
+                sums[name][2] += len(context)
+        for name, (gram, cross, count) in sums.items():
+            gram.diagonal().add_(ridge / count * gram.diagonal().mean())
             self.tensors[f"{name}_decoder"] += torch.linalg.solve(gram, cross).T.float()
 
     @classmethod
