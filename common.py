@@ -1196,22 +1196,26 @@ class LinearCodec:
     """AutoencoderKLWan's interface at a size that has no pretrained weights: linear, causal, 8 times smaller
     in space, 4 in time.
 
-    Principal components: of 8x8 patches in the first frame; in later ones of what 4x8x8 patches differ from
-    the first frame's patch, so that a scene that stays is zeros, and a small model need not learn to copy.
+    encode: principal components of 8x8 patches in the first frame; in later ones of what 4x8x8 patches differ
+    from the first frame's patch, so that a scene that stays is zeros, and a model need not learn to copy.
+    decode: each patch from the latents of 3x3 cells, by ridge regression. A patch from its own cell alone
+    ends at visible edges; its neighbours' latents say how the picture continues there.
     """
     side, dtype = 8, torch.float32
 
     def __init__(self, tensors, device="cpu"):
         """tensors: mean p, first z p and later z 4p, whose rows are orthonormal, first_scale, later_scale z,
-        of patches of p = 3 * 8 * 8 numbers."""
+        first_decoder p 9z, later_decoder 4p 18z, of patches of p = 3 * 8 * 8 numbers."""
         self.tensors = {name: value.to(device) for name, value in tensors.items()}
         z_dim = len(tensors["first"])
         self.config = SimpleNamespace(latents_mean=[0.] * z_dim, latents_std=[1.] * z_dim, z_dim=z_dim)
 
     @classmethod
-    def fit(cls, videos, z_dim, flatness=.5):
+    @torch.no_grad()
+    def fit(cls, videos, z_dim, flatness=.5, ridge=100):
         """videos B T C H W in [-1, 1]. A latent has the size (its component's std) ** (1 - flatness): 1 makes
-        all equal, and a model of them spends itself on detail; 0 lets noise drown detail at once."""
+        all equal, and a model of them spends itself on detail; 0 lets noise drown detail at once. ridge: as
+        if the decoders had also seen this many patches to which the 3x3 cells add nothing."""
         rows = lambda part: part.movedim(1, -1).flatten(0, -2)                   # n p
         first, later = cls.patches(videos.transpose(1, 2))
         codec = cls({"mean": rows(first).mean(0), "first": torch.zeros(z_dim, first.shape[1])})
@@ -1225,7 +1229,30 @@ class LinearCodec:
 
         scaled("first", rows(first) - codec.tensors["mean"])
         scaled("later", rows(later - codec.still(codec.project("first", first), later)))
+        codec.fit_decoders(videos, ridge)
         return codec
+
+    def fit_decoders(self, videos, ridge):
+        """The components in the middle cell, and the regression of what these leave on all cells. Mirror
+        images double what few scenes show."""
+        rows = lambda part: part.movedim(1, -1).flatten(0, -2)                   # n p
+        for name in ("first", "later"):
+            basis = (self.tensors[name] * self.tensors[f"{name}_scale"][:, None]).T           # p z
+            self.tensors[f"{name}_decoder"] = F.pad(basis, [4 * basis.shape[1]] * 2)          # cell 4 of 9
+        still = self.tensors["first_decoder"].repeat(4, 1)
+        self.tensors["later_decoder"] = torch.cat([self.tensors["later_decoder"], still], dim=1)
+        sums = {"first": [0, 0, 0], "later": [0, 0, 0]}
+        for video in (*videos.split(1), *videos.flip(-1).split(1)):
+            z = self.encode(video.transpose(1, 2)).latent_dist.mode()
+            left = self.patches(video.transpose(1, 2) - self.decode(z).sample)
+            for name, part in zip(sums, left):
+                context = rows(self.context(name, z))
+                sums[name][0] += (context.T @ context).double()
+                sums[name][1] += (context.T @ rows(part)).double()
+                sums[name][2] += len(context)
+        for name, (gram, cross, count) in sums.items():
+            gram.diagonal().add_(ridge / count * gram.diagonal().mean())
+            self.tensors[f"{name}_decoder"] += torch.linalg.solve(gram, cross).T.float()
 
     @classmethod
     def patches(cls, x):
@@ -1242,15 +1269,21 @@ class LinearCodec:
         part = part - expand_to(self.tensors["mean"], part[0]) if name == "first" else part
         return torch.einsum("dp,bpfhw->bdfhw", rows, part)
 
-    def restore(self, name, z):
-        """Inverse of project, as far as it has one."""
-        rows = self.tensors[name] * self.tensors[f"{name}_scale"][:, None]
-        part = torch.einsum("dp,bdfhw->bpfhw", rows, z)
-        return part + expand_to(self.tensors["mean"], part[0]) if name == "first" else part
-
     def still(self, z, like):
-        """The first frame's latents B z 1 h w -> the patches of later frames that show the same."""
-        return self.restore("first", z).repeat(1, 4, 1, 1, 1).expand_as(like)
+        """The first frame's latents B z 1 h w -> the patches of later frames that show its components."""
+        rows = self.tensors["first"] * self.tensors["first_scale"][:, None]
+        part = torch.einsum("dp,bdfhw->bpfhw", rows, z)
+        part = part + expand_to(self.tensors["mean"], part[0])
+        return part.repeat(1, 4, 1, 1, 1).expand_as(like)
+
+    def context(self, name, z):
+        """Latents B z F h w -> what the first frame's patches (B 9z 1 h w) or the others' (B 18z F-1 h w) are
+        decoded from: 3x3 cells, zeros outside, of the frame itself and of the first."""
+        h, w = z.shape[-2:]
+        padded = F.pad(z, (1, 1, 1, 1))
+        cells = torch.cat([padded[..., y:y + h, x:x + w] for y in range(3) for x in range(3)], dim=1)
+        first, later = cells[:, :, :1], cells[:, :, 1:]
+        return first if name == "first" else torch.cat([later, first.expand_as(later)], dim=1)
 
     def encode(self, x):
         first, later = self.patches(x)
@@ -1260,12 +1293,14 @@ class LinearCodec:
         return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: z))
 
     def decode(self, z):
-        later, x = self.restore("later", z[:, :, 1:]), []
-        later = later + self.still(z[:, :, :1], later)
-        for part, length in ((self.restore("first", z[:, :, :1]), 1), (later, 4)):
-            part = part.unflatten(1, (length, 3, self.side, self.side))          # B t C y x F h w
-            part = part.permute(0, 2, 5, 1, 6, 3, 7, 4)
-            x.append(part.flatten(6, 7).flatten(4, 5).flatten(2, 3))
+        if "first_decoder" not in self.tensors:
+            raise UserError("the codec is of an earlier version: remove the folder of its cache, and run again")
+        x = []
+        for name, length in (("first", 1), ("later", 4)):
+            mean = self.tensors["mean"].repeat(length)[:, None, None]
+            for cells in self.context(name, z).unbind(2):      # one by one: a stream's bits are the whole's
+                part = torch.einsum("pk,bkhw->bphw", self.tensors[f"{name}_decoder"], cells) + mean
+                x.append(F.pixel_shuffle(part, self.side).unflatten(1, (length, 3)).transpose(1, 2))
         return SimpleNamespace(sample=torch.cat(x, dim=2))
 
 

@@ -2847,7 +2847,8 @@ def test_heads_layout():
 
 def test_linear_codec():
     """Exact where as many components as rows are kept; causal, as Wan's VAE is; a still video is zeros."""
-    x = torch.rand(4, 5, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    x = torch.rand(2, 5, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    x = torch.cat([x, x.flip(-1)])               # the decoder is fitted to mirror images too
     codec = common.LinearCodec.fit(x, 16)                          # there are 16 patches of each kind
     z = common.wan_encode(codec, x)
     assert z.shape == (4, 16, 2, 2, 2) and (common.wan_decode(codec, z) - x).abs().max() < 1e-3
@@ -2857,6 +2858,39 @@ def test_linear_codec():
     still = common.wan_encode(codec, x[:, :1].expand_as(x))
     assert still[:, :, 1].abs().max() < 1e-3 and torch.equal(still[:, :, 0], z[:, :, 0])
     assert torch.allclose(z.square().mean((0, 1, 3, 4)), torch.ones(2), rtol=.01)
+    flat = common.wan_encode(common.LinearCodec.fit(x, 8, flatness=1), x)
+    assert torch.allclose(flat.square().mean((0, 3, 4)), torch.ones(8, 2), rtol=.01)
+    coarse = common.LinearCodec.fit(torch.rand(40, *x.shape[1:]) * 2 - 1, 4)       # of 160 patches
+    assert .1 < (common.wan_decode(coarse, common.wan_encode(coarse, x)) - x).abs().mean() < .6
+
+
+def test_linear_codec_has_no_block_edges():
+    """On held-out smooth scenes: the error jumps at patch borders as it does inside, at least 1 dB over the
+    components of a patch alone, and a video in chunks is the whole's to the last bit."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(24, 6, 3, 14, 14, generator=generator)
+    path = torch.stack([noise[:, :5].cumsum(1)[:, t] / 3 + noise[:, 5] for t in range(5)], dim=1)
+    x = F.interpolate(path.flatten(0, 1), size=(64, 64), mode="bicubic").unflatten(0, (24, 5)).tanh()
+    codec, x = common.LinearCodec.fit(x[:20], 16), x[20:]
+    z, plain = common.wan_encode(codec, x), common.LinearCodec(codec.tensors)
+    for name in ("first", "later"):              # middle cells alone
+        decoder = torch.zeros_like(codec.tensors[f"{name}_decoder"]).unflatten(1, (-1, 16))
+        decoder[:, 4] = (codec.tensors[name] * codec.tensors[f"{name}_scale"][:, None]).T
+        if name == "later":
+            decoder[:, 13] = plain.tensors["first_decoder"].unflatten(1, (-1, 16))[:, 4].repeat(4, 1)
+        plain.tensors[f"{name}_decoder"] = decoder.flatten(1)
+
+    def blockiness(error):                       # mean jump across patch borders over that inside patches
+        jumps = error.diff(dim=-1).abs().mean((0, 1, 2, 3))
+        border = torch.arange(1, 64) % 8 == 0
+        return jumps[border].mean() / jumps[~border].mean()
+
+    errors = [common.wan_decode(vae, z) - x for vae in (plain, codec)]
+    before, after = [-10 * error.square().mean().log10() for error in errors]
+    assert after > before + 1
+    assert blockiness(errors[0]) > 1.3 and .8 < blockiness(errors[1]) < 1.2
+    video = common.wan_decode(codec, torch.cat([z, z[:, :, 1:]], dim=2))
+    assert torch.equal(video[:, :5], common.wan_decode(codec, z)) and torch.equal(video[:, 5:], video[:, 1:5])
 
 
 def perfect_outputs(batch):
