@@ -1294,7 +1294,7 @@ class LinearCodec:
 
     def decode(self, z):
         if "first_decoder" not in self.tensors:
-            raise UserError("the codec is of an earlier version: remove the folder of its cache, and run again")
+            raise UserError("codec of an earlier version: remove the folder of its cache and run again")
         x = []
         for name, length in (("first", 1), ("later", 4)):
             mean = self.tensors["mean"].repeat(length)[:, None, None]
