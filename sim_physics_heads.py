@@ -7,7 +7,7 @@ Equations   x_s = (1 - s) z + s eps, frame 0 clean; v = eps - z     -> add_noise
             hidden states of v = Wan(x_s, 1000 s, text)             -> run_backbone
             motion, log depth and sky of every frame                -> PhysicsHeads, QUANTITIES
             dx/ds = v from s = 1 to 0, by Euler                     -> generate
-Run         python sim_physics_heads.py                      # simulate, train, evaluate: 8 min on 2 CPU cores
+Run         python sim_physics_heads.py                      # simulate, train, evaluate: 7 min on 2 CPU cores
             python sim_physics_heads.py --sample --num_samples 3                  # or --eval
             torchrun --nproc_per_node=8 sim_physics_heads.py --preset ti2v_5b --data_dir data/Sim_Physics
             torchrun --nproc_per_node=8 sim_physics_heads.py --preset ti2v_5b_lora --output_dir runs/lora
@@ -363,8 +363,8 @@ def motion_loss(y, batch, args):
 
 
 def motion_decode(y):
-    """B 3 T H W -> B T 2 H W in pixels, zero where the gate says that nothing moves."""
-    return (y[:, :2] * (y[:, 2:] > 0)).movedim(1, 2)
+    """B 3 T H W -> B T 2 H W in pixels, gated: half open where moving has a probability of a third."""
+    return (y[:, :2] * torch.sigmoid(3 * y[:, 2:] + 2)).movedim(1, 2)
 
 
 def motion_scores(prediction, clip):
