@@ -2923,7 +2923,7 @@ def test_physics_losses_and_scores():
     assert physics.masked_mean(torch.ones(1, 10, 20, 20), few) == .25
     values = {name: quantity.decode(truth[name]) for name, quantity in physics.QUANTITIES.items()}
     assert torch.allclose(values["depth"], batch["depth"], rtol=1e-4)
-    assert torch.equal(values["motion"], batch["motion"] * batch["moving"][:, :, None])
+    assert torch.allclose(values["motion"], batch["motion"] * batch["moving"][:, :, None], atol=1e-6)
     values["motion"] = batch["motion"] + 3
     values["depth"] = 2 * batch["depth"]
     scores = {}
