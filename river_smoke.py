@@ -8,7 +8,7 @@ Equations   z = encoder(x), x = decoder(nearest code of z)          -> Autoencod
             v_t(z_t | z^{tau-1}, z^c, tau - c)                      -> VectorField
             inference, with a warm start z'_s ~ p_s(z | z^{T-1})    -> generate
             PSNR, SSIM, MSE, CRPS per horizon; FVD                  -> forecast_scores, fvd
-Run         python river_smoke.py                            # simulate, train, evaluate: 6 to 7 min on 2 cores
+Run         python river_smoke.py                            # simulate, train, evaluate: 6 to 7 min, 2 cores
             python river_smoke.py --sample --warm_start 0.2  # 15 s; trains first if there is no checkpoint
             torchrun --nproc_per_node=8 river_smoke.py --preset paper --output_dir runs/river_paper
 Shapes      B batch  T frames  C latent channels  H W pixels  h w latent cells  N tokens  D width  m ensemble
