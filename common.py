@@ -145,7 +145,8 @@ def parse_args(parser, argv=None, locked=(), **paper_needs):
     names = [action.dest for action in parser._actions if action.dest != "help"]
     parsed = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, unset))))
     explicit = {name: value for name, value in parsed.items() if value is not unset}
-    values = {**vars(parser.parse_args([])), **explicit}
+    defaults = vars(parser.parse_args([]))
+    values = {**defaults, **explicit}
     if values["resume"] not in ("auto", "none") and "output_dir" not in explicit:
         values["output_dir"] = explicit["output_dir"] = str(run_folder(values["resume"]))
     if values["preset"] == "auto":
@@ -169,9 +170,8 @@ def parse_args(parser, argv=None, locked=(), **paper_needs):
     if checkpoint:
         preset, reason = saved["preset"], "from the checkpoint"
     elif preset == "auto":
-        preset, reason = auto_preset(presets, {**values, **explicit}, **paper_needs)
+        preset, reason = auto_preset(presets, values, **paper_needs)
     saved = {name: value for name, value in saved.items() if name in values and name not in RUN_FLAGS}
-    defaults = vars(parser.parse_args([]))
     merged = {**defaults, **presets[preset], **saved, **explicit, "preset": preset}
     return argparse.Namespace(**merged), checkpoint, reason
 
@@ -322,8 +322,8 @@ def barrier():
 
 def shutdown():
     """Waits for all processes and leaves their group."""
+    barrier()
     if dist.is_initialized():
-        dist.barrier()
         dist.destroy_process_group()
 
 

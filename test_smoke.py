@@ -1,6 +1,6 @@
 """test_smoke.py: tests of the six scripts, common.py and the prepare.py programs, on the CPU and offline.
 
-    pytest test_smoke.py          # on all cores; about 5 minutes on 2
+    pytest test_smoke.py          # on all cores; 7 to 8 minutes on 2
 
 What every script has to do is written once and runs for each row of SCRIPTS. Then come the files as a whole,
 common.py, and what each script alone has to show, against slow loops and closed forms.
