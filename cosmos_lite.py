@@ -43,7 +43,7 @@ AUGMENTATION = {"flip": ("rand",), "contrast": ("rand",), "order": ("randint", 6
 # ---- presets and flags ----------------------------------------------------------------------------------
 
 PRESETS = {
-    "tiny": dict(data_dir=f"data/{SCRIPT}/dataset", latent_dim=48, max_steps=1500, batch_size=8, lr=2e-3,
+    "tiny": dict(data_dir=f"data/{SCRIPT}/dataset", latent_dim=48, max_steps=1500, batch_size=8, lr=3e-3,
                  warmup_steps=50, weight_decay=1e-3, ema_decay=0.99, perceptual_weight=0.0, brightness=0.0,
                  permute_colors=True, rollout=20, eval_every=300, save_every=300),
     # The reference project's options B, with a transformer, and A, with a vector per frame; 100 epochs.

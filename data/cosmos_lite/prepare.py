@@ -180,8 +180,8 @@ def simulate_video(number, kind, args, partial):
         common.write_video(path, torch.from_numpy(pictures).permute(0, 3, 1, 2), 30, options)
         np.savez(path.with_suffix(".npz"), **state)
         k = state["size"] // SIZE
-        small = pictures.reshape(-1, SIZE, k, SIZE, k, 3).mean(axis=(2, 4)).round().astype(np.uint8)
-        write_frames(frames, small)
+        small = sum(pictures[:, i::k, j::k].astype(np.float32) for i, j in np.ndindex(k, k)) / k ** 2
+        write_frames(frames, small.round().astype(np.uint8))
     return video, (frames, args.num_frames, read_state(path.with_suffix(".npz"), args.num_frames))
 
 
