@@ -54,8 +54,8 @@ NEGATIVE_PROMPT = ("vivid tones, overexposed, static, blurred details, subtitles
 PRESETS = {
     "tiny": dict(
         model="tiny", stage="all", data_dir=f"data/{SCRIPT}/simulated", height=64, width=64, frames=17,
-        strides="1,2", permute_colours=True, clips=8, text_length=64, taps="0,2", head_width=64,
-        head_blocks=2, batch_size=8, max_steps=1500, lora_steps=150, backbone_steps=500, lr=6e-3,
+        strides="1,2", permute_colours=True, clips=5, text_length=64, taps="0,2", head_width=64,
+        head_blocks=2, batch_size=8, max_steps=1100, lora_steps=150, backbone_steps=500, lr=6e-3,
         lora_lr=5e-4, backbone_lr=3e-3, warmup_steps=50, lora_rank=8, ema_decay=0.99, num_inference_steps=20,
         guidance_scale=1.0, eval_every=200, save_every=200),
     # The reference project's stage 1: 10 epochs of 2,100 clips, accumulated over 8.

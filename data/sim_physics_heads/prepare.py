@@ -274,7 +274,7 @@ def main(argv=None):
     add("--data_dir", default=str(HERE / "simulated"), help="folder to write; it must be new")
     add("--size", type=at_least(16), default=64, help="height and width of a picture (64)")
     add("--frames", type=at_least(2), default=50, help="frames of a recording (50)")
-    add("--takes", type=at_least(1), default=12, help="recordings of each scene that moves (12)")
+    add("--takes", type=at_least(1), default=24, help="recordings of each scene that moves (24)")
     add("--seed", type=at_least(0), default=0, help="seed of the bodies (0)")
     args = parser.parse_args(argv)
     if args.check:
