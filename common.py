@@ -10,24 +10,27 @@ Checkpoints  save_run load_run find_checkpoint save_checkpoint load_checkpoint s
              gather_state restore_state install_sigterm_handler
 Wan          load_wan wan_encode wan_decode LinearCodec encode_text pad_text save_lora
 Run records  UserError one_line_errors write_json Log horizon_means print_table report describe_data
-             show_results loss_panel plot_curves provenance dry_run_report
+             show_results write_report_page loss_panel plot_curves provenance dry_run_report
 
 Shapes: B batch, T frames, C channels, H W pixels. A video is B T C H W (or T C H W) in [-1, 1] unless a name
 says otherwise.
 """
 import argparse
 import contextlib
+import html
 import json
 import math
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.parse
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -172,8 +175,10 @@ def parse_args(parser, argv=None, locked=(), **paper_needs):
     elif preset == "auto":
         preset, reason = auto_preset(presets, values, **paper_needs)
     saved = {name: value for name, value in saved.items() if name in values and name not in RUN_FLAGS}
-    merged = {**defaults, **presets[preset], **saved, **explicit, "preset": preset}
-    return argparse.Namespace(**merged), checkpoint, reason
+    original = {**defaults, **presets[preset]}
+    merged = {**original, **saved, **explicit, "preset": preset}
+    changed = {name: value for name, value in merged.items() if value != original[name]}
+    return argparse.Namespace(**merged, changed=changed), checkpoint, reason
 
 
 def auto_preset(presets, flags, data="{data_dir}", get_data="", weights=None):
@@ -1441,6 +1446,8 @@ def show_results(folder, written, tensorboard=False, wandb=None):
             values |= {f"eval/{name}": value for name, value in results.items() if value is not None}
     for track in open_trackers(folder, tensorboard, wandb):
         track(int(newest.name[5:]) if newest else 0, values)
+    if (folder / "args.json").is_file():
+        write_report_page(folder)
 
 
 class Log:
@@ -1501,6 +1508,89 @@ class Log:
                 track(step, {f"{self.name}/{key}": value for key, value in values.items()})
             shown = {key: f"{value:.4g}" for key, value in values.items() if key in ("loss", "val_loss")}
             self.bar.set_postfix(shown, refresh=False)
+
+
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title><style>
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: auto; padding: 1rem }}
+img, video {{ max-width: 100%; height: auto }} h1, figcaption {{ overflow-wrap: anywhere }}
+pre, .wide {{ overflow-x: auto }} table {{ border-collapse: collapse }}
+td, th {{ padding: .2rem .7rem; text-align: left; border-bottom: 1px solid #8886 }}
+</style></head><body><h1>{title}</h1>
+{body}
+</body></html>
+"""
+
+
+def html_table(header, rows):
+    """A row of cells that are text, and rows of cells that are HTML -> HTML."""
+    rows = ["".join(f"<td>{cell}</td>" for cell in row) for row in rows]
+    header = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+    return f'<div class="wide"><table><tr>{header}</tr><tr>{"</tr><tr>".join(rows)}</tr></table></div>'
+
+
+def format_headline(folder):
+    """"mse 355.3; mean frame 558.3; lower is better", of a run's eval.json."""
+    if not (folder / "eval.json").is_file():
+        return "not evaluated yet"
+    results = json.loads(read_text(folder / "eval.json"))
+    metric, value, baseline, lower = results["headline"].values()
+    names = [name for name, scores in results["baselines"].items() if scores.get(metric) == baseline]
+    number = "{:.4g}".format
+    return (f"{metric} {'-' if value is None else number(value)}; {(names or ['baseline'])[0]} "
+            f"{'-' if baseline is None else number(baseline)}; {'lower' if lower else 'higher'} is better")
+
+
+def write_report_page(folder):
+    """Writes <folder>/report.html: a run's results, curves, videos, flags and commands, with relative links.
+    Where the folder that holds the run is named runs, its index.html lists the runs."""
+    folder = Path(folder).absolute()
+    args = json.loads(read_text(folder / "args.json"))
+    parts = [f"<p><b>{html.escape(format_headline(folder))}</b></p>"]
+    if (folder / "eval.json").is_file():
+        results = json.loads(read_text(folder / "eval.json"))
+        methods = {"model": results["results"], **results["baselines"]}
+        rows = [[html.escape(metric), *("-" if scores.get(metric) is None else f"{scores[metric]:.4g}"
+                                        for scores in methods.values())] for metric in results["results"]]
+        means = [row for row in rows if not re.search(r"_h\d+$", row[0])]           # of all horizons
+        parts += [f"<p>Data: {html.escape(results['data'])}. Weights: {html.escape(results['weights'])}.</p>",
+                  html_table(["metric", *methods], means)]
+        if len(means) < len(rows):
+            table = html_table(["metric", *methods], rows)
+            parts.append(f"<details><summary>every horizon</summary>{table}</details>")
+    for path in [folder / "curves.png", *sorted((folder / "samples").glob("*"))]:
+        name = path.relative_to(folder).as_posix()
+        link, label = urllib.parse.quote(name), html.escape(name)
+        if path.suffix == ".mp4":
+            parts.append(f'<figure><video controls loop muted playsinline src="{link}" aria-label="{label}">'
+                         f'</video><figcaption>{label}</figcaption></figure>')
+        elif path.suffix == ".png" and path.is_file():
+            parts.append(f'<figure><img src="{link}" alt="{label}"><figcaption>{label}</figcaption></figure>')
+    command = html.escape(args["command"])
+    changed = [[f"--{name}", html.escape(str(value))] for name, value in args.get("changed", {}).items()]
+    parts += [f"<h2>Commands</h2><p>This run, and the same trained longer:</p><pre>{command}\n{command} "
+              f"--max_steps {2 * args['max_steps']}</pre>", html_table(["flag", "value"], changed),
+              f"<p>Preset {args['preset']}, torch {args['torch']}, commit {args['git']}</p>"]
+    page = PAGE.format(title=html.escape(folder.name), body="\n".join(parts))
+    (folder / "report.html").write_text(page, encoding="utf-8")
+    if folder.parent.name == "runs":
+        write_index_page(folder.parent)
+
+
+def write_index_page(root):
+    """Writes <root>/index.html: runs with headline, preset, date and a picture, the newest first."""
+    rows = []
+    for page in sorted(root.glob("*/report.html"), key=os.path.getmtime, reverse=True):
+        name, link = html.escape(page.parent.name), urllib.parse.quote(page.parent.name)
+        preset = json.loads(read_text(page.parent / "args.json"))["preset"]
+        date = time.strftime("%Y-%m-%d %H:%M", time.localtime(page.stat().st_mtime))
+        pictures = [f'<img src="{link}/samples/{urllib.parse.quote(path.name)}" alt="{name}" width="320">'
+                    for path in sorted((page.parent / "samples").glob("*.png"))[:1]]
+        rows.append([f'<a href="{link}/report.html">{name}</a>', html.escape(format_headline(page.parent)),
+                     preset, date, *pictures])
+    table = html_table(["run", "headline", "preset", "date", "sample"], rows)
+    (root / "index.html").write_text(PAGE.format(title="Runs", body=table), encoding="utf-8")
 
 
 def open_log(script, stage, args, start, total):
@@ -1600,8 +1690,10 @@ def provenance():
     """{"python", "torch", "git", "command"} of this run, for args.json."""
     here = Path(__file__).parent
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=here)
+    processes = os.environ.get("LOCAL_WORLD_SIZE")
+    launcher = f"torchrun --nproc_per_node={processes}" if processes else "python"
     return {"python": sys.version.split()[0], "torch": torch.__version__, "git": git.stdout.strip() or None,
-            "command": " ".join(sys.argv)}
+            "command": f"{launcher} {shlex.join(sys.argv)}"}
 
 
 def dry_run_report(name, model, loss, samples, tokens, world=1, sharded=False):

@@ -13,6 +13,7 @@ import copy
 import faulthandler
 import functools
 import gc
+import html.parser
 import importlib.util
 import inspect
 import itertools
@@ -30,6 +31,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.parse
 from argparse import Namespace
 from pathlib import Path
 
@@ -710,6 +712,47 @@ def test_run_on_disk(script, base):
     assert iio.imread(base.run / "curves.png").std() > 0 and exports(base.run)
     assert {path.suffix for path in (base.run / "samples").iterdir()} >= {".mp4", ".png"}
     assert (base.root / "printed").read_text().startswith(f"{script}: preset tiny (from the command line)")
+    videos = {f"samples/{path.name}" for path in (base.run / "samples").glob("*.mp4")}
+    assert {"curves.png", *videos} <= set(page_links(base.run / "report.html"))
+
+
+def page_links(path):
+    """Links of an HTML page, all relative and to files that exist; every picture has a text."""
+    links = []
+
+    class Links(html.parser.HTMLParser):
+        def handle_starttag(self, tag, attributes):
+            attributes = dict(attributes)
+            links.extend(attributes[name] for name in ("src", "href") if name in attributes)
+            assert tag != "img" or attributes["alt"]
+
+    Links().feed(path.read_text(encoding="utf-8"))
+    for link in links:
+        assert not re.match(r"\w+:|/", link) and (path.parent / urllib.parse.unquote(link)).is_file(), link
+    return links
+
+
+def test_report_pages_of_odd_runs(tmp_path):
+    """Names with markup, runs without evaluation, results that are not numbers."""
+    args = {"preset": "tiny", "command": "python x.py --a '<b>'", "max_steps": 5, "torch": "2", "git": None,
+            "changed": {"a": "<b>"}}
+    for name in ("a & <b> #1", "unfinished"):
+        common.write_json(tmp_path / "runs" / name / "args.json", args)
+        (tmp_path / "runs" / name / "samples").mkdir()
+    folder = tmp_path / "runs/a & <b> #1"
+    iio.imwrite(folder / "samples/50% #2.png", np.zeros((4, 4, 3), np.uint8))
+    common.write_json(folder / "eval.json", {
+        "data": "d", "weights": "w", "baselines": {"zero": {"mse": 3.0}},
+        "results": {"mse": math.nan, "mse_h01": 2.0},
+        "headline": {"metric": "mse", "value": math.nan, "baseline": 3.0, "lower_is_better": True}})
+    for name in ("a & <b> #1", "unfinished"):
+        common.write_report_page(tmp_path / "runs" / name)
+        page = (tmp_path / "runs" / name / "report.html").read_text()
+        assert "<b>'" not in page and "--max_steps 10" in page
+    assert page_links(folder / "report.html") == ["samples/50%25%20%232.png"]
+    assert "not evaluated yet" in page
+    assert "mse -; zero 3; lower is better" in (folder / "report.html").read_text()
+    assert len(page_links(tmp_path / "runs/index.html")) == 3
 
 
 def test_resume_equals_no_stop(script, base, tmp_path):
