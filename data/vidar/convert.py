@@ -178,9 +178,8 @@ def list_hdf5(source_format, src, args):
             else:
                 raise UserError(f"{path} is not a RoboTwin 2.0 file: it has neither joint_action nor state")
         number = int((re.findall(r"\d+", path.stem) or [0])[-1])
-        name = path.name if path == src else str(path.relative_to(src))
         cameras = choose_cameras(available, args, path)
-        recordings.append(Recording(source_format, path, name, number, fps, cameras))
+        recordings.append(Recording(source_format, path, str(path), number, fps, cameras))
     return recordings
 
 

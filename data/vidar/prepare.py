@@ -137,8 +137,10 @@ def convert_episode(args, recording):
     if args.gripper_scale:
         closed, opened = args.gripper_scale
         actions[:, GRIPPERS] = (actions[:, GRIPPERS] - closed) / (opened - closed)
+    rear = recording.source_format == "robotwin" and re.search(r"(^|/)hd_", str(recording.path.absolute()))
+    wrists = [words for view, words in zip(("left", "right"), VIEWS[1:]) if view in cameras]
     return {"video": video, "actions": actions, "instruction": text, "random_poses": args.random_poses,
-            "success": None, "source": name}
+            "success": None, "source": name, "views": ["fixed rear" if rear else "fixed front", *wrists]}
 
 
 def convert_all(args):
@@ -160,9 +162,6 @@ def convert_all(args):
                             "--src_fps FPS replaces a wrong rate")
     if not recordings:
         raise UserError(f"{src} has no episodes")
-    rear = args.source_format == "robotwin" and re.search(r"(^|/)hd_", str(src.absolute()))
-    wrists = [view for key, view in zip(("left", "right"), VIEWS[1:]) if key in recordings[0].cameras]
-    recipe["views"] = ["fixed rear" if rear else "fixed front", *wrists]
     build(data_dir, recipe, partial(convert_episode, args), recordings)
     files = sorted(data_dir.glob("episodes/*/actions.npy"))
     actions = np.concatenate([np.load(path) for path in files])
@@ -208,7 +207,7 @@ def write_episode(folder, make_episode, number, source):
         np.savez_compressed(path / "mask.npz", bits=np.packbits(masks), shape=masks.shape)
         files["mask_path"] = "mask.npz"
     paths = {key: f"episodes/{name}/{file}" for key, file in files.items()}
-    rest = {key: episode[key] for key in ("success", "random_poses", "source") if key in episode}
+    rest = {key: episode[key] for key in ("success", "random_poses", "source", "views") if key in episode}
     common.write_json(folder / f"rows/{number}.json",
                       {"id": name, **paths, "num_frames": len(episode["actions"]), **rest})
 
