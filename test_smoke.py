@@ -3149,7 +3149,7 @@ def robot_source(kind, root):
         else:
             names = "observations/images/{}", ("cam_high", "cam_left_wrist", "cam_right_wrist")
             file["observations/qpos"], file["action"] = joint_positions(), joint_positions(1)
-            file.attrs.update({"instruction": texts[1]})
+            file.attrs.update({"instruction": texts[1].encode() if kind == "aloha" else texts[1]})
         for i, name in enumerate(names[1]):
             frames = camera_frames(i)
             file[names[0].format(name)] = frames if kind == "aloha" else jpegs(frames, kind != "legacy")
@@ -3158,8 +3158,7 @@ def robot_source(kind, root):
 
 def lerobot_source(kind, root):
     """Episodes of 25 and 20 frames at 50 fps. v3.0: the head's videos are in one file, the wrists' in two."""
-    parquet, table = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow").table
-    lengths = 25, 20
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     cameras = [f"observation.images.cam_{name}" for name in ("high", "left_wrist", "right_wrist")]
     paths = {"data_path": "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet",
              "video_path": "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4"}
@@ -3168,52 +3167,46 @@ def lerobot_source(kind, root):
                  "video_path": "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"}
     features = {name: {"dtype": "image" if kind == "v2.0" else "video"} for name in cameras}
     features |= {name: {"dtype": "float32", "names": None} for name in ("action", "observation.state")}
+    info = {"codebase_version": kind, "fps": 50, "features": features, **paths}
+    common.write_json(root / "meta/info.json", info)
+    codec = ("-c:v", "libsvtav1", "-g", "2") if kind == "v3.0" else ()
 
-    def write(path, make):
+    def write_table(path, columns):
         (root / path).parent.mkdir(parents=True, exist_ok=True)
-        make(root / path)
+        parquet.write_table(pyarrow.table(columns), root / path)
 
-    def rows_of(columns):
-        return lambda path: parquet.write_table(table(columns), path)
-
-    def encode(frames):
-        raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", "64x48", "-r", 50, "-i", "-"]
-        codec = ["-c:v", "libsvtav1", "-g", 2] if kind == "v3.0" else ["-c:v", "libx264"]
-        return lambda path: common.ffmpeg([*raw, *codec, "-crf", 12, "-pix_fmt", "yuv420p", "-y", path],
-                                           frames.tobytes())
+    def write_camera(camera, episode, frames):
+        place = dict.fromkeys(("file_index", "episode_index"), episode)
+        path = paths["video_path"].format(video_key=camera, chunk_index=0, episode_chunk=0, **place)
+        common.write_video(root / path, torch.from_numpy(frames).movedim(-1, 1), 50,
+                           (*codec, "-crf", "12", "-pix_fmt", "yuv420p"))
 
     tables, rows = [], []
-    for k, length in enumerate(lengths):
+    for k, length in enumerate((25, 20)):
         tables.append({"frame_index": list(range(length)), "episode_index": [k] * length,
                        "observation.state": joint_positions(0, length, episode=k).tolist(),
                        "action": joint_positions(1, length, episode=k).tolist()})
-        rows.append({"episode_index": k, "tasks": [f"Task {k}."], "length": length, "data/chunk_index": 0,
-                     "data/file_index": 0})
+        rows.append({"episode_index": k, "tasks": [f"Task {k}."], "length": length})
         for i, name in enumerate(cameras):
-            frames, own = camera_frames(i, length), {"episode_chunk": 0, "episode_index": k, "chunk_index": 0}
+            frames = camera_frames(i, length)
             if kind == "v2.0":
-                buffers = [io.BytesIO() for _ in frames]
-                for frame, buffer in zip(frames, buffers):
-                    Image.fromarray(frame).save(buffer, "PNG")
-                tables[-1][name] = [{"bytes": buffer.getvalue(), "path": None} for buffer in buffers]
+                tables[k][name] = [{"bytes": data, "path": None} for data in jpegs(frames).tolist()]
             elif kind == "v2.1" or i:
-                write(paths["video_path"].format(video_key=name, file_index=k, **own), encode(frames))
-            rows[-1] |= {f"videos/{name}/chunk_index": 0, f"videos/{name}/file_index": k if i else 0,
-                         f"videos/{name}/from_timestamp": 0. if i else sum(lengths[:k]) / 50}
+                write_camera(name, k, frames)
+            rows[k] |= {f"videos/{name}/file_index": k if i else 0, f"videos/{name}/chunk_index": 0,
+                        f"videos/{name}/from_timestamp": 0. if i else k * .5}
     if kind == "v3.0":
-        both = np.concatenate([camera_frames(0, length) for length in lengths])
-        write(paths["video_path"].format(video_key=cameras[0], chunk_index=0, file_index=0), encode(both))
-        joined = {name: tables[0][name] + tables[1][name] for name in tables[0]}
-        write("data/chunk-000/file-000.parquet", rows_of(joined))
-        columns = {name: [row[name] for row in rows] for name in rows[0]} | {"stats/action/max": [0., 0.]}
-        write("meta/episodes/chunk-000/file-000.parquet", rows_of(columns))
+        write_camera(cameras[0], 0, np.concatenate([camera_frames(0, 25), camera_frames(0, 20)]))
+        joined = {key: tables[0][key] + tables[1][key] for key in tables[0]}
+        write_table("data/chunk-000/file-000.parquet", joined)
+        columns = {key: [row[key] for row in rows] for key in rows[0]} | {"stats/action/max": [0., 0.]}
+        columns |= {"data/chunk_index": [0, 0], "data/file_index": [0, 0]}
+        write_table("meta/episodes/chunk-000/file-000.parquet", columns)
     else:
         for k, columns in enumerate(tables):
-            write(paths["data_path"].format(episode_chunk=0, episode_index=k), rows_of(columns))
+            write_table(paths["data_path"].format(episode_chunk=0, episode_index=k), columns)
         lines = [json.dumps({key: row[key] for key in ("episode_index", "tasks", "length")}) for row in rows]
-        write("meta/episodes.jsonl", lambda path: path.write_text("\n".join(lines) + "\n"))
-    info = {"codebase_version": kind, "fps": 50, "features": features, **paths}
-    common.write_json(root / "meta/info.json", info)
+        (root / "meta/episodes.jsonl").write_text("\n".join(lines) + "\n")
     return root
 
 
@@ -3343,6 +3336,42 @@ def test_robot_data_options(robot_sources, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert robot_prepare.main(["--from", "lerobot", str(src), str(tmp_path / "other")]) == 2
     assert the_error(capsys, "prepare").endswith("needs pyarrow: pip install pyarrow")
+
+
+def test_robot_data_deploy_adapter(monkeypatch):
+    """docs/robots.md: every observed frame is sent once, in order, and a reset begins a new connection."""
+    code = max(re.findall(r"```python\n(.*?)```", (HERE / "docs/robots.md").read_text(), re.DOTALL), key=len)
+    requests, taken = [], []
+
+    class FakePolicy:
+        def __init__(self, host, port):
+            requests.append((host, port))
+
+        def infer(self, observation):
+            requests.append(observation)
+            return {"actions": np.ones((4, 14)) * len(requests)}
+
+    def observation():
+        views = {f"{name}_camera": {"rgb": np.full((24, 32, 3), len(taken), np.uint8)}
+                 for name in ("head", "left", "right", "front")}
+        return {"observation": views, "joint_action": {"vector": np.full(14, len(taken))}}
+
+    module = argparse.Namespace(WebsocketClientPolicy=FakePolicy)
+    monkeypatch.setitem(sys.modules, "openpi_client", argparse.Namespace(websocket_client_policy=module))
+    monkeypatch.setitem(sys.modules, "openpi_client.websocket_client_policy", module)
+    exec(code, adapter := {})
+    task = argparse.Namespace(get_instruction=lambda: "Lift.", take_action=taken.append, get_obs=observation)
+    model = adapter["get_model"]({"host": "robot", "port": 8000})
+    for _ in range(2):
+        adapter["eval"](task, model, observation())
+    adapter["reset_model"](model)
+    adapter["eval"](task, model, observation())
+    assert [request for request in requests if isinstance(request, tuple)] == [("robot", 8000)] * 2
+    sent = [request for request in requests if isinstance(request, dict)]
+    assert [image[:, 0, 0, 0].tolist() for image in (request["images"]["cam_high"] for request in sent)] == [
+        [0], [1, 2, 3, 4], [8]]
+    assert sent[1]["images"]["cam_left_wrist"].shape == (4, 3, 24, 32) and sent[1]["prompt"] == "Lift."
+    assert sent[1]["state"].tolist() == [4.] * 14 and len(taken) == 12 and taken[0].shape == (14,)
 
 
 # ---- data/sim_physics_heads -----------------------------------------------------------------------------

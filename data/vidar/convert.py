@@ -86,7 +86,6 @@ def choose_cameras(available, args, where):
                 matches = [name for name in matches if "left" not in name and "right" not in name]
             if len(matches) == 1:
                 return matches[0]
-        return None
 
     chosen = dict(zip(CAMERA_WORDS, args.cameras or map(find, CAMERA_WORDS)))
     for view, name in list(chosen.items()):
@@ -170,7 +169,7 @@ def list_hdf5(source_format, src, args):
     for path in sorted(files, key=natural_order):
         with readable(path), h5py.File(path) as file:
             if source_format == "hdf5":
-                fps = args.src_fps or float(file.attrs.get("fps", 0))
+                fps = args.src_fps or float(np.ravel(file.attrs.get("fps", 0))[0])
                 available = list(file["observations/images"])
             elif "joint_action" in file or "state" in file:
                 fps = args.src_fps or ROBOTWIN_FPS
@@ -209,7 +208,8 @@ def read_robotwin(recording, file, columns):
 
 def read_hdf5(recording, file, columns):
     """The instruction is an attribute, or as in RDT's data in a JSON file in the same folder."""
-    text = file.attrs.get("instruction", "")
+    text = np.ravel(file.attrs.get("instruction", ""))[0]
+    text = text.decode() if isinstance(text, bytes) else text
     text_file = recording.path.with_name("expanded_instruction_gpt-4-turbo.json")
     if not text and text_file.is_file():
         text = json.loads(common.read_text(text_file))["instruction"]
@@ -247,8 +247,8 @@ def list_lerobot(src, args):
         raise UserError(f"{src} has LeRobot's format version {version}; v2.0, v2.1 and v3.0 can be read")
     cameras = choose_cameras(images, args, src)
     if re.search("right.*left", str(names)):
-        print("note: the data set names the right arm first. Numbers are kept in their order: openpi's data "
-              "sets have such names although their left arm comes first.")
+        print("note: the right arm is named first. The numbers keep their order: openpi's data sets have "
+              "such names, but the left arm comes first.")
     with readable(src / "meta"):
         return [lerobot_recording(src, info, row, cameras, fps) for row in lerobot_episodes(src, version)]
 

@@ -95,10 +95,8 @@ def simulate(args):
 
 def mosaic(head, left, right):
     """Images -> 720 640 3 uint8, stretched to 4:3. A missing wrist camera (None) shows the head view."""
-    def resize(image, size):
-        image = Image.fromarray(image)
-        shrinks = image.width > size[0]
-        return np.asarray(image.resize(size, Image.Resampling.BOX if shrinks else Image.Resampling.BICUBIC))
+    def resize(image, size):                                       # anti-aliased, as vidarc.py's mosaic
+        return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
 
     wrists = [resize(head if image is None else image, WRIST_SIZE) for image in (left, right)]
     return np.concatenate([resize(head, HEAD_SIZE), np.concatenate(wrists, axis=1)])
