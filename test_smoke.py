@@ -3224,14 +3224,14 @@ ROBOT_FORMATS = {"legacy": "robotwin", "legacy marked": "robotwin", "xpolicylab"
 def test_robot_data_converted(kind, robot_sources, tmp_path, capsys):
     """Frames nearest to each tenth of a second, of the right camera and color, with the joints they show."""
     src, to = robot_sources(kind), tmp_path / "set"
-    flags = ["--src_fps", "50"] if kind.startswith("aloha") else []
+    flags = {"aloha": ["--src_fps", "50"], "v3.0": ["--src_fps", "16.67"]}.get(kind.split()[0], [])
     assert robot_prepare.main(["--from", ROBOT_FORMATS[kind], str(src), str(to), *flags]) == 0
     rows = json.loads((to / "manifest.json").read_text())["episodes"]
     assert len(rows) == (2 if kind.startswith("v") else 1)
     for k, row in enumerate(rows):
         times = [0, 5, 10, 15, 20][:5 - k]
-        if ROBOT_FORMATS[kind] == "robotwin":                          # 16.67 fps
-            times = [0, 2, 3, 5, 7, 8, 10, 12, 13, 15, 17, 18, 20, 22, 23]
+        if ROBOT_FORMATS[kind] == "robotwin" or kind == "v3.0":        # 16.67 fps
+            times = [0, 2, 3, 5, 7, 8, 10, 12, 13, 15, 17, 18, 20, 22, 23][:15 - 3 * k]
         video = common.read_video(to / row["video_path"]).float()
         assert video.shape == (len(times), 3, 720, 640) and row["num_frames"] == len(times)
         corners = (60, 420, 60, 580), (520, 680, 40, 280), (520, 680, 360, 600)
@@ -3292,14 +3292,16 @@ ROBOT_ERRORS = [
     ("aloha", None, "", "no frame rate: --src_fps FPS sets it"),
     ("aloha", None, "--src_fps 50 --actions observations/effort", "cannot be read: .*effort' doesn't exist"),
     ("aloha", replace_dataset("observations/qpos", joint_positions(width=7)), "--src_fps 50", "width 7, not"),
+    ("aloha", replace_dataset("observations/images/cam_high", camera_frames(0) / 255), "--src_fps 50",
+     "frame 0 cannot be read: images are float64"),
     ("v2.1", rewrite("info.json", '"fps": 50', '"fps": 5'), "", "has 5 fps, but 10 to 1000"),
     ("v2.1", rewrite("info.json", "v2.1", "v1.6"), "", "version v1.6; v2.0, v2.1 and v3.0 can be read"),
     ("v2.1", rewrite("info.json", "left_wrist", "low"), "", "has no left camera; its cameras are"),
     ("v2.1", lambda root: (root / "meta/info.json").unlink(), "", "has no meta/info.json: SRC is the root"),
-    ("v2.1", rewrite("episodes.jsonl", "Task 1.", ""), "", "episode 1 has no instruction"),
+    ("v2.1", rewrite("episodes.jsonl", "Task 1.", ""), "", "episode 1. has no instruction"),
     ("v2.1", rewrite("episodes.jsonl", "25", "24"), "", "numbers of frames differ"),
-    ("v2.1", shorten_left_video, "", "episode_000000.mp4 has 20 frames, the episode has 25"),
-    ("v3.0", shorten_left_video, "", "file-000.mp4 has 20 frames from 0.00 s on, the episode has 25"),
+    ("v2.1", shorten_left_video, "", "episode_000000.mp4 has 20 frames from 0.00 s, not 25"),
+    ("v3.0", shorten_left_video, "", "file-000.mp4 has 20 frames from 0.00 s, not 25"),
 ]
 
 
