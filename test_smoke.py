@@ -3106,9 +3106,9 @@ def test_robot_data_simulated(tmp_path, capsys):
     assert (tmp_path / "again/episodes/ep_0001/actions.npy").stat().st_ino == written
 
 
-def camera_frames(camera, frames=25):
-    """Frame t of camera i is (200, 10 t, 20 + 50 i): it shows camera, time and the order of the channels."""
-    colors = [[200, 10 * t, 20 + 50 * camera] for t in range(frames)]
+def camera_frames(camera, frames=25, episode=0):
+    """Frame t of camera i is (200 - 40 episode, 10 t, 20 + 50 i), which also shows the order of channels."""
+    colors = [[200 - 40 * episode, 10 * t, 20 + 50 * camera] for t in range(frames)]
     return np.uint8(colors)[:, None, None].repeat(48, 1).repeat(64, 2)
 
 
@@ -3188,7 +3188,7 @@ def lerobot_source(kind, root):
                        "action": joint_positions(1, length, episode=k).tolist()})
         rows.append({"episode_index": k, "tasks": [f"Task {k}."], "length": length})
         for i, name in enumerate(cameras):
-            frames = camera_frames(i, length)
+            frames = camera_frames(i, length, k)
             if kind == "v2.0":
                 tables[k][name] = [{"bytes": data, "path": None} for data in jpegs(frames).tolist()]
             elif kind == "v2.1" or i:
@@ -3196,7 +3196,7 @@ def lerobot_source(kind, root):
             rows[k] |= {f"videos/{name}/file_index": k if i else 0, f"videos/{name}/chunk_index": 0,
                         f"videos/{name}/from_timestamp": 0. if i else k * .5}
     if kind == "v3.0":
-        write_camera(cameras[0], 0, np.concatenate([camera_frames(0, 25), camera_frames(0, 20)]))
+        write_camera(cameras[0], 0, np.concatenate([camera_frames(0, 25), camera_frames(0, 20, 1)]))
         joined = {key: tables[0][key] + tables[1][key] for key in tables[0]}
         write_table("data/chunk-000/file-000.parquet", joined)
         columns = {key: [row[key] for row in rows] for key in rows[0]} | {"stats/action/max": [0., 0.]}
@@ -3237,7 +3237,7 @@ def test_robot_data_converted(kind, robot_sources, tmp_path, capsys):
         corners = (60, 420, 60, 580), (520, 680, 40, 280), (520, 680, 360, 600)
         for i, (top, bottom, left, right) in enumerate(corners):
             shown = video[:, :, top:bottom, left:right].mean((2, 3)).numpy()
-            error = shown - [[200, 10 * t, 20 + 50 * i] for t in times]
+            error = shown - [[200 - 40 * k, 10 * t, 20 + 50 * i] for t in times]
             assert (np.abs(error + 2) < [8, 4.9, 8]).all(), (i, shown)         # ffmpeg rounds down, twice
         actions = np.load(to / row["actions_path"])
         assert np.array_equal(actions, joint_positions(episode=k)[times].astype(np.float32))
