@@ -3341,39 +3341,35 @@ def test_robot_data_options(robot_sources, tmp_path, monkeypatch, capsys):
 
 
 def test_robot_data_deploy_adapter(monkeypatch):
-    """docs/robots.md: every observed frame is sent once, in order, and a reset begins a new connection."""
+    """docs/robots.md: every observed frame is sent once, in order; a reset begins a new connection."""
     code = max(re.findall(r"```python\n(.*?)```", (HERE / "docs/robots.md").read_text(), re.DOTALL), key=len)
-    requests, taken = [], []
+    addresses, sent, taken = [], [], []
 
-    class FakePolicy:
-        def __init__(self, host, port):
-            requests.append((host, port))
-
-        def infer(self, observation):
-            requests.append(observation)
-            return {"actions": np.ones((4, 14)) * len(requests)}
+    def connect(*address):
+        addresses.append(address)
+        actions = {"actions": np.ones((4, 14))}
+        return argparse.Namespace(infer=lambda request: sent.append(request) or actions)
 
     def observation():
         views = {f"{name}_camera": {"rgb": np.full((24, 32, 3), len(taken), np.uint8)}
                  for name in ("head", "left", "right", "front")}
         return {"observation": views, "joint_action": {"vector": np.full(14, len(taken))}}
 
-    module = argparse.Namespace(WebsocketClientPolicy=FakePolicy)
-    monkeypatch.setitem(sys.modules, "openpi_client", argparse.Namespace(websocket_client_policy=module))
-    monkeypatch.setitem(sys.modules, "openpi_client.websocket_client_policy", module)
+    client = argparse.Namespace(WebsocketClientPolicy=connect)
+    monkeypatch.setitem(sys.modules, "openpi_client", argparse.Namespace(websocket_client_policy=client))
+    monkeypatch.setitem(sys.modules, "openpi_client.websocket_client_policy", client)
     exec(code, adapter := {})
     task = argparse.Namespace(get_instruction=lambda: "Lift.", take_action=taken.append, get_obs=observation)
     model = adapter["get_model"]({"host": "robot", "port": 8000})
-    for _ in range(2):
+    for call in range(3):
+        if call == 2:
+            adapter["reset_model"](model)
         adapter["eval"](task, model, observation())
-    adapter["reset_model"](model)
-    adapter["eval"](task, model, observation())
-    assert [request for request in requests if isinstance(request, tuple)] == [("robot", 8000)] * 2
-    sent = [request for request in requests if isinstance(request, dict)]
-    assert [image[:, 0, 0, 0].tolist() for image in (request["images"]["cam_high"] for request in sent)] == [
-        [0], [1, 2, 3, 4], [8]]
+    assert addresses == [("robot", 8000)] * 2 and len(taken) == 12 and taken[0].shape == (14,)
+    times = [request["images"]["cam_high"][:, 0, 0, 0].tolist() for request in sent]
+    assert times == [[0], [1, 2, 3, 4], [8]]
     assert sent[1]["images"]["cam_left_wrist"].shape == (4, 3, 24, 32) and sent[1]["prompt"] == "Lift."
-    assert sent[1]["state"].tolist() == [4.] * 14 and len(taken) == 12 and taken[0].shape == (14,)
+    assert sent[1]["state"].tolist() == [4.] * 14
 
 
 # ---- data/sim_physics_heads -----------------------------------------------------------------------------
