@@ -3149,9 +3149,9 @@ def test_robot_data_simulated(tmp_path, capsys):
     assert (tmp_path / "again/episodes/ep_0001/actions.npy").stat().st_ino == written
 
 
-def camera_frames(camera, frames=25):
-    """Frame t of camera i is (200, 10 t, 20 + 50 i): it shows camera, time and the order of the channels."""
-    colors = [[200, 10 * t, 20 + 50 * camera] for t in range(frames)]
+def camera_frames(camera, frames=25, episode=0):
+    """Frame t of camera i is (200 - 40 episode, 10 t, 20 + 50 i), which also shows the order of channels."""
+    colors = [[200 - 40 * episode, 10 * t, 20 + 50 * camera] for t in range(frames)]
     return np.uint8(colors)[:, None, None].repeat(48, 1).repeat(64, 2)
 
 
@@ -3231,7 +3231,7 @@ def lerobot_source(kind, root):
                        "action": joint_positions(1, length, episode=k).tolist()})
         rows.append({"episode_index": k, "tasks": [f"Task {k}."], "length": length})
         for i, name in enumerate(cameras):
-            frames = camera_frames(i, length)
+            frames = camera_frames(i, length, k)
             if kind == "v2.0":
                 tables[k][name] = [{"bytes": data, "path": None} for data in jpegs(frames).tolist()]
             elif kind == "v2.1" or i:
@@ -3239,7 +3239,7 @@ def lerobot_source(kind, root):
             rows[k] |= {f"videos/{name}/file_index": k if i else 0, f"videos/{name}/chunk_index": 0,
                         f"videos/{name}/from_timestamp": 0. if i else k * .5}
     if kind == "v3.0":
-        write_camera(cameras[0], 0, np.concatenate([camera_frames(0, 25), camera_frames(0, 20)]))
+        write_camera(cameras[0], 0, np.concatenate([camera_frames(0, 25), camera_frames(0, 20, 1)]))
         joined = {key: tables[0][key] + tables[1][key] for key in tables[0]}
         write_table("data/chunk-000/file-000.parquet", joined)
         columns = {key: [row[key] for row in rows] for key in rows[0]} | {"stats/action/max": [0., 0.]}
@@ -3280,7 +3280,7 @@ def test_robot_data_converted(kind, robot_sources, tmp_path, capsys):
         corners = (60, 420, 60, 580), (520, 680, 40, 280), (520, 680, 360, 600)
         for i, (top, bottom, left, right) in enumerate(corners):
             shown = video[:, :, top:bottom, left:right].mean((2, 3)).numpy()
-            error = shown - [[200, 10 * t, 20 + 50 * i] for t in times]
+            error = shown - [[200 - 40 * k, 10 * t, 20 + 50 * i] for t in times]
             assert (np.abs(error + 2) < [8, 4.9, 8]).all(), (i, shown)         # ffmpeg rounds down, twice
         actions = np.load(to / row["actions_path"])
         assert np.array_equal(actions, joint_positions(episode=k)[times].astype(np.float32))
@@ -3384,39 +3384,35 @@ def test_robot_data_options(robot_sources, tmp_path, monkeypatch, capsys):
 
 
 def test_robot_data_deploy_adapter(monkeypatch):
-    """docs/robots.md: every observed frame is sent once, in order, and a reset begins a new connection."""
+    """docs/robots.md: every observed frame is sent once, in order; a reset begins a new connection."""
     code = max(re.findall(r"```python\n(.*?)```", (HERE / "docs/robots.md").read_text(), re.DOTALL), key=len)
-    requests, taken = [], []
+    addresses, sent, taken = [], [], []
 
-    class FakePolicy:
-        def __init__(self, host, port):
-            requests.append((host, port))
-
-        def infer(self, observation):
-            requests.append(observation)
-            return {"actions": np.ones((4, 14)) * len(requests)}
+    def connect(*address):
+        addresses.append(address)
+        actions = {"actions": np.ones((4, 14))}
+        return argparse.Namespace(infer=lambda request: sent.append(request) or actions)
 
     def observation():
         views = {f"{name}_camera": {"rgb": np.full((24, 32, 3), len(taken), np.uint8)}
                  for name in ("head", "left", "right", "front")}
         return {"observation": views, "joint_action": {"vector": np.full(14, len(taken))}}
 
-    module = argparse.Namespace(WebsocketClientPolicy=FakePolicy)
-    monkeypatch.setitem(sys.modules, "openpi_client", argparse.Namespace(websocket_client_policy=module))
-    monkeypatch.setitem(sys.modules, "openpi_client.websocket_client_policy", module)
+    client = argparse.Namespace(WebsocketClientPolicy=connect)
+    monkeypatch.setitem(sys.modules, "openpi_client", argparse.Namespace(websocket_client_policy=client))
+    monkeypatch.setitem(sys.modules, "openpi_client.websocket_client_policy", client)
     exec(code, adapter := {})
     task = argparse.Namespace(get_instruction=lambda: "Lift.", take_action=taken.append, get_obs=observation)
     model = adapter["get_model"]({"host": "robot", "port": 8000})
-    for _ in range(2):
+    for call in range(3):
+        if call == 2:
+            adapter["reset_model"](model)
         adapter["eval"](task, model, observation())
-    adapter["reset_model"](model)
-    adapter["eval"](task, model, observation())
-    assert [request for request in requests if isinstance(request, tuple)] == [("robot", 8000)] * 2
-    sent = [request for request in requests if isinstance(request, dict)]
-    assert [image[:, 0, 0, 0].tolist() for image in (request["images"]["cam_high"] for request in sent)] == [
-        [0], [1, 2, 3, 4], [8]]
+    assert addresses == [("robot", 8000)] * 2 and len(taken) == 12 and taken[0].shape == (14,)
+    times = [request["images"]["cam_high"][:, 0, 0, 0].tolist() for request in sent]
+    assert times == [[0], [1, 2, 3, 4], [8]]
     assert sent[1]["images"]["cam_left_wrist"].shape == (4, 3, 24, 32) and sent[1]["prompt"] == "Lift."
-    assert sent[1]["state"].tolist() == [4.] * 14 and len(taken) == 12 and taken[0].shape == (14,)
+    assert sent[1]["state"].tolist() == [4.] * 14
 
 
 # ---- data/sim_physics_heads -----------------------------------------------------------------------------
