@@ -1098,6 +1098,8 @@ def build_wan(part, config, dtype, device, weights=None):
         with init_empty_weights():                         # leaves buffers real: rope's are in no file
             model = make(**arguments)
         model.load_state_dict(diffusers_names(weights, part), assign=True)
+        if torch.device(device).type == "meta":            # enough to know that the weights fit
+            return model.to(device)
         if part == "text_encoder":
             model.tie_weights()
     kept = set(make._keep_in_fp32_modules or ()) if part == "transformer" else set()
