@@ -1,4 +1,4 @@
-"""vidar.py: a video model that shows how a robot does a task, and a model that reads joint positions from frames.
+"""vidar.py: a video model that shows how a robot does a task, and the joint positions that its frames show.
 
 Papers      Vidar (arXiv:2507.12898), stage 1 of Vidarc (arXiv:2512.17661), on Wan2.2-TI2V-5B
             (arXiv:2503.20314). Masks and random poses: AnyPos (arXiv:2507.12768).
@@ -89,10 +89,10 @@ def add_stage_flags(parser):
     add("--height", type=at_least(16), default=736, help="pixels of the mosaic, a multiple of 32")
     add("--width", type=at_least(16), default=640, help="pixels of the mosaic, a multiple of 32")
     add("--frames", type=at_least(5), default=81, help="frames of a window at 10 fps, 4k + 1")
+    add("--windows", type=at_least(1), default=4, help="cached windows of each training episode")
     add("--prompt_views", choices=["rear", "front", "high", "none"], default="rear",
         help="head camera named in the prompt's prefix (none: no prefix)")
-    add("--windows", type=at_least(1), default=4, help="cached windows of each training episode")
-    add = parser.add_argument_group("model").add_argument
+    add = parser.add_argument_group("model and loss").add_argument
     add("--model", choices=["ti2v_5b", "tiny"], default="ti2v_5b", help="tiny: the same classes, small")
     add("--weights_from", default="Wan-AI/Wan2.2-TI2V-5B-Diffusers", metavar="FOLDER|HUB_ID",
         help="diffusers folder, hub id, or folder with the official files")
@@ -100,32 +100,30 @@ def add_stage_flags(parser):
     add("--idm", metavar="FILE", help="idm.pt: a trained inverse dynamics model")
     add("--random_init", action="store_true", help="random weights in Wan's shape, to measure speed")
     add("--text_length", type=at_least(1), default=512, help="tokens of a prompt, padding included")
-    add = parser.add_argument_group("loss").add_argument
-    add("--global_batch", type=at_least(0), default=128,
-        help="samples of an optimizer step, from which accumulation follows (0: --grad_accum)")
-    add("--cpu_offload", action="store_true", help="keep sharded weights and optimizer on the CPU (--fsdp)")
     add("--shift", type=at_least(1e-3, float), default=5.0, help="shift of Wan's noise schedule")
     add("--cfg_drop", type=between(0, 1), default=.1, help="share of samples with an empty prompt")
+    add("--global_batch", type=at_least(0), default=128,
+        help="samples of an optimizer step, from which accumulation follows (0: --grad_accum)")
+    add("--cpu_offload", action="store_true", help="with --fsdp: keep weights and optimizer on the CPU")
     add = parser.add_argument_group("sampling and evaluation").add_argument
     add("--eval_clips", type=at_least(0), default=0, help="held-out episodes of --eval (0: all)")
-    add("--num_samples", type=at_least(1), default=3, help="held-out videos of --sample")
+    add("--num_samples", type=at_least(1), default=3, help="videos of --sample")
     return parser
 
 
 def build_parser():
     parser = add_stage_flags(common.Parser(SCRIPT, PRESETS, __doc__.split("\n")[0]))
     add = parser.add_argument_group("stage 1").add_argument
-    add("--stage", choices=["video", "idm", "all"], default="video",
-        help="what to train; all: the video model, then the inverse dynamics model")
+    add("--stage", choices=["video", "idm", "all"], default="video", help="what to train; all: video, then idm")
     add("--eta", type=at_least(0, float), default=0., help="weight of the arms in the loss (Eq. 7)")
     add("--num_inference_steps", type=at_least(1), default=20, help="steps of the sampler")
     add("--guidance_scale", type=at_least(0, float), default=5.0, help="guidance (1: none)")
     add("--idm_steps", type=at_least(1), default=60000, help="optimizer steps of the IDM, a tenth warm-up")
-    add("--idm_lr", type=at_least(0, float), default=5e-4, help="its peak learning rate (0: --lr)")
-    add("--idm_batch_size", type=at_least(1), default=16, help="its frames per process and micro-step")
-    add("--idm_frames", type=at_least(1), default=64, help="frames of each episode that it learns from")
+    add("--idm_lr", type=at_least(0, float), default=5e-4, help="peak learning rate of the IDM (0: --lr)")
+    add("--idm_batch_size", type=at_least(1), default=16, help="frames per process and micro-step of the IDM")
+    add("--idm_frames", type=at_least(1), default=64, help="frames of each episode that the IDM learns from")
     add("--idm_generated", type=at_least(0), default=0,
-        help="training windows, denoised by the video model, that it learns from as well")
+        help="training windows, denoised by the video model, that the IDM learns from as well")
     add("--mask_weight", type=at_least(0, float), default=3e-3, help="lambda of Eq. 4")
     return parser
 
@@ -142,8 +140,7 @@ def check_args(args):
     """Raises UserError for flags that do not fit together."""
     side = 2 * codec_side(args)                  # Wan's patch is 2 latent cells
     if args.height % side or args.width % side:
-        raise UserError(f"--height and --width must be multiples of {side}, not {args.height} and "
-                        f"{args.width}")
+        raise UserError(f"--height {args.height} and --width {args.width} must be multiples of {side}")
     if args.frames % 4 != 1:
         raise UserError(f"--frames must be 4k + 1, not {args.frames}: Wan's VAE packs fours after the first")
     if args.cpu_offload and not args.fsdp:
@@ -154,14 +151,11 @@ def check_args(args):
 
 def accumulation(args, batch_size):
     """Micro-steps of an optimizer step of --global_batch samples; without it --grad_accum."""
-    if not args.global_batch:
-        return args.grad_accum
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    steps, rest = divmod(args.global_batch, batch_size * world)
-    if rest or not steps:
-        raise UserError(f"--global_batch {args.global_batch} is not a multiple of {batch_size} samples x "
-                        f"{world} processes: choose another --batch_size")
-    return steps
+    samples = batch_size * int(os.environ.get("WORLD_SIZE", 1))
+    if args.global_batch % samples:
+        raise UserError(f"--global_batch {args.global_batch} is not a multiple of {samples}, the samples of all "
+                        f"processes: choose another --batch_size")
+    return args.global_batch // samples or args.grad_accum
 
 
 # ---- model: the video model -----------------------------------------------------------------------------
@@ -199,11 +193,12 @@ class VideoModel(nn.Module):
 
 
 # ---- model: inverse dynamics ----------------------------------------------------------------------------
-# Names and shapes are those of idm.pt: 456 tensors, 92,713,423 parameters. pool: "mean" over the picture as
-# upstream, or "flatten", with which a small network knows positions. mask_size: the input of the mask network.
-IDM_FULL = {"size": (518, 518), "mask_size": (518, 518), "mask_width": 64, "mask_levels": 5, "width": 64,
+# Names and shapes are those of idm.pt: 456 tensors, 92,713,423 parameters. pool: "mean" over the picture, as
+# upstream, or "flatten", with which a small network knows positions. mask_stride: of the mask network's input.
+IDM_FULL = {"size": (518, 518), "mask_stride": 1, "mask_width": 64, "mask_levels": 5, "width": 64,
             "blocks": (3, 4, 6, 3), "pool": "mean"}
-IDM_TINY = {"mask_width": 8, "mask_levels": 2, "width": 16, "blocks": (1, 1, 1), "pool": "flatten"}
+IDM_TINY = {"mask_stride": 4, "mask_width": 8, "mask_levels": 2, "width": 16, "blocks": (1, 1, 1),
+            "pool": "flatten"}
 
 
 def double_conv(c_in, c_out, c_mid=None):
@@ -265,7 +260,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Sequential):
-    """B 3 H W -> B 14: a stem to 1/4 resolution, then stages of bottlenecks, each but the first with stride 2.
+    """B 3 H W -> B 14: a stem to 1/4 resolution, then stages of bottlenecks, each but the first of stride 2.
     With width 64 and blocks (3, 4, 6, 3) it has the shape of ResNet-50."""
     def __init__(self, width, blocks, pool, size):
         super().__init__()
@@ -303,7 +298,7 @@ class IDM(nn.Module):
     enough, because actions are absolute and every joint is in view."""
     def __init__(self, config=IDM_FULL):
         super().__init__()
-        self.size, self.mask_size = tuple(config["size"]), tuple(config["mask_size"])
+        self.size, self.mask_stride = tuple(config["size"]), config["mask_stride"]
         self.model = MaskedResNet(config)
         self.register_buffer("train_mean", torch.zeros(ACTION_DIM))
         self.register_buffer("train_std", torch.ones(ACTION_DIM))
@@ -323,17 +318,14 @@ class IDM(nn.Module):
         mean, std = (expand_to(frames.new_tensor(v), frames[0])[None] for v in (IMAGENET_MEAN, IMAGENET_STD))
         return ((frames - mean) / std).contiguous(memory_format=torch.channels_last)
 
-    def soft_mask(self, x):
-        """Preprocessed B 3 h w -> U B 1 h w in (0, 1)."""
-        mask = (1 + torch.tanh(self.model.mask_model(resize(x, self.mask_size)).float())) / 2
-        return resize(mask, self.size)
-
     def forward(self, frames):
-        """B 3 H W in [0, 1] -> actions B 14, soft mask B 1 h w at the input size.
+        """B 3 H W in [0, 1] -> actions B 14, and U, the soft mask B 1 h w in (0, 1) at the input size.
 
-        Straight-through: the picture is cut by the mask rounded to 0 or 1, gradients pass as if it were not."""
+        Straight-through: the picture is cut by the mask rounded to 0 or 1, gradients pass as if it were not.
+        """
         x = self.preprocess(frames)
-        mask = self.soft_mask(x)
+        logits = self.model.mask_model(resize(x, [side // self.mask_stride for side in self.size]))
+        mask = resize((1 + torch.tanh(logits.float())) / 2, self.size)
         hard = (mask >= .5).to(mask.dtype)
         y = self.model.resnet_model(x * (mask + (hard - mask).detach()))
         return y.float() * self.train_std + self.train_mean, mask
@@ -362,20 +354,17 @@ def codec_side(args):
 
 def idm_config(args):
     """Shape of the IDM: of idm.pt, or small for the tiny model."""
-    if args.model != "tiny":
-        return IDM_FULL
-    return {**IDM_TINY, "size": (args.height, args.width), "mask_size": (args.height // 4, args.width // 4)}
+    return {**IDM_TINY, "size": (args.height, args.width)} if args.model == "tiny" else IDM_FULL
 
 
 def load_part(args, part, device, source=None):
     """A part of Wan from `source` (default --weights_from): pretrained weights, or random ones in its shape or
-    in the tiny shape. Transformer and VAE are fp32, the text encoder of the 5B model is bf16."""
+    the tiny shape. Transformer and VAE are fp32, the text encoder of the 5B model is bf16."""
     tiny = args.model == "tiny"
     dtype = torch.bfloat16 if part == "text_encoder" and not tiny else torch.float32
     torch.manual_seed(0)         # whatever --seed is: no checkpoint holds what is random and frozen
     return common.load_wan(source or args.weights_from, part=part, config=TINY if tiny else args.model,
-                           dtype=dtype, device=device,
-                           random_init=not source and (args.random_init or tiny))
+                           dtype=dtype, device=device, random_init=not source and (args.random_init or tiny))
 
 
 def load_codec(args, folder, device):
@@ -417,8 +406,7 @@ def init_small(dit):
 
 
 def load_idm(path, config=IDM_FULL) -> IDM:
-    """idm.pt: {"model_state_dict": ...} or a flat dict -> IDM in eval mode. UserError where the file cannot be
-    read or does not fit."""
+    """idm.pt, {"model_state_dict": ...} or a flat dict -> IDM in eval mode. UserError if it does not fit."""
     try:                                                     # mapped: two thirds of idm.pt are Adam's moments
         weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         weights = weights.get("model_state_dict", weights)
@@ -466,7 +454,7 @@ def save_pt(path, value):
 
 
 def save_transformer(args, run, stem, net):
-    """The transformer of a trained model -> stem.safetensors under diffusers' names, stem.pt under the official
+    """A trained model's transformer -> stem.safetensors under diffusers' names, stem.pt under the official
     ones; bf16 except for the tiny model. Call it on all ranks."""
     weights, _ = common.gather_state(net)
     if run.rank:
@@ -560,8 +548,8 @@ def open_episode(root, row):
     if actions.ndim != 2 or actions.shape[1] != ACTION_DIM or not len(actions):
         raise UserError(f"{folder}/actions.npy: actions are {actions.shape}, not (T, {ACTION_DIM})")
     if not np.isfinite(actions).all():
-        raise UserError(f"{folder}/actions.npy: action of frame {np.isfinite(actions).all(1).argmin()} is NaN "
-                        f"or infinite")
+        frame = np.isfinite(actions).all(1).argmin()
+        raise UserError(f"{folder}/actions.npy: action of frame {frame} is NaN or infinite")
     return Episode(folder, actions, common.read_text(folder / "instruction.txt").strip(),
                    bool(row.get("random_poses")), tuple(row.get("views") or VIEWS))
 
@@ -582,12 +570,11 @@ def load_splits(data_dir) -> dict[str, list[Episode]]:
     splits = {"train": [], "val": [], "test": []}
     for chosen in (tasks(episodes), [episode for episode in episodes if episode.random_poses]):
         turn = min(10, len(chosen))
+        held_out = {turn - 1: "test", turn // 2: "val"} if turn > 2 else {}
         for i, episode in enumerate(chosen):
-            held_out = {turn - 1: "test", turn // 2: "val"} if turn > 2 else {}
             splits[held_out.get(i % turn, "train")].append(episode)
     if not tasks(splits["test"]):
-        raise UserError(f"{data_dir}: train, val and test need three episodes with a task, it has "
-                        f"{len(tasks(episodes))}")
+        raise UserError(f"{data_dir}: train, val and test need three episodes with a task")
     return splits
 
 
@@ -635,9 +622,9 @@ def make_prompt(instruction, args, views=VIEWS):
 
 # ---- cache ----------------------------------------------------------------------------------------------
 # data_dir/cache/<hash>/<split>_<number>.<kind>: safetensors, a file per episode, each written once and whole.
-# The hash is of the data set's files and of CACHE_FLAGS. Kinds: "windows", for n windows latents C F h w, valid
-# F (latent frames without padding), actions T 14, arm 1 F h w (U of Eq. 7, with --eta), and text and empty L D;
-# "frames", for the IDM: n frames 3 h w uint8, actions 14.
+# The hash is of the data set's files and of CACHE_FLAGS. Kinds: "windows" with latents C F h w, valid F (latent
+# frames without padding), actions T 14, arm 1 F h w (U of Eq. 7, with --eta) of each window, text L D and
+# empty L D; "frames" for the IDM, with frames 3 h w uint8 and actions 14.
 
 def cache_folder(args, splits):
     recipe = [json.dumps({name: getattr(args, name) for name in CACHE_FLAGS})]
@@ -731,37 +718,22 @@ def build_cache(args, run, splits, folder, kinds, idm=None):
 
 
 class Cache:
-    """Windows or frames of a split, read from the cache as needed: 14 GB of a thousand episodes' windows at
-    paper scale. extra: {name: more rows, stacked}, which are in memory."""
-    def __init__(self, folder, split, kind, extra=None):
-        self.rows, self.extra = [], extra or {"actions": []}           # rows: (file, row in it)
-        for path in sorted(folder.glob(f"{split}_*.{kind}")):
+    """Windows or frames of a split, read from files of the cache as needed: 14 GB of a thousand episodes."""
+    def __init__(self, paths):
+        self.rows = []                                       # (file, row in it)
+        for path in sorted(paths):
             with safe_open(path, "pt") as file:
                 self.rows += [(path, i) for i in range(len(file.get_tensor("actions")))]
-        self.rows += [(None, i) for i in range(len(self.extra["actions"]))]
 
     def get(self, numbers):
         """-> {name: [tensor of each row]}."""
         columns = {}
-        for number in numbers:
-            path, i = self.rows[number]
-            if path is None:
-                for name, values in self.extra.items():
-                    columns.setdefault(name, []).append(values[i])
-                continue
+        for path, i in (self.rows[number] for number in numbers):
             with safe_open(path, "pt") as file:
                 for name in file.keys():
                     value = file.get_tensor(name) if name in ("text", "empty") else file.get_slice(name)[i]
                     columns.setdefault(name, []).append(value)
         return columns
-
-    def actions(self):
-        """Of all rows, stacked."""
-        parts = [self.extra["actions"]] if len(self.extra["actions"]) else []
-        for path in dict.fromkeys(path for path, _ in self.rows if path):
-            with safe_open(path, "pt") as file:
-                parts.append(file.get_tensor("actions"))
-        return torch.cat(parts)
 
 
 def collate(windows, numbers, args, device, unconditional=()):
@@ -771,8 +743,8 @@ def collate(windows, numbers, args, device, unconditional=()):
     empty = columns.pop("empty")
     texts = [empty[row] if row in unconditional else text for row, text in enumerate(columns["text"])]
     columns["text"] = list(common.pad_text(texts, args.text_length))
-    return {name: torch.stack([value.float() if value.is_floating_point() else value for value in values])
-            .to(device) for name, values in columns.items()}
+    batch = {name: torch.stack(values).to(device) for name, values in columns.items()}
+    return {**batch, "latents": batch["latents"].float()}
 
 
 # ---- evaluate and sample --------------------------------------------------------------------------------
@@ -837,7 +809,7 @@ class Sampler:
 def evaluate(args, run, model, idm, splits, folder):
     """Scores on episodes that no training saw -> [eval.json, curves.png]. model or idm may be None. Processes
     share the episodes."""
-    began, videos, actions, overlaps = time.time(), {}, {}, []
+    began, videos, actions = time.time(), {}, {}
     sampler = Sampler(args, run, model, folder) if model is not None else None
     limit = args.eval_clips or None
     poses = [episode for episode in splits["test"] if episode.random_poses]
@@ -847,12 +819,9 @@ def evaluate(args, run, model, idm, splits, folder):
         predictions = {}                         # (method, what it is predicted from): actions, valid
         if idm is not None:
             predicted, mask = predict_actions(idm, truth, run.device)
-            located = resize(mask, truth.shape[-2:])[:, 0] >= .5
             predictions["model", "real"] = predicted, valid
             predictions["mean action", "real"] = idm.train_mean.cpu().expand_as(target), valid
-            if arm is not None:
-                overlaps.append([(located & arm).sum().item(), (located | arm).sum().item()])
-            arm = located if arm is None else arm
+            arm = resize(mask, truth.shape[-2:])[:, 0] >= .5 if arm is None else arm
         if sampler and not episode.random_poses:
             later = valid & (torch.arange(len(valid)) > 0)
             z = common.wan_encode(sampler.vae, truth[None].to(run.device) * 2 - 1)
@@ -867,11 +836,10 @@ def evaluate(args, run, model, idm, splits, folder):
         for key, (predicted, known) in predictions.items():
             actions.setdefault(key, []).append((predicted[known], target[known]))
     videos, actions = common.gather_rows(videos), common.gather_rows(actions)
-    overlaps = np.array(common.gather_rows({"": overlaps})[""]).reshape(-1, 2).sum(0)
-    return [] if run.rank else report(args, videos, actions, overlaps, began)
+    return [] if run.rank else report(args, videos, actions, began)
 
 
-def report(args, videos, actions, overlaps, began):
+def report(args, videos, actions, began):
     """Means, eval.json, curves.png and the printed table of what evaluate() collected."""
     scores = {}
     for method, tables in videos.items():
@@ -883,8 +851,6 @@ def report(args, videos, actions, overlaps, began):
         values = idm_scores(*(torch.cat(column) for column in zip(*rows)))
         scores.setdefault(method, {}).update({f"action_{name}_{source}": x for name, x in values.items()})
     results = scores.pop("model")
-    if overlaps[1]:
-        results["mask_iou"] = float(overlaps[0] / overlaps[1])
     headline = "action_l1_real", "mean action", True
     for metric in ("psnr_beyond_1s", "psnr_arm_beyond_1s"):
         if metric in results:
@@ -898,30 +864,22 @@ def report(args, videos, actions, overlaps, began):
                          [stage.folder for stage in stage_plan(args)])
 
 
-def outline(video, mask):
-    """T 3 H W in [0, 1] with a green outline of T H W bool -> in [-1, 1]."""
-    mask = mask.float()[:, None]
-    edge = F.max_pool2d(mask, 3, 1, 1) > mask
-    return torch.where(edge, torch.tensor([.1, 1., .3])[:, None, None], video) * 2 - 1
-
-
 def sample(args, run, model, idm, splits, folder):
-    """Videos of held-out episodes from their first frames, with outlines of the arms, true and as the IDM
-    locates them, and the actions that the IDM predicts -> [samples/...]. On rank 0."""
+    """Videos of held-out episodes from their first frames, with the part that the IDM's mask lets through, and
+    the actions that the IDM predicts -> [samples/...]. On rank 0."""
     if run.rank or model is None:
         return []
     sampler, files = Sampler(args, run, model, folder), []
     labels = ["given", *(f"t+{t}" for t in range(1, args.frames))]
     for number, episode in enumerate(tasks(splits["test"])[:args.num_samples]):
-        truth, _, _, arm = load_window(args, episode)
+        truth = load_window(args, episode)[0]
         video = sampler.sample(truth[0], episode, args.seed + number)
+        panels = {"real video": truth * 2 - 1, "sampled video": video * 2 - 1}
         stem = Path(args.output_dir, "samples", episode.folder.name)
-        files.append(common.write_video(f"{stem}_sampled.mp4", video * 2 - 1, FPS))
-        panels = {"real video": truth * 2 - 1 if arm is None else outline(truth, arm),
-                  "sampled video": video * 2 - 1}
+        files.append(common.write_video(f"{stem}_sampled.mp4", panels["sampled video"], FPS))
         if idm is not None:
             actions, mask = predict_actions(idm, video, run.device)
-            panels["sampled video"] = outline(video, resize(mask, video.shape[-2:])[:, 0] >= .5)
+            panels["seen by the IDM"] = video * (resize(mask, video.shape[-2:]) >= .5) * 2 - 1
             np.save(f"{stem}_actions.npy", actions.numpy())
             files.append(f"{stem}_actions.npy")
         files += common.write_panels(stem, panels, labels, 1, FPS, max(1, 224 // args.height), columns=7)
@@ -948,11 +906,11 @@ def setup(args):
 
 def wrap(model, args, run):
     """Gradient checkpointing and torch.compile on request; FSDP2 with --fsdp, a block a unit; DDP under
-    torchrun. The IDM has no transformer: it is small enough for DDP.
+    torchrun and for the IDM, which has no transformer.
 
     Weights, gradients and moments are fp32, blocks compute in bf16. FSDP casts no inputs: timesteps and rotary
-    tables have to stay fp32. The root is resharded after forward like the blocks: by default it stays gathered
-    until a backward, and the step after a validation would compute with the EMA weights."""
+    tables stay fp32. The root is resharded after forward like the blocks: by default it stays gathered until a
+    backward, and the step after a validation would compute with the EMA weights."""
     dit = getattr(model, "dit", None)
     if dit is not None and args.grad_checkpoint:
         dit.enable_gradient_checkpointing()
@@ -1040,8 +998,8 @@ def train(args, run, script, stage, model, loss_fn, val_fn, checkpoint):
 
 
 def sample_numbers(args, run, spec, salt, step, micro, grad_accum, batch_size):
-    """Random values of a micro-batch, a function of (seed, salt, step) and of a sample's position in the global
-    batch -> {name: tensor on the CPU}, the step's seed."""
+    """Random values of a micro-batch, a function of (seed, salt, step) and of a sample's position in the
+    global batch -> {name: tensor on the CPU}, the step's seed."""
     seed = common.seed_all(args.seed, salt, step)
     return common.sample_global_batch(spec, seed, batch_size, run.rank, run.world, micro, grad_accum), seed
 
@@ -1083,10 +1041,10 @@ def train_video(args, run, stage, windows, checkpoint):
 
 
 @torch.no_grad()
-def generated_frames(args, run, model, folder, windows):
-    """Frames as the video model shows them: --idm_generated training windows, noised to a random level and
-    denoised in one step. They are as blurred as its samples, but their joint positions are known
-    -> {"frames": n 3 h w uint8 at the IDM's size, "actions": n 14}."""
+def write_generated_frames(args, run, model, folder, windows, path):
+    """Writes frames as the video model shows them, a file like those of kind "frames": of --idm_generated
+    training windows, noised to a random level and denoised in one step. They are as blurred as its samples, but
+    their joint positions are known."""
     vae, rng = load_codec(args, folder, run.device), np.random.default_rng(0)
     frames, actions = [], []
     for number in spread(len(windows.rows), args.idm_generated):
@@ -1096,19 +1054,20 @@ def generated_frames(args, run, model, folder, windows):
         x, levels = add_noise(z, fixed_noise(z, number), sigma)
         with run.autocast():
             v = run_backbone(model.dit, x, 1000 * levels, batch["text"])
-        video = common.wan_decode(vae, x - expand_to(levels[:, None], x) * v)[0]
-        valid = batch["valid"][0].cpu()[(torch.arange(args.frames) + 3) // 4]  # of frames, from latent frames
-        frames.append(to_uint8(resize(video, idm_config(args)["size"])).cpu()[valid])
-        actions.append(batch["actions"][0].cpu()[valid])
-    return {"frames": torch.cat(frames), "actions": torch.cat(actions)}
+        video = common.wan_decode(vae, x - expand_to(levels[:, None], x) * v)[0].cpu()
+        for t in range(1 + number % 4, args.frames, 4):      # one of the four frames of each latent frame
+            if batch["valid"][0, (t + 3) // 4]:
+                frames.append(to_uint8(resize(video[t:t + 1], idm_config(args)["size"])))
+                actions.append(batch["actions"][0, t:t + 1].cpu())
+    common.save_weights(path, {"frames": torch.cat(frames), "actions": torch.cat(actions)})
 
 
-def train_idm(args, run, stage, frames, checkpoint):
-    """Stage "idm"; final/ then has idm.pt. frames: {"train", "val": Cache}."""
+def train_idm(args, run, stage, frames, statistics, checkpoint):
+    """Stage "idm"; final/ then has idm.pt. frames: {"train", "val": Cache}. statistics: actions N 14."""
     torch.manual_seed(args.seed)                 # equal initial weights on all processes and after a restart
     model = IDM(idm_config(args))
     nn.init.constant_(model.model.mask_model.out.bias, .3)   # open: a closed mask gives itself no gradient
-    model.set_statistics(frames["train"].actions())
+    model.set_statistics(statistics)
     model.to(run.device)
     spec = {"frame": ("randint", len(frames["train"].rows))}
 
@@ -1158,34 +1117,40 @@ def train_stages(args, run, checkpoint, splits, folder):
     if run.rank == 0:
         common.write_json(Path(args.output_dir, "args.json"), {**vars(args), **common.provenance()})
     idm = load_idm(args.idm, idm_config(args)).to(run.device) if args.idm else None
-    plan, generated = stage_plan(args), None
+    plan, generated = stage_plan(args), Path(args.output_dir, "video/final/generated_frames.safetensors")
     kinds = {"video": windows_kind(args, splits), "idm": f"frames_{args.idm_frames}"}
     build_cache(args, run, splits, folder, [kinds[stage.name] for stage in plan], idm)
     for stage in plan:
+        paths = {split: list(folder.glob(f"{split}_*.{kinds[stage.name]}")) for split in ("train", "val")}
         found = checkpoint
         if stage.folder != ".":
             resume = "none" if args.resume == "none" else "auto"
             found = common.find_checkpoint(Path(args.output_dir, stage.folder, "ckpt"), SCRIPT, resume)
-        caches = {split: Cache(folder, split, kinds[stage.name], generated if split == "train" else None)
-                  for split in ("train", "val")}
         if stage.name == "video":
+            caches = {split: Cache(paths[split]) for split in paths}
             model = train_video(args, run, stage, caches, found).eval()
-            if len(plan) > 1 and args.idm_generated:
-                generated = generated_frames(args, run, model, folder, caches["train"])
+            if run.rank == 0 and stage.folder == "video" and args.idm_generated and not generated.is_file():
+                write_generated_frames(args, run, model, folder, caches["train"], generated)
+            common.barrier()
         else:
-            train_idm(args, run, stage, caches, found)
+            paths["train"] += [generated] if len(plan) > 1 and args.idm_generated else []
+            caches = {split: Cache(paths[split]) for split in paths}
+            actions = np.concatenate([episode.actions for episode in splits["train"]])
+            train_idm(args, run, stage, caches, torch.from_numpy(actions), found)
 
 
 # ---- main -----------------------------------------------------------------------------------------------
 
 def load_models(args, device, checkpoint=None):
-    """-> VideoModel and IDM of a run's newest checkpoints or of `checkpoint`, or None where there is none; with
+    """-> VideoModel and IDM of a run's newest checkpoints, or of `checkpoint`; None where there is none. With
     EMA weights, in eval mode."""
     models = {"video": None, "idm": load_idm(args.idm, idm_config(args)).to(device) if args.idm else None}
     for stage in stage_plan(args):
         path = checkpoint.path if checkpoint and stage.folder == "." else common.latest_checkpoint(
             Path(args.output_dir, stage.folder, "ckpt"))
-        model = IDM(idm_config(args)) if stage.name == "idm" else VideoModel(load_transformer(args, device), args)
+        model = IDM(idm_config(args))
+        if stage.name == "video":
+            model = VideoModel(load_transformer(args, device), args)
         weights = common.load_weights(path / "ema.safetensors")
         models[stage.name] = common.load_for_inference(model, weights, path, device)
     return models["video"], models["idm"]
