@@ -15,6 +15,7 @@ import functools
 import gc
 import importlib.util
 import inspect
+import io
 import itertools
 import json
 import math
@@ -1155,6 +1156,7 @@ def test_imports():
         names = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
         names |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
         names = {name.split(".")[0] for name in names} - sys.stdlib_module_names
+        names -= {other.stem for other in path.parent.glob("*.py") if path.parent != HERE}
         ours = {name for name in names if (HERE / f"{name}.py").exists()}
         called = {"PIL": "pillow", "yaml": "pyyaml"}
         assert {called.get(name, name) for name in names - ours} <= known, path
@@ -3009,6 +3011,367 @@ def test_generated_from_a_known_velocity(scale, monkeypatch):
     for (x, t, _), u in zip(seen[::len(seen) // 4], (1, .75, .5, .25)):
         assert torch.equal(x[:, :, :1], z0) and t.shape == (1, 3 * 4) and not t[:, :4].any()
         assert torch.allclose(t[:, 4:], torch.tensor(1000 * 5 * u / (1 + 4 * u)))
+
+
+# ---- data/vidar: vidar data -----------------------------------------------------------------------------
+
+robot_prepare = load_program(HERE / "data/vidar/prepare.py")
+robot_world = sys.modules["world"]
+
+
+def expert_succeeds(seed, replan_every, moved=None, frames=64, noise=0.):
+    """Whether an expert that plans again every `replan_every` frames puts the block on the plate."""
+    world, rng = robot_world.ArmWorld(seed, moved=moved), np.random.default_rng(seed)
+    for t in range(frames):
+        if t % replan_every == 0:
+            plan = copy.deepcopy(world).expert_actions(frames)
+        before = world.state
+        world.step(plan[t % replan_every] + noise * rng.normal(size=14))
+        assert noise or np.allclose(world.state, plan[t % replan_every])       # the plan is feasible, and
+        assert (np.abs(world.state - before) <= robot_world.MAX_SPEED + 1e-9).all()   # the speed is limited
+    return world.success
+
+
+def test_arm_world_needs_the_loop():
+    """A moved block defeats an open-loop plan, not a closed loop; an IDM's noise defeats neither."""
+    def rate(**options):
+        return np.mean([expert_succeeds(seed, **options) for seed in range(8)])
+
+    assert rate(replan_every=40, frames=40) == rate(replan_every=8, moved=6) == 1
+    assert rate(replan_every=64, moved=6) < .2 and rate(replan_every=40, frames=40, noise=.05) > .8
+
+
+def test_arm_world_kinematics_and_views():
+    """Inverse kinematics reaches points on the table. Each joint is visible to the fixed camera, three links
+    to the wrist camera of their arm, in random poses as well, which vary all joints."""
+    world, rng = robot_world.ArmWorld(1), np.random.default_rng(0)
+    for arm in (0, 1):
+        for goal in (robot_world.random_points(rng, [arm])[0] for _ in range(8)):
+            pose = robot_world.inverse_kinematics(robot_world.START[7 * arm:7 * arm + 7], arm, goal)
+            assert abs(robot_world.forward_kinematics(pose, arm)[1] - goal) < .01
+    image, mask = world.render()
+    assert image.shape == (112, 96, 3) and image.dtype == np.uint8 and .05 < mask.mean() < .4
+    for joint in range(14):
+        other = copy.deepcopy(world)
+        other.state[joint] -= .3 if joint in (6, 13) else .1
+        changed = (np.abs(other.observe().astype(int) - image) > 40).any(-1)[:75]
+        assert changed.sum() > 3 and (mask | other.render()[1])[:75][changed].mean() > .6, joint
+    poses, states, inside = [robot_world.random_poses(rng, arm, 20) for arm in (0, 1)], [], []
+    for _ in range(60):
+        world.set_random_pose(rng, poses)
+        states.append(world.state.copy())
+        for arm in (0, 1):
+            points = robot_world.forward_kinematics(world.state[7 * arm:7 * arm + 7], arm)[0]
+            inside.append((abs(points.real) < 1) & (abs(points.imag + .07) < 75 / 96))
+            wrist = world.observe()[75:, 48 * arm:48 * arm + 48].astype(int)
+            links = [(np.abs(wrist - color) < 20).all(-1).sum() for color in robot_world.ARM_COLORS[arm]]
+            assert min(links) > 3, (arm, links)
+    assert np.mean(inside) > .9 and (np.std(states, 0) > .15).all()
+
+
+def test_robot_data_simulated(tmp_path, capsys):
+    """Frame t shows actions[t]. The set is whole or absent, an interrupted command continues."""
+    flags = "--episodes 3 --poses 5 --frames 13 --size 96 80 --seed 6 --data_dir".split()
+    root = tmp_path / "set"
+    assert robot_prepare.main([*flags, str(root)]) == 0
+    manifest = json.loads((root / "manifest.json").read_text())
+    assert (manifest["fps"], manifest["action_dim"], len(manifest["episodes"])) == (10, 14, 4)
+    for number, row in enumerate(manifest["episodes"]):
+        video = common.read_video(root / row["video_path"])
+        actions, packed = np.load(root / row["actions_path"]), np.load(root / row["mask_path"])
+        masks = np.unpackbits(packed["bits"], count=packed["shape"].prod()).reshape(packed["shape"])
+        world = robot_world.ArmWorld((6, number), (96, 80))
+        expected = world.instruction if number < 3 else robot_world.RANDOM_POSES
+        assert (root / row["instruction_path"]).read_text() == f"{expected}\n"
+        assert row["random_poses"] == (number == 3) and row["num_frames"] == (5 if number == 3 else 13)
+        assert actions.shape == (len(video), 14) == (row["num_frames"], 14) and actions.dtype == np.float32
+        for t in (0, len(video) - 1):
+            world.state = actions[t].astype(float)
+            image, mask = world.render()
+            assert np.abs(video[t].permute(1, 2, 0).numpy().astype(int) - image)[mask].mean() < 8
+            assert (masks[t] == mask).all()
+    assert robot_prepare.main([*flags, str(root)]) == 0 and "complete already" in capsys.readouterr().out
+    assert robot_prepare.main([*flags, str(root), "--seed", "4"]) == 2
+    assert "exists with other contents: remove it" in the_error(capsys, "prepare")
+    stop = tmp_path / "again.partial/episodes/ep_0003"                 # a file in the way of a folder
+    stop.parent.mkdir(parents=True)
+    common.write_json(tmp_path / "again.partial/recipe.json", {"simulated": manifest["simulated"]})
+    stop.touch()
+    assert robot_prepare.main([*flags, str(tmp_path / "again")]) == 2
+    assert "the same command continues" in capsys.readouterr().err and not (tmp_path / "again").exists()
+    written = (tmp_path / "again.partial/episodes/ep_0001/actions.npy").stat().st_ino
+    stop.unlink()
+    assert robot_prepare.main([*flags, str(tmp_path / "again")]) == 0
+    assert files(root) == files(tmp_path / "again") and not (tmp_path / "again.partial").exists()
+    assert (tmp_path / "again/episodes/ep_0001/actions.npy").stat().st_ino == written
+
+
+def camera_frames(camera, frames=25):
+    """Frame t of camera i is (200, 10 t, 20 + 50 i): it shows camera, time and the order of the channels."""
+    colors = [[200, 10 * t, 20 + 50 * camera] for t in range(frames)]
+    return np.uint8(colors)[:, None, None].repeat(48, 1).repeat(64, 2)
+
+
+def joint_positions(shift=0, frames=25, width=14, episode=0):
+    return np.arange(shift, shift + frames)[:, None] * .01 + np.arange(width) * .1 + episode
+
+
+def jpegs(frames, marked=True):
+    """As RoboTwin stores them: NUL-padded rows, with red and blue exchanged unless marked."""
+    rows = []
+    for frame in frames if marked else frames[..., ::-1]:
+        buffer = io.BytesIO()
+        Image.fromarray(frame).save(buffer, "JPEG", quality=95, comment=b"XPL-RGB1" if marked else b"")
+        rows.append(buffer.getvalue())
+    return np.array(rows, "S")
+
+
+def robot_source(kind, root):
+    """Writes an HDF5 file, or a LeRobot data set. `action` is one frame ahead of the joint positions."""
+    if kind.startswith("v"):
+        return lerobot_source(kind, root)
+    texts = ["Pick up the cup.", "Lift the cup."]
+    (root / "data").mkdir(parents=True)
+    with h5py.File(root / "data/episode11.hdf5", "w") as file:
+        if kind.startswith("legacy"):
+            names = "observation/{}_camera/rgb", ("head", "left", "right")
+            file["joint_action/vector"] = joint_positions()
+            file["observation/front_camera/rgb"] = jpegs(camera_frames(3))
+            (root / "instructions").mkdir()
+            (root / "instructions/episode11.json").write_text(json.dumps({"seen": texts, "unseen": ["No."]}))
+        elif kind == "xpolicylab":
+            names = "vision/{}/colors", ("cam_head", "cam_left_wrist", "cam_right_wrist")
+            parts = ("left_arm", slice(0, 6)), ("left_ee", 6), ("right_arm", slice(7, 13)), ("right_ee", 13)
+            for name, columns in parts:
+                file[f"state/{name}_joint_states"] = joint_positions()[:, columns].reshape(25, -1)
+                file[f"action/{name}_joint_states"] = joint_positions(1)[:, columns].reshape(25, -1)
+            file["instructions"] = json.dumps(texts)
+        else:
+            names = "observations/images/{}", ("cam_high", "cam_left_wrist", "cam_right_wrist")
+            file["observations/qpos"], file["action"] = joint_positions(), joint_positions(1)
+            file.attrs.update({"instruction": texts[1].encode() if kind == "aloha" else texts[1]})
+        for i, name in enumerate(names[1]):
+            frames = camera_frames(i)
+            file[names[0].format(name)] = frames if kind == "aloha" else jpegs(frames, kind != "legacy")
+    return root
+
+
+def lerobot_source(kind, root):
+    """Episodes of 25 and 20 frames at 50 fps. v3.0: the head's videos are in one file, the wrists' in two."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    cameras = [f"observation.images.cam_{name}" for name in ("high", "left_wrist", "right_wrist")]
+    paths = {"data_path": "data/chunk-{episode_chunk:03d}/episode_{episode_index:06d}.parquet",
+             "video_path": "videos/chunk-{episode_chunk:03d}/{video_key}/episode_{episode_index:06d}.mp4"}
+    if kind == "v3.0":
+        paths = {"data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
+                 "video_path": "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"}
+    features = {name: {"dtype": "image" if kind == "v2.0" else "video"} for name in cameras}
+    features |= {name: {"dtype": "float32", "names": None} for name in ("action", "observation.state")}
+    info = {"codebase_version": kind, "fps": 50, "features": features, **paths}
+    common.write_json(root / "meta/info.json", info)
+    codec = ("-c:v", "libsvtav1", "-g", "2") if kind == "v3.0" else ()
+
+    def write_table(path, columns):
+        (root / path).parent.mkdir(parents=True, exist_ok=True)
+        parquet.write_table(pyarrow.table(columns), root / path)
+
+    def write_camera(camera, episode, frames):
+        place = dict.fromkeys(("file_index", "episode_index"), episode)
+        path = paths["video_path"].format(video_key=camera, chunk_index=0, episode_chunk=0, **place)
+        common.write_video(root / path, torch.from_numpy(frames).movedim(-1, 1), 50,
+                           (*codec, "-crf", "12", "-pix_fmt", "yuv420p"))
+
+    tables, rows = [], []
+    for k, length in enumerate((25, 20)):
+        tables.append({"frame_index": list(range(length)), "episode_index": [k] * length,
+                       "observation.state": joint_positions(0, length, episode=k).tolist(),
+                       "action": joint_positions(1, length, episode=k).tolist()})
+        rows.append({"episode_index": k, "tasks": [f"Task {k}."], "length": length})
+        for i, name in enumerate(cameras):
+            frames = camera_frames(i, length)
+            if kind == "v2.0":
+                tables[k][name] = [{"bytes": data, "path": None} for data in jpegs(frames).tolist()]
+            elif kind == "v2.1" or i:
+                write_camera(name, k, frames)
+            rows[k] |= {f"videos/{name}/file_index": k if i else 0, f"videos/{name}/chunk_index": 0,
+                        f"videos/{name}/from_timestamp": 0. if i else k * .5}
+    if kind == "v3.0":
+        write_camera(cameras[0], 0, np.concatenate([camera_frames(0, 25), camera_frames(0, 20)]))
+        joined = {key: tables[0][key] + tables[1][key] for key in tables[0]}
+        write_table("data/chunk-000/file-000.parquet", joined)
+        columns = {key: [row[key] for row in rows] for key in rows[0]} | {"stats/action/max": [0., 0.]}
+        columns |= {"data/chunk_index": [0, 0], "data/file_index": [0, 0]}
+        write_table("meta/episodes/chunk-000/file-000.parquet", columns)
+    else:
+        for k, columns in enumerate(tables):
+            write_table(paths["data_path"].format(episode_chunk=0, episode_index=k), columns)
+        lines = [json.dumps({key: row[key] for key in ("episode_index", "tasks", "length")}) for row in rows]
+        (root / "meta/episodes.jsonl").write_text("\n".join(lines) + "\n")
+    return root
+
+
+@pytest.fixture(scope="module")
+def robot_sources(tmp_path_factory):
+    """A function of a kind of source -> its folder, written once."""
+    return functools.cache(lambda kind: robot_source(kind, tmp_path_factory.mktemp("robot") / "src"))
+
+
+ROBOT_FORMATS = {"legacy": "robotwin", "legacy marked": "robotwin", "xpolicylab": "robotwin", "aloha": "hdf5",
+                 "aloha jpeg": "hdf5", "v2.0": "lerobot", "v2.1": "lerobot", "v3.0": "lerobot"}
+
+
+@pytest.mark.parametrize("kind", ROBOT_FORMATS)
+def test_robot_data_converted(kind, robot_sources, tmp_path, capsys):
+    """Frames nearest to each tenth of a second, of the right camera and color, with the joints they show."""
+    src, to = robot_sources(kind), tmp_path / "set"
+    flags = ["--src_fps", "50"] if kind.startswith("aloha") else []
+    assert robot_prepare.main(["--from", ROBOT_FORMATS[kind], str(src), str(to), *flags]) == 0
+    rows = json.loads((to / "manifest.json").read_text())["episodes"]
+    assert len(rows) == (2 if kind.startswith("v") else 1)
+    for k, row in enumerate(rows):
+        times = [0, 5, 10, 15, 20][:5 - k]
+        if ROBOT_FORMATS[kind] == "robotwin":                          # 16.67 fps
+            times = [0, 2, 3, 5, 7, 8, 10, 12, 13, 15, 17, 18, 20, 22, 23]
+        video = common.read_video(to / row["video_path"]).float()
+        assert video.shape == (len(times), 3, 720, 640) and row["num_frames"] == len(times)
+        corners = (60, 420, 60, 580), (520, 680, 40, 280), (520, 680, 360, 600)
+        for i, (top, bottom, left, right) in enumerate(corners):
+            shown = video[:, :, top:bottom, left:right].mean((2, 3)).numpy()
+            error = shown - [[200, 10 * t, 20 + 50 * i] for t in times]
+            assert (np.abs(error + 2) < [8, 4.9, 8]).all(), (i, shown)         # ffmpeg rounds down, twice
+        actions = np.load(to / row["actions_path"])
+        assert np.array_equal(actions, joint_positions(episode=k)[times].astype(np.float32))
+        text = f"Task {k}." if kind.startswith("v") else "Lift the cup."
+        assert (to / row["instruction_path"]).read_text() == f"{text}\n"
+        assert row["views"] == ["fixed front", *robot_world.VIEWS[1:]] and row["random_poses"] is False
+    assert re.search(r"left +arm 0\.\d+\.\.", capsys.readouterr().out)
+
+
+def replace_dataset(name, value=None):
+    """Removes a dataset of the HDF5 source, or replaces it by a value or a function of it."""
+    def change(root):
+        with h5py.File(root / "data/episode11.hdf5", "r+") as file:
+            new = value(file[name][()]) if callable(value) else value
+            del file[name]
+            if new is not None:
+                file[name] = new
+    return change
+
+
+def with_nan(array):
+    array[3, 5] = np.nan
+    return array
+
+
+def rewrite(name, old, new):
+    return lambda root: edit(root / "meta" / name, old, new)
+
+
+def shorten_left_video(root):
+    """The first episode's left camera shows the second episode, which has fewer frames."""
+    first, second = sorted(path for path in root.rglob("*.mp4") if "left" in str(path))
+    shutil.copy(second, first)
+
+
+LEFT, VECTOR = "observation/left_camera/rgb", "joint_action/vector"
+ROBOT_ERRORS = [
+    ("legacy", replace_dataset("observation/left_camera"), "", "has no left camera; its cameras are: front_"),
+    ("legacy", None, "--cameras head_camera arm none", "no left camera arm; its cameras"),
+    ("legacy", replace_dataset(LEFT, lambda rows: rows[:-1]), "", "frames differ.* 24"),
+    ("legacy", replace_dataset(LEFT, lambda rows: np.array([row[:99] for row in rows])), "",
+     "episode11.hdf5, frame 0 cannot be read"),
+    ("legacy", replace_dataset(VECTOR, with_nan), "", "of frame 3 are NaN"),
+    ("legacy", replace_dataset(VECTOR, joint_positions(width=16)), "", "width 16, not 14"),
+    ("legacy", lambda root: shutil.rmtree(root / "instructions"), "", "no instruction: --instruction TEXT"),
+    ("legacy", lambda root: cut(root / "data/episode11.hdf5"), "", "11.hdf5 cannot be read: .*truncated"),
+    ("legacy", shutil.rmtree, "", "there is no file or folder"),
+    ("legacy", lambda root: shutil.rmtree(root / "data"), "", "holds no .hdf5 files"),
+    ("legacy", lambda root: (root.parent / "set/thesis").mkdir(parents=True), "", "exists with other"),
+    ("legacy", None, "--gripper_scale 1 1", "CLOSED and OPEN are equal"),
+    ("legacy", None, "--src_fps 5", "--src_fps: must be finite and at least 10, not 5"),
+    ("aloha", None, "", "no frame rate: --src_fps FPS sets it"),
+    ("aloha", None, "--src_fps 50 --actions observations/effort", "cannot be read: .*effort' doesn't exist"),
+    ("aloha", replace_dataset("observations/qpos", joint_positions(width=7)), "--src_fps 50", "width 7, not"),
+    ("v2.1", rewrite("info.json", '"fps": 50', '"fps": 5'), "", "has 5 fps, but 10 to 1000"),
+    ("v2.1", rewrite("info.json", "v2.1", "v1.6"), "", "version v1.6; v2.0, v2.1 and v3.0 can be read"),
+    ("v2.1", rewrite("info.json", "left_wrist", "low"), "", "has no left camera; its cameras are"),
+    ("v2.1", lambda root: (root / "meta/info.json").unlink(), "", "has no meta/info.json: SRC is the root"),
+    ("v2.1", rewrite("episodes.jsonl", "Task 1.", ""), "", "episode 1 has no instruction"),
+    ("v2.1", rewrite("episodes.jsonl", "25", "24"), "", "numbers of frames differ"),
+    ("v2.1", shorten_left_video, "", "episode_000000.mp4 has 20 frames, the episode has 25"),
+    ("v3.0", shorten_left_video, "", "file-000.mp4 has 20 frames from 0.00 s on, the episode has 25"),
+]
+
+
+@pytest.mark.parametrize("kind, change, flags, message", ROBOT_ERRORS)
+def test_robot_data_errors(kind, change, flags, message, robot_sources, tmp_path, capsys):
+    """One line that names the file and what to do. Nothing is left where the data set would be."""
+    src, to = shutil.copytree(robot_sources(kind), tmp_path / "src"), tmp_path / "set"
+    if change:
+        change(src)
+    before = files(to)
+    assert robot_prepare.main(["--from", ROBOT_FORMATS[kind], str(src), str(to), *flags.split()]) == 2
+    assert re.search(message, the_error(capsys, "prepare"))
+    assert files(to) == before and not (to / "manifest.json").exists()
+
+
+def test_robot_data_options(robot_sources, tmp_path, monkeypatch, capsys):
+    src, to = shutil.copytree(robot_sources("aloha"), tmp_path / "src"), tmp_path / "set"
+    replace_dataset("observations/images/cam_right_wrist")(src)
+    flags = ("--src_fps 25 --cameras cam_high cam_left_wrist none --actions action --gripper_scale 0.6 2.6 "
+             "--swap_rb --random_poses --episodes 1").split()
+    assert robot_prepare.main(["--from", "hdf5", str(src / "data/episode11.hdf5"), str(to), *flags]) == 0
+    row = json.loads((to / "manifest.json").read_text())["episodes"][0]
+    assert row["random_poses"] and row["views"] == ["fixed front", "movable left arm"]
+    actions, times = np.load(to / row["actions_path"]), [0, 3, 5, 8, 10, 13, 15, 18, 20, 23]
+    expected = joint_positions(1)[times]
+    expected[:, [6, 13]] = (expected[:, [6, 13]] - .6) / 2
+    assert np.allclose(actions, expected, atol=1e-6) and len(actions) == 10
+    shown = common.read_video(to / row["video_path"]).float()[5]
+    for corner, color in ((shown[:, 60:420], (20, 130, 200)), (shown[:, 520:680, 40:280], (70, 130, 200)),
+                          (shown[:, 520:680, 360:600], (20, 130, 200))):       # head, left, head
+        assert torch.allclose(corner.mean((1, 2)), torch.tensor(color).float(), atol=4)
+    assert (to / row["instruction_path"]).read_text() == f"{robot_world.RANDOM_POSES}\n"
+    assert "grippers are not in [0, 1]" not in capsys.readouterr().out
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert robot_prepare.main(["--from", "lerobot", str(src), str(tmp_path / "other")]) == 2
+    assert the_error(capsys, "prepare").endswith("needs pyarrow: pip install pyarrow")
+
+
+def test_robot_data_deploy_adapter(monkeypatch):
+    """docs/robots.md: every observed frame is sent once, in order, and a reset begins a new connection."""
+    code = max(re.findall(r"```python\n(.*?)```", (HERE / "docs/robots.md").read_text(), re.DOTALL), key=len)
+    requests, taken = [], []
+
+    class FakePolicy:
+        def __init__(self, host, port):
+            requests.append((host, port))
+
+        def infer(self, observation):
+            requests.append(observation)
+            return {"actions": np.ones((4, 14)) * len(requests)}
+
+    def observation():
+        views = {f"{name}_camera": {"rgb": np.full((24, 32, 3), len(taken), np.uint8)}
+                 for name in ("head", "left", "right", "front")}
+        return {"observation": views, "joint_action": {"vector": np.full(14, len(taken))}}
+
+    module = argparse.Namespace(WebsocketClientPolicy=FakePolicy)
+    monkeypatch.setitem(sys.modules, "openpi_client", argparse.Namespace(websocket_client_policy=module))
+    monkeypatch.setitem(sys.modules, "openpi_client.websocket_client_policy", module)
+    exec(code, adapter := {})
+    task = argparse.Namespace(get_instruction=lambda: "Lift.", take_action=taken.append, get_obs=observation)
+    model = adapter["get_model"]({"host": "robot", "port": 8000})
+    for _ in range(2):
+        adapter["eval"](task, model, observation())
+    adapter["reset_model"](model)
+    adapter["eval"](task, model, observation())
+    assert [request for request in requests if isinstance(request, tuple)] == [("robot", 8000)] * 2
+    sent = [request for request in requests if isinstance(request, dict)]
+    assert [image[:, 0, 0, 0].tolist() for image in (request["images"]["cam_high"] for request in sent)] == [
+        [0], [1, 2, 3, 4], [8]]
+    assert sent[1]["images"]["cam_left_wrist"].shape == (4, 3, 24, 32) and sent[1]["prompt"] == "Lift."
+    assert sent[1]["state"].tolist() == [4.] * 14 and len(taken) == 12 and taken[0].shape == (14,)
 
 
 # ---- data/sim_physics_heads -----------------------------------------------------------------------------

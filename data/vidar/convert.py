@@ -1,0 +1,300 @@
+"""convert.py: readers of other robot data for `prepare.py --from`: RoboTwin 2.0, LeRobot, ALOHA HDF5.
+
+list_recordings(source_format, src, args) finds the episodes; open_recording(recording, args) gives cameras,
+joint positions (T, n) and instruction of one of them, at its own frame rate and size.
+
+robotwin    joint_action/vector of the first layout of RoboTwin 2.0, state/* of XPolicyLab's. Its JPEGs have
+            red and blue exchanged unless they carry the comment "XPL-RGB1" (RoboTwin pull request 500).
+lerobot     observation.state of format versions 2.0, 2.1 and 3.0; any codec that ffmpeg decodes, as AV1.
+hdf5        observations/qpos and observations/images/cam_*. The files have no frame rate: --src_fps.
+
+These are the joint positions that frame t shows. `action` is the command that leads to a later frame.
+"""
+import contextlib
+import io
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import h5py
+import imageio.v3 as iio
+import numpy as np
+from PIL import Image
+
+import common
+from common import UserError
+
+ROBOTWIN_FPS = 250 / 15         # a frame per 15 physics steps of 1/250 s; other rates in its files are wrong
+RGB_MARKER = b"XPL-RGB1"        # JPEG comment of RoboTwin images with red and blue in the usual order
+CAMERA_WORDS = {"head": ("high", "head", "top", "front"), "left": ("left",), "right": ("right",)}
+
+
+@dataclass
+class Recording:
+    """One episode of a source, not yet read."""
+    source_format: str
+    path: Path                                     # the file that holds its joint positions
+    name: str                                      # for messages and the manifest
+    number: int                                    # of the episode in its data set
+    fps: float
+    cameras: dict                                  # {"head", "left", "right": name}; a wrist may be absent
+    length: int | None = None                      # LeRobot: frames
+    instruction: str = ""                          # LeRobot
+    videos: dict = field(default_factory=dict)     # LeRobot: {camera: (file, start in seconds or None)}
+
+
+@contextlib.contextmanager
+def readable(path):
+    """Turns errors of h5py, PIL, json and pyarrow into a UserError that names the file."""
+    try:
+        yield
+    except (KeyError, OSError, RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
+        raise UserError(f"{path} cannot be read: {common.reason(error)}") from error
+
+
+def list_recordings(source_format, src, args) -> list[Recording]:
+    """Raises UserError where nothing can be found or a camera or a frame rate is missing."""
+    if not src.exists():
+        raise UserError(f"there is no file or folder {src}")
+    if source_format == "lerobot":
+        return list_lerobot(src, args)
+    return list_hdf5(source_format, src, args)
+
+
+@contextlib.contextmanager
+def open_recording(recording, args):
+    """-> {"head", "left", "right": Images or Video}, joint positions (T, n), instruction."""
+    with contextlib.ExitStack() as stack:
+        with readable(recording.path):
+            if recording.source_format == "lerobot":
+                contents = read_lerobot(recording, args.actions)
+            else:
+                reader = {"robotwin": read_robotwin, "hdf5": read_hdf5}[recording.source_format]
+                contents = reader(recording, stack.enter_context(h5py.File(recording.path)), args.actions)
+        yield contents
+
+
+# ---- images ---------------------------------------------------------------------------------------------
+
+def choose_cameras(available, args, where):
+    """-> {"head", "left", "right": camera name}: those of --cameras, else found by the words in the names."""
+    def find(view):
+        for word in CAMERA_WORDS[view]:
+            matches = [name for name in available if word in name]
+            if view == "head":
+                matches = [name for name in matches if "left" not in name and "right" not in name]
+            if len(matches) == 1:
+                return matches[0]
+
+    chosen = dict(zip(CAMERA_WORDS, args.cameras or map(find, CAMERA_WORDS)))
+    for view, name in list(chosen.items()):
+        if name == "none" and view != "head":
+            del chosen[view]
+        elif name not in available:
+            raise UserError(
+                f"{where} has no {view} camera{f' {name}' if args.cameras else ''}; its cameras are: "
+                f"{', '.join(available)}. --cameras HEAD LEFT RIGHT chooses them, none for a missing wrist")
+    return chosen
+
+
+@dataclass
+class Images:
+    """Encoded images (a sequence of bytes), or T H W 3 uint8. robotwin: red and blue may be exchanged."""
+    rows: object
+    path: Path
+    robotwin: bool = False
+
+    def __len__(self):
+        return len(self.rows)
+
+    def frames(self, indices):
+        """Yields H W 3 uint8, RGB."""
+        for index in indices:
+            with readable(f"{self.path}, frame {index}"):
+                row = self.rows[index]
+                if getattr(row, "ndim", 0) == 3:
+                    image = np.asarray(row, np.uint8)
+                else:
+                    with Image.open(io.BytesIO(np.asarray(row).tobytes())) as file:
+                        marked = file.info.get("comment") == RGB_MARKER
+                        image = np.asarray(file.convert("RGB"))
+                    if self.robotwin and not marked:
+                        image = image[..., ::-1]
+            yield image
+
+
+@dataclass
+class Video:
+    """`length` frames of a video file from `start` seconds on; start None: the whole file."""
+    path: Path
+    start: float | None
+    length: int
+    fps: float
+
+    def __len__(self):
+        return self.length
+
+    def frames(self, indices):
+        """Yields the frames at ascending indices, H W 3 uint8, RGB, and then checks their number."""
+        frames = common.video_frames(self.path)
+        if self.start is not None:                 # half a frame early, since timestamps are rounded
+            seek = ["-ss", str(max(0, self.start - .5 / self.fps))]
+            limit = ["-fps_mode", "passthrough", "-frames:v", str(self.length)]
+            frames = iio.imiter(self.path, plugin="FFMPEG", input_params=seek, output_params=limit)
+        wanted = set(indices.tolist())
+        count = 0
+        with readable(self.path):
+            for index, frame in enumerate(frames):
+                count = index + 1
+                if index in wanted:
+                    yield frame
+        if count != self.length:
+            place = "" if self.start is None else f" from {self.start:.2f} s on"
+            raise UserError(f"{self.path} has {count} frames{place}, the episode has {self.length}")
+
+
+# ---- RoboTwin and ALOHA: HDF5 ---------------------------------------------------------------------------
+
+def list_hdf5(source_format, src, args):
+    """Recordings of one .hdf5 file or of all below a folder, in the order of the numbers in their names."""
+    files = common.find_files(src, [".hdf5", ".h5"])[0] if src.is_dir() else [src]
+    if not files:
+        raise UserError(f"{src} holds no .hdf5 files")
+
+    def natural_order(path):
+        return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(path))]
+
+    recordings = []
+    for path in sorted(files, key=natural_order):
+        with readable(path), h5py.File(path) as file:
+            if source_format == "hdf5":
+                fps = args.src_fps or float(np.ravel(file.attrs.get("fps", 0))[0])
+                available = list(file["observations/images"])
+            elif "joint_action" in file or "state" in file:
+                fps = args.src_fps or ROBOTWIN_FPS
+                available = list(file["observation" if "joint_action" in file else "vision"])
+            else:
+                raise UserError(f"{path} is not a RoboTwin 2.0 file: it has neither joint_action nor state")
+        number = int((re.findall(r"\d+", path.stem) or [0])[-1])
+        cameras = choose_cameras(available, args, path)
+        recordings.append(Recording(source_format, path, str(path), number, fps, cameras))
+    return recordings
+
+
+def join_columns(columns):
+    """Arrays (T,) or (T, n) -> (T, sum of n)."""
+    columns = [np.asarray(column, np.float64) for column in columns]
+    return np.concatenate([column.reshape(len(column), -1) for column in columns], axis=1)
+
+
+def read_robotwin(recording, file, columns):
+    """First layout: joint_action/vector, ../instructions/episode0.json. XPolicyLab's: state, instructions."""
+    if "joint_action" in file:
+        columns = columns or "joint_action/vector"
+        pattern = "observation/{}/rgb"
+        text_file = recording.path.parents[1] / "instructions" / f"{recording.path.stem}.json"
+        texts = json.loads(common.read_text(text_file))["seen"] if text_file.is_file() else []
+    else:
+        sides = [f"state/{side}_{part}_joint_states" for side in ("left", "right") for part in ("arm", "ee")]
+        columns = columns or ",".join(sides)
+        pattern = "vision/{}/colors"
+        texts = json.loads(np.ravel(file["instructions"][()])[0]) if "instructions" in file else []
+    cameras = {view: Images(file[pattern.format(name)], recording.path, robotwin=True)
+               for view, name in recording.cameras.items()}
+    text = texts[recording.number % len(texts)] if texts else ""
+    return cameras, join_columns([file[name][()] for name in columns.split(",")]), text
+
+
+def read_hdf5(recording, file, columns):
+    """The instruction is an attribute, or as in RDT's data in a JSON file in the same folder."""
+    text = np.ravel(file.attrs.get("instruction", ""))[0]
+    text = text.decode() if isinstance(text, bytes) else text
+    text_file = recording.path.with_name("expanded_instruction_gpt-4-turbo.json")
+    if not text and text_file.is_file():
+        text = json.loads(common.read_text(text_file))["instruction"]
+    cameras = {view: Images(file[f"observations/images/{name}"], recording.path)
+               for view, name in recording.cameras.items()}
+    columns = columns or "observations/qpos"
+    return cameras, join_columns([file[name][()] for name in columns.split(",")]), str(text)
+
+
+# ---- LeRobot --------------------------------------------------------------------------------------------
+
+def import_parquet():
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UserError("reading LeRobot data needs pyarrow: pip install pyarrow") from error
+    return pyarrow.parquet
+
+
+def list_lerobot(src, args):
+    """Recordings of a data set with meta/info.json, whose path templates are followed."""
+    import_parquet()
+    path = src / "meta/info.json"
+    if not path.is_file():
+        raise UserError(f"{src} has no meta/info.json: SRC is the root of a LeRobot data set")
+    with readable(path):
+        info = json.loads(common.read_text(path))
+        version = info["codebase_version"]
+        features = info["features"]
+        names = features.get("observation.state", {}).get("names")
+        fps = args.src_fps or float(info.get("fps") or 0)
+        images = [name for name, feature in features.items() if feature["dtype"] in ("image", "video")
+                  and not (feature.get("info") or {}).get("video.is_depth_map")]
+    if version not in ("v2.0", "v2.1", "v3.0"):
+        raise UserError(f"{src} has LeRobot's format version {version}; v2.0, v2.1 and v3.0 can be read")
+    cameras = choose_cameras(images, args, src)
+    if re.search("right.*left", str(names)):
+        print("note: the right arm is named first. The numbers keep their order: openpi's data sets have "
+              "such names, but the left arm comes first.")
+    with readable(src / "meta"):
+        return [lerobot_recording(src, info, row, cameras, fps) for row in lerobot_episodes(src, version)]
+
+
+def lerobot_episodes(src, version):
+    """Rows of meta/episodes.jsonl, or of meta/episodes/*/*.parquet without the bulky statistics."""
+    if version != "v3.0":
+        lines = common.read_text(src / "meta/episodes.jsonl").splitlines()
+        return [json.loads(line) for line in lines if line.strip()]
+    rows = []
+    for path in sorted((src / "meta/episodes").rglob("*.parquet")):
+        columns = [name for name in import_parquet().read_schema(path).names if not name.startswith("stats/")]
+        rows += import_parquet().read_table(path, columns=columns, use_threads=False).to_pylist()
+    return rows
+
+
+def lerobot_recording(src, info, row, cameras, fps):
+    """A row of the episodes -> Recording. In version 3.0 each camera has its own file index and start."""
+    number = row["episode_index"]
+    place = {"episode_index": number, "episode_chunk": number // info.get("chunks_size", 1000),
+             "chunk_index": row.get("data/chunk_index"), "file_index": row.get("data/file_index")}
+    path = src / info["data_path"].format(**place)
+    tasks = row.get("tasks") or [""]
+    recording = Recording("lerobot", path, f"episode {number}", number, fps, cameras, row["length"], tasks[0])
+    for camera in cameras.values():
+        if info["features"][camera]["dtype"] == "video":
+            if "data/file_index" in row:
+                place["chunk_index"] = row[f"videos/{camera}/chunk_index"]
+                place["file_index"] = row[f"videos/{camera}/file_index"]
+            path = src / info["video_path"].format(video_key=camera, **place)
+            recording.videos[camera] = path, row.get(f"videos/{camera}/from_timestamp")
+    return recording
+
+
+def read_lerobot(recording, columns):
+    """Frames are in videos, or in the table as struct{bytes, path}."""
+    columns = (columns or "observation.state").split(",")
+    images = [name for name in recording.cameras.values() if name not in recording.videos]
+    table = import_parquet().read_table(
+        recording.path, columns=["frame_index", *columns, *images], use_threads=False,
+        filters=[("episode_index", "==", recording.number)]).sort_by("frame_index")
+    cameras = {}
+    for view, name in recording.cameras.items():
+        if name in recording.videos:
+            path, start = recording.videos[name]
+            cameras[view] = Video(path, start, recording.length, recording.fps)
+        else:
+            cameras[view] = Images([image["bytes"] for image in table[name].to_pylist()], recording.path)
+    return cameras, join_columns([table[name].to_pylist() for name in columns]), recording.instruction
