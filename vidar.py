@@ -15,8 +15,8 @@ Run         python vidar.py                          # simulate, train, evaluate
             torchrun --nproc_per_node=8 vidar.py --preset ti2v_5b --fsdp --stage idm --output_dir runs/idm
             torchrun --nproc_per_node=8 vidar.py --preset ti2v_5b --fsdp --idm runs/idm/final/idm.pt
             python vidar.py --preset ti2v_5b --global_batch 1 --batch_size 1 --max_steps 100     # one GPU
-Data        data/vidar/: prepare.py simulates a robot and converts RoboTwin, LeRobot and ALOHA sets.
-            DATA/manifest.json and DATA/episodes/ep_0001/{video.mp4, actions.npy, instruction.txt, mask.npz}
+Data        data/vidar/: prepare.py simulates a robot or converts RoboTwin, LeRobot and ALOHA sets;
+            episodes.py has the layout and reads it.
 Shapes      B batch  T frames  F = (T - 1) / 4 + 1 latent frames  C latent channels  H W pixels  h w latent
             cells  N = F h/2 w/2 tokens  D width  L text tokens. Videos are B T 3 H W in [-1, 1], for metrics
             and the IDM in [0, 1]. Actions T 14 are what frame t shows: 0-5 left joints in radians, 6 left
@@ -32,7 +32,6 @@ import shutil
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -45,15 +44,10 @@ from tqdm import tqdm
 
 import common
 from common import UserError, at_least, between, expand_to, from_uint8, to_uint8
+from data.vidar.episodes import ACTION_DIM, FPS, cut_window, load_splits, make_prompt, read_episode, tasks
 
 SCRIPT = "vidar"
-FPS = 10                                 # of data sets and samples
-ACTION_DIM = 14
 GRIPPERS = (6, 13)
-JOINT_TOLERANCE = 0.05                   # radians within which a joint counts as right
-GRIPPER_TOLERANCE = 0.5                  # of the opening
-VIEWS = ("fixed rear", "movable left arm", "movable right arm")      # of the mosaic, for the prompt
-IMAGENET_MEAN, IMAGENET_STD = (.485, .456, .406), (.229, .224, .225)
 IDM_CHUNK = 32                           # frames that the IDM takes at a time in evaluation
 
 # ---- presets and flags ----------------------------------------------------------------------------------
@@ -80,7 +74,7 @@ TINY = {
 MODEL_FLAGS = ("model", "stage", "text_length", "height", "width")
 # The cache depends on these and on the data set's files.
 CACHE_FLAGS = ("model", "weights_from", "random_init", "height", "width", "frames", "windows", "prompt_views",
-               "text_length")
+               "text_length", "idm_frames")
 
 
 def add_stage_flags(parser):
@@ -114,7 +108,7 @@ def add_stage_flags(parser):
 def build_parser():
     parser = add_stage_flags(common.Parser(SCRIPT, PRESETS, __doc__.split("\n")[0]))
     add = parser.add_argument_group("stage 1").add_argument
-    add("--stage", choices=["video", "idm", "all"], default="video", help="what to train; all: video, then idm")
+    add("--stage", choices=["video", "idm", "all"], default="video", help="what to train; all: video, idm")
     add("--eta", type=at_least(0, float), default=0., help="weight of the arms in the loss (Eq. 7)")
     add("--num_inference_steps", type=at_least(1), default=20, help="steps of the sampler")
     add("--guidance_scale", type=at_least(0, float), default=5.0, help="guidance (1: none)")
@@ -153,8 +147,8 @@ def accumulation(args, batch_size):
     """Micro-steps of an optimizer step of --global_batch samples; without it --grad_accum."""
     samples = batch_size * int(os.environ.get("WORLD_SIZE", 1))
     if args.global_batch % samples:
-        raise UserError(f"--global_batch {args.global_batch} is not a multiple of {samples}, the samples of all "
-                        f"processes: choose another --batch_size")
+        raise UserError(f"--global_batch {args.global_batch} is not a multiple of {samples}, the samples of "
+                        f"all processes: choose another --batch_size")
     return args.global_batch // samples or args.grad_accum
 
 
@@ -194,7 +188,7 @@ class VideoModel(nn.Module):
 
 # ---- model: inverse dynamics ----------------------------------------------------------------------------
 # Names and shapes are those of idm.pt: 456 tensors, 92,713,423 parameters. pool: "mean" over the picture, as
-# upstream, or "flatten", with which a small network knows positions. mask_stride: of the mask network's input.
+# upstream, or "flatten", with which a small network knows positions. mask_stride: of the mask network.
 IDM_FULL = {"size": (518, 518), "mask_stride": 1, "mask_width": 64, "mask_levels": 5, "width": 64,
             "blocks": (3, 4, 6, 3), "pool": "mean"}
 IDM_TINY = {"mask_stride": 4, "mask_width": 8, "mask_levels": 2, "width": 16, "blocks": (1, 1, 1),
@@ -278,14 +272,6 @@ class ResNet(nn.Sequential):
         self.fc = nn.Linear(c_in * cells, ACTION_DIM)
 
 
-class MaskedResNet(nn.Module):
-    """The regressor sees only what the mask lets through: the rest is 0, ImageNet's mean colour."""
-    def __init__(self, config):
-        super().__init__()
-        self.mask_model = UNet(config["mask_width"], config["mask_levels"])
-        self.resnet_model = ResNet(config["width"], config["blocks"], config["pool"], config["size"])
-
-
 def resize(frames, size):
     """n C H W -> n C h w, anti-aliased, aspect not kept."""
     if frames.shape[-2:] == tuple(size):
@@ -299,7 +285,9 @@ class IDM(nn.Module):
     def __init__(self, config=IDM_FULL):
         super().__init__()
         self.size, self.mask_stride = tuple(config["size"]), config["mask_stride"]
-        self.model = MaskedResNet(config)
+        self.model = nn.ModuleDict({
+            "mask_model": UNet(config["mask_width"], config["mask_levels"]),
+            "resnet_model": ResNet(config["width"], config["blocks"], config["pool"], config["size"])})
         self.register_buffer("train_mean", torch.zeros(ACTION_DIM))
         self.register_buffer("train_std", torch.ones(ACTION_DIM))
         self.to(memory_format=torch.channels_last)                   # 1.6 times as fast on a CPU
@@ -315,19 +303,20 @@ class IDM(nn.Module):
     def preprocess(self, frames):
         """B 3 H W in [0, 1] -> the network's input size, with ImageNet's mean and std."""
         frames = resize(frames, self.size)
-        mean, std = (expand_to(frames.new_tensor(v), frames[0])[None] for v in (IMAGENET_MEAN, IMAGENET_STD))
+        mean = frames.new_tensor([.485, .456, .406]).view(3, 1, 1)
+        std = frames.new_tensor([.229, .224, .225]).view(3, 1, 1)
         return ((frames - mean) / std).contiguous(memory_format=torch.channels_last)
 
     def forward(self, frames):
         """B 3 H W in [0, 1] -> actions B 14, and U, the soft mask B 1 h w in (0, 1) at the input size.
 
-        Straight-through: the picture is cut by the mask rounded to 0 or 1, gradients pass as if it were not.
-        """
+        The regressor sees what the mask lets through, the rest is 0. Straight-through: the mask is rounded to
+        0 or 1, gradients pass as if it were not."""
         x = self.preprocess(frames)
-        logits = self.model.mask_model(resize(x, [side // self.mask_stride for side in self.size]))
+        logits = self.model["mask_model"](resize(x, [side // self.mask_stride for side in self.size]))
         mask = resize((1 + torch.tanh(logits.float())) / 2, self.size)
         hard = (mask >= .5).to(mask.dtype)
-        y = self.model.resnet_model(x * (mask + (hard - mask).detach()))
+        y = self.model["resnet_model"](x * (mask + (hard - mask).detach()))
         return y.float() * self.train_std + self.train_mean, mask
 
 
@@ -358,8 +347,8 @@ def idm_config(args):
 
 
 def load_part(args, part, device, source=None):
-    """A part of Wan from `source` (default --weights_from): pretrained weights, or random ones in its shape or
-    the tiny shape. Transformer and VAE are fp32, the text encoder of the 5B model is bf16."""
+    """A part of Wan from `source` (default --weights_from): pretrained weights, or random ones in its shape
+    or the tiny shape. Transformer and VAE are fp32, the text encoder of the 5B model is bf16."""
     tiny = args.model == "tiny"
     dtype = torch.bfloat16 if part == "text_encoder" and not tiny else torch.float32
     torch.manual_seed(0)         # whatever --seed is: no checkpoint holds what is random and frozen
@@ -395,14 +384,19 @@ def keep_time_in_fp32(dit):
     return dit
 
 
+@torch.no_grad()
 def init_small(dit):
-    """Initialises weights that have not been pretrained: small blocks, so that the noise, which the velocity
-    contains, passes the residual stream from the first step on. Halves the steps that training takes."""
+    """Initialises weights that have not been pretrained so that the velocity begins as the noise, which it
+    contains: the output layer inverts the patch embedding, and the blocks are small."""
     for name, p in dit.named_parameters():
-        if name.endswith("scale_shift_table"):
+        if name.endswith(("scale_shift_table", "embedding.bias", "proj_out.bias")):
             nn.init.zeros_(p)
         elif name.startswith("blocks.") and p.ndim == 2:
             nn.init.normal_(p, std=.5 / math.sqrt(p.shape[1]))
+    patch = nn.init.orthogonal_(dit.patch_embedding.weight.flatten(1))             # D (C 2 2)
+    dit.patch_embedding.weight.copy_(patch.view_as(dit.patch_embedding.weight))
+    patch = patch.unflatten(1, (-1, 4)).transpose(1, 2).flatten(1)                 # D (2 2 C), as the output
+    dit.proj_out.weight.copy_(patch.T * math.sqrt(patch.shape[1] / patch.shape[0]))    # of normalised tokens
 
 
 def load_idm(path, config=IDM_FULL) -> IDM:
@@ -522,128 +516,26 @@ def generate(dit, z0, text, empty, args, seed):
     return torch.cat([z0, x[:, :, 1:]], dim=2)
 
 
-# ---- data set -------------------------------------------------------------------------------------------
-
-@dataclass
-class Episode:
-    """folder holds video.mp4 at 10 fps, actions.npy, instruction.txt and, where arms are known, mask.npz.
-    random_poses: it shows no task, only poses for the IDM. views: cameras of the mosaic, for the prompt."""
-    folder: Path
-    actions: np.ndarray                          # (T, 14) float32: what frame t shows
-    instruction: str
-    random_poses: bool
-    views: tuple
-
-
-def open_episode(root, row):
-    """A row of the manifest -> Episode. UserError, naming the file, for what is missing or malformed."""
-    folder = root / "episodes" / str(row["id"])
-    for name in ("video.mp4", "actions.npy", "instruction.txt"):
-        if not (folder / name).is_file():
-            raise UserError(f"episode {row['id']} of {root} has no file {folder / name}")
-    try:
-        actions = np.load(folder / "actions.npy").astype(np.float32)
-    except (ValueError, OSError, EOFError, TypeError) as error:
-        raise UserError(f"{folder}/actions.npy cannot be read: {common.reason(error)}") from error
-    if actions.ndim != 2 or actions.shape[1] != ACTION_DIM or not len(actions):
-        raise UserError(f"{folder}/actions.npy: actions are {actions.shape}, not (T, {ACTION_DIM})")
-    if not np.isfinite(actions).all():
-        frame = np.isfinite(actions).all(1).argmin()
-        raise UserError(f"{folder}/actions.npy: action of frame {frame} is NaN or infinite")
-    return Episode(folder, actions, common.read_text(folder / "instruction.txt").strip(),
-                   bool(row.get("random_poses")), tuple(row.get("views") or VIEWS))
-
-
-def load_splits(data_dir) -> dict[str, list[Episode]]:
-    """Episodes of manifest.json -> {"train", "val", "test": [...]}. Of ten with a task, and of ten with random
-    poses, the 6th is for validation and the 10th for tests; of fewer the middle and the last."""
-    path = Path(data_dir) / "manifest.json"
-    if not path.is_file():
-        raise UserError(f"no data set in {data_dir}: python data/vidar/prepare.py makes or converts one")
-    try:
-        manifest = json.loads(common.read_text(path))
-        episodes = [open_episode(Path(data_dir), row) for row in manifest["episodes"]]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f'{path} must hold "episodes", a list in which each has an "id"') from error
-    if manifest.get("fps", FPS) != FPS:
-        raise UserError(f"{path} has {manifest['fps']} fps, not {FPS}: convert it by data/vidar/prepare.py")
-    splits = {"train": [], "val": [], "test": []}
-    for chosen in (tasks(episodes), [episode for episode in episodes if episode.random_poses]):
-        turn = min(10, len(chosen))
-        held_out = {turn - 1: "test", turn // 2: "val"} if turn > 2 else {}
-        for i, episode in enumerate(chosen):
-            splits[held_out.get(i % turn, "train")].append(episode)
-    if not tasks(splits["test"]):
-        raise UserError(f"{data_dir}: train, val and test need three episodes with a task")
-    return splits
-
-
-def tasks(episodes):
-    """The episodes that show a task."""
-    return [episode for episode in episodes if not episode.random_poses]
-
-
-def read_episode(episode, args):
-    """-> frames T 3 H W uint8 at the model's size, arm masks T H W bool or None."""
-    size = args.height, args.width
-    frames = common.read_video(episode.folder / "video.mp4")
-    if len(frames) != len(episode.actions):
-        raise UserError(f"{episode.folder}/video.mp4 has {len(frames)} frames, its actions are "
-                        f"{len(episode.actions)}")
-    if frames.shape[-2:] != size:                # stretches, as 720 rows to 736 in the official data
-        frames = F.interpolate(frames, size, mode="bicubic", antialias=True)
-    if not (episode.folder / "mask.npz").is_file():
-        return frames, None
-    packed = np.load(episode.folder / "mask.npz")
-    masks = np.unpackbits(packed["bits"], count=packed["shape"].prod()).reshape(packed["shape"])
-    return frames, resize(torch.from_numpy(masks)[:, None].float(), size)[:, 0] >= .5
-
-
-def cut_window(episode, start, length):
-    """-> numbers of the frames of a window, and which are valid: past the end the last frame repeats."""
-    clock = start + np.arange(length)
-    return clock.clip(max=len(episode.actions) - 1), torch.from_numpy(clock < len(episode.actions))
-
-
-def make_prompt(instruction, args, views=VIEWS):
-    """What the text encoder is given: the instruction behind upstream's description of style, cameras and
-    robot, in which --prompt_views names the head camera. A text that has the description stays as it is."""
-    task = instruction.strip()
-    if args.prompt_views == "none" or "performing the following task:" in task:
-        return task
-    cameras = [f"a {view} camera" for view in (f"fixed {args.prompt_views}", *views[1:])]
-    listed = ", and ".join([", ".join(cameras[:-1]), cameras[-1]] if len(cameras) > 1 else cameras)
-    count = ("one view", "two views", "three views")[len(cameras) - 1]
-    if args.prompt_views != "front":             # upstream leaves the instructions of its front camera alone
-        task = task[:1].lower() + task[1:]
-    return (f"The whole scene is in a realistic, industrial art style with {count}: {listed}. "
-            f"The aloha robot is currently performing the following task: {task}")
-
-
-# ---- cache ----------------------------------------------------------------------------------------------
+# ---- data set: cache ------------------------------------------------------------------------------------
 # data_dir/cache/<hash>/<split>_<number>.<kind>: safetensors, a file per episode, each written once and whole.
-# The hash is of the data set's files and of CACHE_FLAGS. Kinds: "windows" with latents C F h w, valid F (latent
-# frames without padding), actions T 14, arm 1 F h w (U of Eq. 7, with --eta) of each window, text L D and
-# empty L D; "frames" for the IDM, with frames 3 h w uint8 and actions 14.
+# "windows" has latents C F h w, valid F (latent frames without padding), actions T 14 and, with --eta, arm
+# 1 F h w (U of Eq. 7) of each window, text L D and empty L D; "frames", for the IDM, frames 3 h w uint8 and
+# actions 14.
 
 def cache_folder(args, splits):
-    recipe = [json.dumps({name: getattr(args, name) for name in CACHE_FLAGS})]
-    for episode in (episode for part in splits.values() for episode in part):
-        recipe += [episode.folder.name, episode.instruction]
-        for path in (episode.folder / name for name in ("video.mp4", "actions.npy", "mask.npz")):
-            recipe.append(f"{path.stat().st_size} {path.stat().st_mtime_ns}" if path.is_file() else "")
+    """By a hash of CACHE_FLAGS, of the data set's files, and of the IDM if it has to locate the arms."""
+    recipe = [json.dumps({name: getattr(args, name) for name in CACHE_FLAGS}), str(bool(args.eta))]
+    episodes = [episode for part in splits.values() for episode in part]
+    names = "video.mp4", "actions.npy", "mask.npz"
+    paths = [episode.folder / name for episode in episodes for name in names]
+    if args.eta and not all(episode.has_mask for episode in tasks(episodes)):
+        if not args.idm:
+            raise UserError("--eta weighs the arms, which mask.npz or an IDM must locate: name --idm FILE")
+        paths.append(Path(args.idm))
+    for path in paths:
+        recipe.append(f"{path.stat().st_size} {path.stat().st_mtime_ns}" if path.is_file() else "")
+    recipe += [f"{episode.folder.name} {episode.instruction}" for episode in episodes]
     return Path(args.data_dir) / "cache" / hashlib.sha256("\n".join(recipe).encode()).hexdigest()[:16]
-
-
-def windows_kind(args, splits):
-    """Ending of the windows' files: with arms or without, and if an IDM locates these, of which IDM."""
-    if not args.eta:
-        return "windows"
-    if all((episode.folder / "mask.npz").is_file() for part in splits.values() for episode in tasks(part)):
-        return "windows_arm"
-    if not args.idm:
-        raise UserError("--eta weighs the arms, which only mask.npz or an IDM can locate: name --idm FILE")
-    return f"windows_arm_{Path(args.idm).stat().st_size}_{Path(args.idm).stat().st_mtime_ns}"
 
 
 class CacheWriter:
@@ -676,7 +568,7 @@ class CacheWriter:
                     self.idm, video[chosen] / 255, self.run.device)[1][:, 0]
                 rows[-1]["arm"] = arm_to_latent(arm[None], z.shape[-2:])[0].bfloat16()
         tensors = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-        prompt = make_prompt(episode.instruction, self.args, episode.views)
+        prompt = make_prompt(episode.instruction, self.args.prompt_views, episode.views)
         return {**tensors, "text": self.encode_prompt()(prompt), "empty": self.encode_prompt()("")}
 
 
@@ -685,7 +577,7 @@ def fit_codec(args, run, splits, folder):
     if run.rank == 0 and args.model == "tiny" and not (folder / "codec.safetensors").is_file():
         folder.mkdir(parents=True, exist_ok=True)
         chosen = tasks(splits["train"])
-        videos = [read_episode(episode, args)[0][cut_window(episode, 0, args.frames)[0]]
+        videos = [read_episode(episode, (args.height, args.width))[0][cut_window(episode, 0, args.frames)[0]]
                   for episode in chosen[::max(1, len(chosen) // 40)]]
         codec = common.LinearCodec.fit(from_uint8(torch.stack(videos)), TINY["transformer"]["in_channels"])
         common.save_weights(folder / "codec.safetensors", codec.tensors)
@@ -701,17 +593,17 @@ def build_cache(args, run, splits, folder, kinds, idm=None):
     for split, episodes in splits.items():
         for number, episode in enumerate(episodes):
             paths = [folder / f"{split}_{number:05d}.{kind}" for kind in kinds
-                     if kind.startswith("frames") or not episode.random_poses]
+                     if kind == "frames" or not episode.random_poses]
             paths = [path for path in paths if not path.is_file()]
             jobs += [(split, number, episode, paths)] if paths else []
     jobs = jobs[run.rank::run.world]
     folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(4) as pool, tqdm(total=len(jobs), desc="cache", disable=not jobs) as bar:
         for i in range(0, len(jobs), 8):                     # a few at a time: videos are large
-            videos = pool.map(lambda job: read_episode(job[2], args), jobs[i:i + 8])
+            videos = pool.map(lambda job: read_episode(job[2], (args.height, args.width)), jobs[i:i + 8])
             for (*job, paths), video in zip(jobs[i:i + 8], videos):
                 for path in paths:
-                    make = writer.frames if path.suffix.startswith(".frames") else writer.windows
+                    make = getattr(writer, path.suffix[1:])
                     common.save_weights(path, make(*job, *video))
                 bar.update()
     common.barrier()
@@ -737,7 +629,7 @@ class Cache:
 
 
 def collate(windows, numbers, args, device, unconditional=()):
-    """Windows -> batch {"latents", "valid", "actions", "arm" if it is cached: stacked, "text": B L D}. Text is
+    """Windows -> batch {"latents", "valid", "actions", "arm" if cached: stacked, "text": B L D}. Text is
     padded with zeros, as in Wan's training. unconditional: rows of the batch with an empty prompt."""
     columns = windows.get(numbers)
     empty = columns.pop("empty")
@@ -760,8 +652,8 @@ def idm_scores(prediction, target):
     """Actions N 14 -> {"r2": mean over the joints, "r2_worst", "l1", "accuracy": share of frames in which all
     joints are within 0.05 rad and both grippers within 0.5}."""
     error = (prediction - target).abs()
-    tolerance = torch.full((ACTION_DIM,), JOINT_TOLERANCE)
-    tolerance[list(GRIPPERS)] = GRIPPER_TOLERANCE
+    tolerance = torch.full((ACTION_DIM,), .05)
+    tolerance[list(GRIPPERS)] = .5
     residual = (prediction - target).double().square().sum(0)
     r2 = 1 - residual / (target - target.mean(0)).double().square().sum(0)
     return {"r2": r2.mean().item(), "r2_worst": r2.min().item(), "l1": error.mean().item(),
@@ -782,27 +674,21 @@ def load_window(args, episode):
     """An episode's first window -> frames T 3 H W in [0, 1], actions T 14, valid T bool, arm masks T H W bool
     or None."""
     chosen, valid = cut_window(episode, 0, args.frames)
-    video, masks = read_episode(episode, args)
+    video, masks = read_episode(episode, (args.height, args.width))
     actions = torch.from_numpy(episode.actions[chosen])
     return video[chosen] / 255, actions, valid, None if masks is None else masks[chosen]
 
 
-class Sampler:
-    """Samples videos: the video model with its codec and text encoder."""
-    def __init__(self, args, run, model, folder):
-        self.args, self.run, self.model = args, run, model
-        self.vae, self.encode_prompt = load_codec(args, folder, run.device), text_encoder(args, run.device)
-
-    @torch.no_grad()
-    def sample(self, first, episode, seed):
-        """first 3 H W in [0, 1] -> T 3 H W in [0, 1], on the CPU."""
-        prompts = make_prompt(episode.instruction, self.args, episode.views), ""
-        text, empty = (common.pad_text([self.encode_prompt(prompt)], self.args.text_length).to(self.run.device)
-                       for prompt in prompts)
-        z0 = common.wan_encode(self.vae, first[None, None].to(self.run.device) * 2 - 1)
-        with self.run.autocast():
-            z = generate(self.model.dit, z0, text, empty, self.args, seed)
-        return (common.wan_decode(self.vae, z)[0].cpu() + 1) / 2
+@torch.no_grad()
+def sample_video(args, run, model, vae, encode_prompt, first, episode, seed):
+    """first 3 H W in [0, 1] -> T 3 H W in [0, 1], on the CPU."""
+    prompts = make_prompt(episode.instruction, args.prompt_views, episode.views), ""
+    text, empty = (common.pad_text([encode_prompt(prompt)], args.text_length).to(run.device)
+                   for prompt in prompts)
+    z0 = common.wan_encode(vae, first[None, None].to(run.device) * 2 - 1)
+    with run.autocast():
+        z = generate(model.dit, z0, text, empty, args, seed)
+    return (common.wan_decode(vae, z)[0].cpu() + 1) / 2
 
 
 @torch.no_grad()
@@ -810,7 +696,8 @@ def evaluate(args, run, model, idm, splits, folder):
     """Scores on episodes that no training saw -> [eval.json, curves.png]. model or idm may be None. Processes
     share the episodes."""
     began, videos, actions = time.time(), {}, {}
-    sampler = Sampler(args, run, model, folder) if model is not None else None
+    if model is not None:
+        vae, encode_prompt = load_codec(args, folder, run.device), text_encoder(args, run.device)
     limit = args.eval_clips or None
     poses = [episode for episode in splits["test"] if episode.random_poses]
     held_out = list(enumerate(tasks(splits["test"])[:limit] + poses[:limit]))
@@ -822,17 +709,18 @@ def evaluate(args, run, model, idm, splits, folder):
             predictions["model", "real"] = predicted, valid
             predictions["mean action", "real"] = idm.train_mean.cpu().expand_as(target), valid
             arm = resize(mask, truth.shape[-2:])[:, 0] >= .5 if arm is None else arm
-        if sampler and not episode.random_poses:
+        if model is not None and not episode.random_poses:
             later = valid & (torch.arange(len(valid)) > 0)
-            z = common.wan_encode(sampler.vae, truth[None].to(run.device) * 2 - 1)
-            frames = {"model": sampler.sample(truth[0], episode, number),
+            z = common.wan_encode(vae, truth[None].to(run.device) * 2 - 1)
+            frames = {"model": sample_video(args, run, model, vae, encode_prompt, truth[0], episode, number),
                       "persistence": truth[:1].expand_as(truth),
-                      "codec": (common.wan_decode(sampler.vae, z)[0].cpu() + 1) / 2}
+                      "codec": (common.wan_decode(vae, z)[0].cpu() + 1) / 2}
             for method, video in frames.items():
                 videos.setdefault(method, []).append(video_scores(video, truth, arm, valid))
             predictions["persistence", "generated"] = target[:1].expand_as(target), later
             if idm is not None:
-                predictions["model", "generated"] = predict_actions(idm, frames["model"], run.device)[0], later
+                predicted, _ = predict_actions(idm, frames["model"], run.device)
+                predictions["model", "generated"] = predicted, later
         for key, (predicted, known) in predictions.items():
             actions.setdefault(key, []).append((predicted[known], target[known]))
     videos, actions = common.gather_rows(videos), common.gather_rows(actions)
@@ -865,15 +753,15 @@ def report(args, videos, actions, began):
 
 
 def sample(args, run, model, idm, splits, folder):
-    """Videos of held-out episodes from their first frames, with the part that the IDM's mask lets through, and
-    the actions that the IDM predicts -> [samples/...]. On rank 0."""
+    """Videos of held-out episodes from their first frames, with what the IDM's mask lets through, and the
+    actions that the IDM predicts -> [samples/...]. On rank 0."""
     if run.rank or model is None:
         return []
-    sampler, files = Sampler(args, run, model, folder), []
+    vae, encode_prompt, files = load_codec(args, folder, run.device), text_encoder(args, run.device), []
     labels = ["given", *(f"t+{t}" for t in range(1, args.frames))]
     for number, episode in enumerate(tasks(splits["test"])[:args.num_samples]):
         truth = load_window(args, episode)[0]
-        video = sampler.sample(truth[0], episode, args.seed + number)
+        video = sample_video(args, run, model, vae, encode_prompt, truth[0], episode, args.seed + number)
         panels = {"real video": truth * 2 - 1, "sampled video": video * 2 - 1}
         stem = Path(args.output_dir, "samples", episode.folder.name)
         files.append(common.write_video(f"{stem}_sampled.mp4", panels["sampled video"], FPS))
@@ -908,9 +796,9 @@ def wrap(model, args, run):
     """Gradient checkpointing and torch.compile on request; FSDP2 with --fsdp, a block a unit; DDP under
     torchrun and for the IDM, which has no transformer.
 
-    Weights, gradients and moments are fp32, blocks compute in bf16. FSDP casts no inputs: timesteps and rotary
-    tables stay fp32. The root is resharded after forward like the blocks: by default it stays gathered until a
-    backward, and the step after a validation would compute with the EMA weights."""
+    Weights, gradients and moments are fp32, blocks compute in bf16. FSDP casts no inputs: timesteps and
+    rotary tables stay fp32. The root is resharded after forward like the blocks: by default it stays gathered
+    until a backward, and the step after a validation would compute with the EMA weights."""
     dit = getattr(model, "dit", None)
     if dit is not None and args.grad_checkpoint:
         dit.enable_gradient_checkpointing()
@@ -1043,8 +931,8 @@ def train_video(args, run, stage, windows, checkpoint):
 @torch.no_grad()
 def write_generated_frames(args, run, model, folder, windows, path):
     """Writes frames as the video model shows them, a file like those of kind "frames": of --idm_generated
-    training windows, noised to a random level and denoised in one step. They are as blurred as its samples, but
-    their joint positions are known."""
+    training windows, noised to a random level and denoised in one step. They are as blurred as its samples,
+    but their joint positions are known."""
     vae, rng = load_codec(args, folder, run.device), np.random.default_rng(0)
     frames, actions = [], []
     for number in spread(len(windows.rows), args.idm_generated):
@@ -1066,31 +954,29 @@ def train_idm(args, run, stage, frames, statistics, checkpoint):
     """Stage "idm"; final/ then has idm.pt. frames: {"train", "val": Cache}. statistics: actions N 14."""
     torch.manual_seed(args.seed)                 # equal initial weights on all processes and after a restart
     model = IDM(idm_config(args))
-    nn.init.constant_(model.model.mask_model.out.bias, .3)   # open: a closed mask gives itself no gradient
+    nn.init.constant_(model.model["mask_model"].out.bias, .3)   # open: a closed mask gives itself no gradient
     model.set_statistics(statistics)
     model.to(run.device)
     spec = {"frame": ("randint", len(frames["train"].rows))}
 
     def get(split, numbers):
         columns = frames[split].get(numbers)
-        return torch.stack(columns["frames"]) / 255, torch.stack(columns["actions"])
-
-    def loss_of(prediction, actions, mask):
-        target = model.normalize(actions.to(run.device))
-        return idm_loss(model.normalize(prediction.to(run.device)), target, mask, args.mask_weight)
+        x, actions = (torch.stack(columns[name]).to(run.device) for name in ("frames", "actions"))
+        return x / 255, actions
 
     def loss_fn(net, step, micro, grad_accum):
         values, _ = sample_numbers(args, run, spec, 2, step, micro, grad_accum, stage.batch_size)
         x, actions = get("train", values["frame"].tolist())
-        prediction, mask = net(x.to(run.device))
-        return loss_of(prediction, actions, mask), {"mask_area": mask.detach().mean()}
+        prediction, mask = net(x)
+        loss = idm_loss(model.normalize(prediction), model.normalize(actions), mask, args.mask_weight)
+        return loss, {"mask_area": mask.detach().mean()}
 
     def val_fn(net):
-        x, actions = get("val", spread(len(frames["val"].rows), 256))
-        prediction, mask = predict_actions(model, x, run.device)
-        scores = {"loss": loss_of(prediction, actions, mask).item(), "mask_area": mask.mean().item(),
-                  **idm_scores(prediction, actions)}
-        return {f"val_{name}": value for name, value in scores.items()}
+        x, actions = get("val", spread(len(frames["val"].rows), 128))
+        prediction, mask = model(x)
+        loss = idm_loss(model.normalize(prediction), model.normalize(actions), mask, args.mask_weight)
+        scores = {"loss": loss, "mask_area": mask.mean(), **idm_scores(prediction.cpu(), actions.cpu())}
+        return {f"val_{name}": float(value) for name, value in scores.items()}
 
     train(args, run, SCRIPT, stage, model, loss_fn, val_fn, checkpoint)
     if run.rank == 0:
@@ -1118,7 +1004,7 @@ def train_stages(args, run, checkpoint, splits, folder):
         common.write_json(Path(args.output_dir, "args.json"), {**vars(args), **common.provenance()})
     idm = load_idm(args.idm, idm_config(args)).to(run.device) if args.idm else None
     plan, generated = stage_plan(args), Path(args.output_dir, "video/final/generated_frames.safetensors")
-    kinds = {"video": windows_kind(args, splits), "idm": f"frames_{args.idm_frames}"}
+    kinds = {"video": "windows", "idm": "frames"}
     build_cache(args, run, splits, folder, [kinds[stage.name] for stage in plan], idm)
     for stage in plan:
         paths = {split: list(folder.glob(f"{split}_*.{kinds[stage.name]}")) for split in ("train", "val")}
@@ -1156,26 +1042,32 @@ def load_models(args, device, checkpoint=None):
     return models["video"], models["idm"]
 
 
+def example_batch(args, config):
+    """A batch in the shapes that the flags ask for, on the default device."""
+    B, side = args.batch_size, codec_side(args)
+    size = (args.frames - 1) // 4 + 1, args.height // side, args.width // side
+    z = torch.randn(B, config.in_channels, *size)
+    return {"latents": z, "valid": torch.ones(B, z.shape[2], dtype=torch.bool), "arm": z[:, :1],
+            "text": torch.randn(B, args.text_length, config.text_dim)}
+
+
 def dry_run(args):
     """Prints parameters, FLOPs and memory of the video model's step on the meta device."""
-    B, side = args.batch_size, codec_side(args)
     flags = argparse.Namespace(**{**vars(args), "random_init": True, "vidar": None})
     with torch.device("meta"):
         model = VideoModel(load_transformer(flags, "meta"), args).train()
         if args.grad_checkpoint:
             model.dit.enable_gradient_checkpointing()
-        config = model.dit.config
-        z = torch.randn(B, config.in_channels, (args.frames - 1) // 4 + 1, args.height // side,
-                        args.width // side)
-        batch = {"latents": z, "valid": torch.ones(B, z.shape[2], dtype=torch.bool), "arm": z[:, :1],
-                 "text": torch.randn(B, args.text_length, config.text_dim)}
+        batch = example_batch(args, model.dit.config)
+        z = batch["latents"]
 
         def loss():
             with torch.autocast("cpu", torch.bfloat16, enabled=args.model != "tiny"):
-                return model(batch, z, torch.rand(B))[0]
+                return model(batch, z, torch.rand(len(z)))[0]
 
         world = int(os.environ.get("WORLD_SIZE", 1))
-        print(common.dry_run_report("video model", model, loss, B, z[0, 0].numel() // 4, world, args.fsdp))
+        tokens = z[0, 0].numel() // 4
+        print(common.dry_run_report("video model", model, loss, len(z), tokens, world, args.fsdp))
 
 
 def run_script(argv):

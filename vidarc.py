@@ -2,11 +2,11 @@
 
 Papers      Vidarc (arXiv:2512.17661), of which this is stage 2, on Vidar (arXiv:2507.12898); Self Forcing
             (arXiv:2506.08009); Wan2.2-TI2V-5B (arXiv:2503.20314).
-Equations   Eq. 6  |v(x_t, t, c, x_prev) - (x_0 - x_1)|^2, x_prev clean   -> teacher_forced_loss, teacher_plan
-            Eq. 7  |(1 + eta U) (v - (x_0 - x_1))|^2, eta 3                -> vidar.flow_loss
-            x = (1 - sigma) z + sigma eps, sigma per latent frame          -> mix_noise; signs as in vidar.py
-            self-forcing: behind latents that the model generated          -> self_forced_loss
-            KV cache, re-prefill with observed frames                      -> KVCache, generate_latents, Policy
+Equations   Eq. 6  |v(x_t, t, c, x_prev) - (x_0 - x_1)|^2, x_prev clean  -> teacher_forced_loss, teacher_plan
+            Eq. 7  |(1 + eta U) (v - (x_0 - x_1))|^2, eta 3               -> vidar.flow_loss
+            x = (1 - sigma) z + sigma eps, sigma per latent frame         -> mix_noise; signs as in vidar.py
+            self-forcing: behind latents that the model generated         -> self_forced_loss
+            KV cache, re-prefill with observed frames                     -> KVCache, generate_latents, Policy
 Run         python vidarc.py                         # 9 min on 2 CPU cores, stage 1 included
             python vidarc.py --sample --num_samples 3                      # or --eval
             python vidarc.py --serve 8000                                  # actions over a websocket
@@ -14,9 +14,9 @@ Run         python vidarc.py                         # 9 min on 2 CPU cores, sta
             python vidarc.py --preset ti2v_5b --global_batch 1 --batch_size 1 --max_steps 100    # one GPU
 From Python policy = vidarc.load_policy("runs/vidarc"); actions = policy.act(frames, instruction, joints)
 Shapes      B batch  T frames  F = (T - 1) / 4 + 1 latent frames  C latent channels  H W pixels  h w latent
-            cells  S = h/2 w/2 tokens of a latent frame  N = F S  D width  L text tokens. Latents are B C F h w,
-            videos B T 3 H W in [-1, 1], for the IDM in [0, 1]; actions n 14 are absolute joint positions.
-            --chunk_size and --kv_cache_length count pixel frames, four to a latent frame.
+            cells  S = h/2 w/2 tokens of a latent frame  N = F S  D width  L text tokens. Latents are
+            B C F h w, videos B T 3 H W in [-1, 1], for the IDM in [0, 1]; actions n 14 are absolute joint
+            positions. --chunk_size and --kv_cache_length count pixel frames, four to a latent frame.
 """
 import argparse
 import functools
@@ -24,7 +24,6 @@ import json
 import os
 import shutil
 import sys
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,10 +38,12 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import patchify, unpatchif
 import common
 import vidar
 from common import UserError, at_least, between, from_uint8
+from data.vidar.episodes import VIEWS, load_splits, make_prompt, read_manifest, tasks
+from data.vidar.server import make_server
 from data.vidar.world import ArmWorld
 
 SCRIPT = "vidarc"
-FIRST_WORLD = 1_000_000                  # seed of the first world of closed-loop evaluation; training's begin at 0
+FIRST_WORLD = 1_000_000                  # seed of the first world of --eval; those of training begin at 0
 HORIZON = 64                             # frames in a world, enough to try again
 MOVED_AT = 6                             # frame at which the block is moved
 
@@ -52,8 +53,8 @@ PRESETS = {
     "tiny": dict(
         {name: vidar.PRESETS["tiny"][name] for name in (
             "model", "data_dir", "height", "width", "frames", "prompt_views", "windows", "text_length",
-            "batch_size", "global_batch", "lr", "warmup_steps", "ema_decay", "shift", "cfg_drop", "eval_every",
-            "save_every", "eval_clips")},
+            "idm_frames", "batch_size", "global_batch", "lr", "warmup_steps", "ema_decay", "shift",
+            "cfg_drop", "eval_every", "save_every", "eval_clips")},
         vidar="runs/vidar/video/final/vidar.safetensors", idm="runs/vidar/final/idm.pt", max_steps=1150,
         num_inference_steps=1, guidance_scale=1., chunk_size=8, kv_cache_length=32, self_forcing=.1,
         self_forcing_after=850, worlds=48),
@@ -112,15 +113,15 @@ def causal_plan(count, past=0):
 
 
 def teacher_plan(F_):
-    """Clean latent frames 0 to F - 2, then noisy ones 1 to F - 1, in one pass: a noisy one attends to the clean
-    ones before it and to itself."""
+    """Clean latent frames 0 to F - 2, then noisy ones 1 to F - 1, in one pass: a noisy one attends to the
+    clean ones before it and to itself."""
     noisy = tuple(((0, i), (F_ - 2 + i, F_ - 1 + i)) for i in range(1, F_))
     return causal_plan(F_ - 1) + noisy
 
 
 def attend(q, k, v, plan, S):
-    """Attention by a plan: q B heads N d, k and v B heads N' d -> B heads N d. A call per latent frame: without
-    a mask every fused kernel works, and what is not attended to costs nothing."""
+    """Attention by a plan: q B heads N d, k and v B heads N' d -> B heads N d. A call per latent frame:
+    without a mask every fused kernel works, and what is not attended to costs nothing."""
     if plan is None:
         return F.scaled_dot_product_attention(q, k, v)
     k_frames, v_frames = k.split(S, dim=2), v.split(S, dim=2)
@@ -152,8 +153,8 @@ def rotate(x, cos, sin):
 
 
 class CausalSelfAttention:
-    """Processor of attn1. hidden B*F S D: latent frames are folded into the batch, so that their modulation is
-    B*F 6 D and not one for every token; here they are unfolded. Keys are cached after rotation."""
+    """Processor of attn1. hidden B*F S D: latent frames are folded into the batch, so that their modulation
+    is B*F 6 D and not one for every token; here they are unfolded. Keys are cached after rotation."""
     def __init__(self, layer):
         self.layer = layer
 
@@ -189,8 +190,8 @@ class TextAttention:
 
 
 class CausalWan(WanTransformer3DModel):
-    """WanTransformer3DModel, the same parameters under the same names, with a timestep and a position for each
-    latent frame, an attention plan, and a KV cache. Without these it is stage 1's model."""
+    """WanTransformer3DModel, the same parameters under the same names, with a timestep and a position for
+    each latent frame, an attention plan, and a KV cache. Without these it is stage 1's model."""
     @functools.wraps(WanTransformer3DModel.__init__)       # diffusers reads config names from the signature
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -224,8 +225,8 @@ class CausalWan(WanTransformer3DModel):
         return [TextAttention.keys_and_values(block.attn2, text) for block in self.blocks]
 
     def forward(self, x, t, text, plan=None, positions=None, cache=None):
-        """x B C F h w, t B F (0 to 1000), text B L D or text_kv -> velocity B C F h w, float32. positions: (F,)
-        in time; by default they follow those of the cache."""
+        """x B C F h w, t B F (0 to 1000), text B L D or text_kv -> velocity B C F h w, float32. positions:
+        (F,) in time; by default they follow those of the cache."""
         B, _, F_, h, w = x.shape
         _, ph, pw = self.config.patch_size
         dtype = self.patch_embedding.weight.dtype
@@ -275,8 +276,8 @@ class KVCache:
     def require(self, count):
         """Raises UserError unless `count` more latent frames fit."""
         if self.frames + count > self.capacity:
-            raise UserError(f"the KV cache holds {self.capacity} latent frames, not {self.frames + count}: raise "
-                            f"--kv_cache_length to {4 * (self.frames + count - 1)}")
+            raise UserError(f"the KV cache holds {self.capacity} latent frames, not {self.frames + count}: "
+                            f"raise --kv_cache_length to {4 * (self.frames + count - 1)}")
 
     @torch.no_grad()
     def append(self, model, z, text):
@@ -372,8 +373,8 @@ def decode_next(vae, z, state=None):
 
 # ---- objective ------------------------------------------------------------------------------------------
 # batch    as of vidar.Windows.get: latents B C F h w, text B L D, valid B F, arm B 1 F h w
-# values   drawn outside, so that all processes make the same calls: u B F-1 in [0, 1), the noise level of each
-#          latent frame; noise, rollout_noise B C F h w; and the same for all samples: use_self_forcing,
+# values   drawn outside, so that all processes make the same calls: u B F-1 in [0, 1), the noise level of
+#          each latent frame; noise, rollout_noise B C F h w; and the same for all samples: use_self_forcing,
 #          rollout_start and rollout_length in [0, 1)
 
 def mix_noise(z, noise, sigma):
@@ -412,9 +413,9 @@ class CausalModel(nn.Module):
         return self.loss_at(v, batch, noise, slice(1, None))
 
     def self_forced_loss(self, batch, values):
-        """The closed loop's own errors: an observed past, then latents that the model generates, then the loss
-        of the next observed latent behind these. Between two observations lie --chunk_size frames; within one
-        such stretch 1 to all but one latent are generated, without gradients, in a few steps."""
+        """The closed loop's own errors: an observed past, then latents that the model generates, then the
+        loss of the next observed latent behind these. Between two observations lie --chunk_size frames;
+        within one such stretch 1 to all but one latent are generated, without gradients, in a few steps."""
         z, text, args = batch["latents"], batch["text"], self.args
         chunk = args.chunk_size // 4
         start = 1 + chunk * int(values["rollout_start"] * ((z.shape[2] - 1) // chunk))
@@ -432,27 +433,14 @@ class CausalModel(nn.Module):
 
 # ---- closed loop ----------------------------------------------------------------------------------------
 
-def mosaic(head, left=None, right=None):
-    """Cameras' H W 3 uint8 -> 720 640 3 uint8, as upstream: the head camera above the wrist cameras. A missing
-    wrist camera shows the head camera's image."""
-    views = []
-    for view, size in ((head, (480, 640)), (left, (240, 320)), (right, (240, 320))):
-        view = torch.from_numpy(np.array(head if view is None else view)).movedim(-1, 0)[None]
-        views.append(F.interpolate(view, size, mode="bicubic", antialias=True)[0])
-    return torch.cat([views[0], torch.cat(views[1:], dim=2)], dim=1).movedim(0, -1).numpy()
-
-
 class Policy:
     """What a robot's client calls: images and an instruction in, actions out.
 
         policy = load_policy("runs/vidarc")
-        policy.reset()
-        frames = [first]                               # mosaics H W 3 uint8, as mosaic() makes them
+        frames = [first]                               # H W 3 uint8, as data/vidar/server.py's mosaic()
         while not done:
             actions = policy.act(np.stack(frames), instruction, joints)      # (chunk_size, 14)
-            frames = [execute(action) for action in actions]                 # at 10 fps
-
-    Executing fewer actions is fine, best in fours.
+            frames = [execute(action) for action in actions]                 # at 10 fps, best in fours
     """
     def __init__(self, args, run, dit, idm, vae, encode_prompt):
         self.args, self.run, self.dit, self.idm, self.vae = args, run, dit, idm, vae
@@ -480,7 +468,7 @@ class Policy:
         return np.concatenate(list(self.stream(frames, instruction, joints)))
 
     @torch.no_grad()
-    def stream(self, frames, instruction, joints=None, latents=None, views=vidar.VIEWS):
+    def stream(self, frames, instruction, joints=None, latents=None, views=VIEWS):
         """As act(), but yields the actions (4, 14) of each latent frame as soon as it is denoised. The frames
         that it generated, 4 3 H W in [0, 1], are in `generated`. latents: how many, if not a chunk."""
         frames, joints = self.check(frames, instruction, joints)
@@ -491,7 +479,7 @@ class Policy:
             if self.instruction is not None:
                 self.reset(seed)
             self.instruction = instruction
-            prompts = [vidar.make_prompt(instruction, self.args, views)] + [""] * (guidance != 1)
+            prompts = [make_prompt(instruction, self.args.prompt_views, views)] + [""] * (guidance != 1)
             text = common.pad_text([self.encode_prompt(prompt) for prompt in prompts], self.args.text_length)
             with self.run.autocast():
                 self.text = self.dit.text_kv(text.to(self.run.device))
@@ -519,8 +507,8 @@ class Policy:
         frames = np.asarray(frames)
         frames = frames[None] if frames.ndim == 3 else frames
         if frames.dtype != np.uint8 or frames.shape[1:] != size or not len(frames):
-            raise UserError(f"frames are {frames.dtype} {frames.shape}, not uint8 (n, {size[0]}, {size[1]}, 3): "
-                            f"mosaics of the cameras at --height and --width")
+            raise UserError(f"frames are {frames.dtype} {frames.shape}, not uint8 (n, {size[0]}, {size[1]}, "
+                            f"3): mosaics of the cameras at --height and --width")
         if not isinstance(instruction, str):
             raise UserError(f"the instruction is {type(instruction).__name__}, not str")
         if joints is None:
@@ -561,13 +549,13 @@ class Policy:
 
 def load_policy(folder: str, device: str = "auto") -> Policy:
     """The policy of a run's folder: args.json and final/. UserError where they are missing."""
-    path = Path(folder) / "args.json"
     final = Path(folder) / "final"
-    if not path.is_file() or not (final / "vidarc.safetensors").is_file():
-        raise UserError(f"{folder} has no trained policy (args.json, final/vidarc.safetensors): train with "
-                        f"python {SCRIPT}.py --output_dir {folder}")
-    args = argparse.Namespace(**json.loads(common.read_text(path)))
-    args.device, args.fsdp, args.vidar = device, False, str(final / "vidarc.safetensors")
+    if not (final / "vidarc.safetensors").is_file():
+        raise UserError(f"{folder} has no trained policy (final/vidarc.safetensors): train with python "
+                        f"{SCRIPT}.py --output_dir {folder}")
+    args = argparse.Namespace(**json.loads(common.read_text(Path(folder) / "args.json")))
+    args.device, args.fsdp = device, False
+    args.vidar, args.random_init = str(final / "vidarc.safetensors"), False
     return make_policy(args, vidar.setup(args), load_dit(args), final)
 
 
@@ -586,9 +574,9 @@ def make_policy(args, run, dit, final):
 
 
 def run_episode(policy, seed, moved, closed, film=None):
-    """One simulated world -> success, final distance of the block from the plate. Closed loop: a new plan from
-    what is observed after every chunk; else one plan for a whole window, then rest. moved: whether the block
-    is moved. film: a list that takes (observed, generated) for each frame, 3 H W in [0, 1]."""
+    """One simulated world -> success, final distance of the block from the plate. Closed loop: a new plan
+    from what is observed after every chunk; else one plan for a whole window, then rest. moved: whether the
+    block is moved. film: a list that takes (observed, generated) for each frame, 3 H W in [0, 1]."""
     args = policy.args
     world = ArmWorld(seed, (args.height, args.width), moved=MOVED_AT if moved else None)
     policy.reset(seed)
@@ -615,30 +603,24 @@ def run_episode(policy, seed, moved, closed, film=None):
 
 # ---- evaluate and sample --------------------------------------------------------------------------------
 
-def forecast(policy, window, instruction, views, seed, observed_past):
+def forecast(policy, window, episode, seed, observed_past):
     """A held-out window chunk after chunk, each behind observed frames, or all behind generated ones
     -> frames T' 3 H W in [0, 1], actions (T' - 1, 14), seconds to the first action and for each chunk."""
-    video, joints, _, _ = window
-    chunk, frames = policy.args.chunk_size, to_numpy(video)
+    video, joints = window[0], window[1].double().numpy()
+    frames = (video * 255).round().to(torch.uint8).movedim(1, -1).numpy()
     policy.reset(seed)
+    chunk = policy.args.chunk_size
     generated, actions, seconds = [video[:1]], [], []
-    starts = range(0, len(video) - chunk, chunk) if observed_past else [0]
-    for start in starts:
+    latents = None if observed_past else policy.cache.capacity - 1
+    for start in range(0, len(video) - chunk, chunk) if observed_past else [0]:
         began = time.perf_counter()
-        latents = None if observed_past else policy.cache.capacity - 1
-        stream = policy.stream(frames[max(0, start - chunk + 1):start + 1], instruction,
-                               joints[start].double().numpy(), latents, views)
-        for part in stream:
+        observed = frames[max(0, start - chunk + 1):start + 1]
+        for part in policy.stream(observed, episode.instruction, joints[start], latents, episode.views):
             actions.append(part)
             seconds.append(time.perf_counter() - began)
         generated += policy.generated
-    per_chunk = chunk // 4
-    return torch.cat(generated), np.concatenate(actions), seconds[::per_chunk], seconds[per_chunk - 1::per_chunk]
-
-
-def to_numpy(video):
-    """T 3 H W in [0, 1] -> T H W 3 uint8."""
-    return (video * 255).round().to(torch.uint8).movedim(1, -1).numpy()
+    step = chunk // 4
+    return torch.cat(generated), np.concatenate(actions), seconds[::step], seconds[step - 1::step]
 
 
 @torch.no_grad()
@@ -663,15 +645,14 @@ def evaluate(args, run, policy, splits):
     generated frames, seconds -> [eval.json, curves.png]. Processes share worlds and episodes."""
     began = time.time()
     videos, actions, worlds, seconds = {}, {}, {}, {"first_action": [], "chunk": []}
-    episodes = list(enumerate(vidar.tasks(splits["test"])[:args.eval_clips or None]))
+    episodes = list(enumerate(tasks(splits["test"])[:args.eval_clips or None]))
     for number, episode in episodes[run.rank::run.world]:
         window = vidar.load_window(args, episode)
         truth, target, valid, arm = window
         still = truth[:1].expand_as(truth), target[:1].expand_as(target)[1:].numpy()
         methods = {"persistence": still}
         for method, observed_past in (("model", True), ("generated past", False)):
-            *methods[method], first_action, chunk = forecast(
-                policy, window, episode.instruction, episode.views, number, observed_past)
+            *methods[method], first_action, chunk = forecast(policy, window, episode, number, observed_past)
             if observed_past:
                 seconds["first_action"] += first_action
                 seconds["chunk"] += chunk
@@ -681,7 +662,7 @@ def evaluate(args, run, policy, splits):
             videos.setdefault(method, []).append(scores)
             pair = torch.from_numpy(predicted)[valid[1:T]], target[1:T].double()[valid[1:T]]
             actions.setdefault(method, []).append(pair)
-    manifest = json.loads(common.read_text(Path(args.data_dir) / "manifest.json"))
+    manifest = read_manifest(args.data_dir)
     for number in range(run.rank, args.worlds, run.world) if manifest.get("simulated") else ():
         for closed in (True, False):
             row = {}
@@ -720,8 +701,8 @@ def sample(args, run, policy, splits):
     """Closed loops in simulated worlds in which the block is moved, or held-out episodes of other data: what
     was observed above what was generated -> [samples/...]. On rank 0."""
     files = []
-    manifest = json.loads(common.read_text(Path(args.data_dir) / "manifest.json"))
-    held_out = vidar.tasks(splits["test"])
+    manifest = read_manifest(args.data_dir)
+    held_out = tasks(splits["test"])
     for number in range(args.num_samples if run.rank == 0 else 0):
         if manifest.get("simulated"):
             name, film = f"world_{number}", []
@@ -730,7 +711,7 @@ def sample(args, run, policy, splits):
         else:
             episode = held_out[number % len(held_out)]
             name, window = episode.folder.name, vidar.load_window(args, episode)
-            generated = forecast(policy, window, episode.instruction, episode.views, args.seed, True)[0][1:]
+            generated = forecast(policy, window, episode, args.seed, True)[0][1:]
             observed = window[0][1:len(generated) + 1]
         panels = {"observed": observed * 2 - 1, "generated": generated * 2 - 1}
         labels = [f"t+{t}" for t in range(1, len(observed) + 1)]
@@ -739,107 +720,13 @@ def sample(args, run, policy, splits):
     return files
 
 
-# ---- serve ----------------------------------------------------------------------------------------------
-# openpi's protocol: binary messages of msgpack, in which an array is a map with these byte-string keys. The
-# server sends its metadata first, then answers each observation; a text message is an error.
-
-def pack_array(value):
-    """NumPy arrays and scalars -> maps, for msgpack.packb(default=...)."""
-    if isinstance(value, (np.ndarray, np.generic)):
-        if value.dtype.kind in "VOc":
-            raise ValueError(f"arrays of dtype {value.dtype} cannot be sent")
-        key = b"__ndarray__" if isinstance(value, np.ndarray) else b"__npgeneric__"
-        data = value.tobytes() if isinstance(value, np.ndarray) else value.item()
-        return {key: True, b"data": data, b"dtype": value.dtype.str, b"shape": value.shape}
-    raise TypeError(f"{type(value).__name__} cannot be sent")
-
-
-def unpack_array(value):
-    """Inverse of pack_array, for msgpack.unpackb(object_hook=...)."""
-    if b"__ndarray__" in value:
-        return np.ndarray(value[b"shape"], np.dtype(value[b"dtype"]), value[b"data"])
-    if b"__npgeneric__" in value:
-        return np.dtype(value[b"dtype"]).type(value[b"data"])
-    return value
-
-
-def observation_frames(observation, args):
-    """openpi's ALOHA observation {"images": {camera: [n] 3 H W or [n] H W 3 uint8}} -> mosaics n H W 3 at the
-    model's size. Cameras are cam_high, cam_left_wrist and cam_right_wrist; or one "mosaic"."""
-    images = observation.get("images")
-    if not isinstance(images, dict) or not {"cam_high", "mosaic"} & images.keys():
-        raise UserError('the observation has no "images" with "cam_high" (or "mosaic")')
-    cameras = {}
-    for name in ("mosaic", "cam_high", "cam_left_wrist", "cam_right_wrist"):
-        if name in images:
-            video = np.asarray(images[name])
-            video = video[None] if video.ndim == 3 else video
-            if video.ndim == 4 and video.shape[1] == 3 != video.shape[-1]:
-                video = np.moveaxis(video, 1, -1)
-            if video.dtype != np.uint8 or video.ndim != 4 or video.shape[-1] != 3:
-                raise UserError(f"image {name} is {video.dtype} {video.shape}, not uint8 of 3 channels")
-            cameras[name] = video
-    if len({len(video) for video in cameras.values()}) > 1:
-        raise UserError("the cameras have different numbers of frames")
-    if "mosaic" in cameras:
-        frames = cameras["mosaic"]
-    else:
-        frames = np.stack([mosaic(*views) for views in zip(cameras["cam_high"], *(
-            cameras.get(name, cameras["cam_high"]) for name in ("cam_left_wrist", "cam_right_wrist")))])
-    if frames.shape[1:3] != (args.height, args.width):
-        frames = torch.from_numpy(np.ascontiguousarray(frames)).movedim(-1, 1)
-        frames = F.interpolate(frames, (args.height, args.width), mode="bicubic", antialias=True)
-        frames = frames.movedim(1, -1).numpy()
-    return frames
-
-
-def make_server(policy, port, host="0.0.0.0"):
-    """A websocket server that answers openpi's clients with policy.act. Its serve_forever() runs it."""
-    try:
-        import msgpack
-        from websockets.sync.server import serve
-    except ImportError as error:
-        raise UserError(f"{error.name} is not installed: pip install {error.name}") from error
-    pack = functools.partial(msgpack.packb, default=pack_array)
-    lock, owner = threading.Lock(), [None]
-
-    def answer(connection, message):
-        observation = msgpack.unpackb(message, object_hook=unpack_array)
-        if not isinstance(observation, dict):
-            raise UserError("an observation is a map")
-        if owner[0] is not connection or observation.get("reset"):     # another robot, or another episode
-            policy.reset()
-            owner[0] = connection
-        began = time.monotonic()
-        frames = observation_frames(observation, policy.args)
-        actions = policy.act(frames, observation.get("prompt", ""), observation.get("state"))
-        return {"actions": actions, "server_timing": {"infer_ms": 1000 * (time.monotonic() - began)}}
-
-    def handle(connection):
-        connection.send(pack({"script": SCRIPT, "action_dim": vidar.ACTION_DIM, "fps": vidar.FPS,
-                              "chunk_size": policy.args.chunk_size,
-                              "image_size": [policy.args.height, policy.args.width]}))
-        for message in connection:
-            with lock:                           # one policy: one request at a time
-                try:
-                    reply = pack(answer(connection, message))
-                except Exception as error:       # whatever a client sends, the server lives
-                    reply = f"{type(error).__name__}: {common.reason(error)}"
-            connection.send(reply)
-
-    def health(connection, request):
-        return connection.respond(200, "OK\n") if request.path == "/healthz" else None
-
-    return serve(handle, host, port, compression=None, max_size=None, process_request=health)
-
-
 # ---- train ----------------------------------------------------------------------------------------------
 
 def draw_batch(args, run, windows, step, micro, grad_accum):
-    """-> batch, values for CausalModel.forward. Which loss, and where it begins, is the same in all of a step:
-    FSDP needs equal calls on all processes."""
-    spec = {"window": ("randint", len(windows.rows)), "drop": ("rand",), "u": ("rand", (args.frames - 1) // 4),
-            "noise": ("randint", 2 ** 62), "rollout_noise": ("randint", 2 ** 62)}
+    """-> batch, values for CausalModel.forward. Which loss, and where it begins, is the same in all of a
+    step: FSDP needs equal calls on all processes."""
+    spec = {"window": ("randint", len(windows.rows)), "u": ("rand", (args.frames - 1) // 4),
+            "drop": ("rand",), "noise": ("randint", 2 ** 62), "rollout_noise": ("randint", 2 ** 62)}
     values, seed = vidar.sample_numbers(args, run, spec, 1, step, micro, grad_accum, args.batch_size)
     unconditional = (values["drop"] < args.cfg_drop).nonzero().flatten().tolist()
     batch = vidar.collate(windows, values["window"].tolist(), args, run.device, unconditional)
@@ -854,10 +741,10 @@ def draw_batch(args, run, windows, step, micro, grad_accum):
 def train(args, run, checkpoint, splits):
     """Trains stage 2 from --vidar's weights; final/ then has vidarc.pt, vidarc.safetensors, idm.pt and the
     codec."""
-    folder, kind = vidar.cache_folder(args, splits), vidar.windows_kind(args, splits)
+    folder = vidar.cache_folder(args, splits)
     idm = vidar.load_idm(args.idm, vidar.idm_config(args)).to(run.device)
-    vidar.build_cache(args, run, splits, folder, [kind], idm)
-    windows = {split: vidar.Cache(folder, split, kind) for split in ("train", "val")}
+    vidar.build_cache(args, run, splits, folder, ["windows"], idm)
+    windows = {split: vidar.Cache(folder.glob(f"{split}_*.windows")) for split in ("train", "val")}
     final = Path(args.output_dir, "final")
     if run.rank == 0:
         common.write_json(Path(args.output_dir, "args.json"), {**vars(args), **common.provenance()})
@@ -888,26 +775,23 @@ def train(args, run, checkpoint, splits):
 
 
 def dry_run(args):
-    """Prints parameters, FLOPs and memory of a teacher-forced step on the meta device, and of the KV cache."""
-    B, side = args.batch_size, vidar.codec_side(args)
+    """Prints parameters, FLOPs and memory of a teacher-forced step on the meta device, and of the KV cache.
+    """
     flags = argparse.Namespace(**{**vars(args), "random_init": True})
     with torch.device("meta"):
-        model = CausalModel(load_dit(flags, "meta").train(), args)
+        model = CausalModel(load_dit(flags, "meta"), args).train()
         if args.grad_checkpoint:
             model.dit.enable_gradient_checkpointing()
-        config = model.dit.config
-        z = torch.randn(B, config.in_channels, (args.frames - 1) // 4 + 1, args.height // side,
-                        args.width // side)
-        batch = {"latents": z, "valid": torch.ones(B, z.shape[2], dtype=torch.bool), "arm": z[:, :1],
-                 "text": torch.randn(B, args.text_length, config.text_dim)}
-        values = {"use_self_forcing": False, "noise": z, "u": torch.rand(B, z.shape[2] - 1)}
+        config, batch = model.dit.config, vidar.example_batch(args, model.dit.config)
+        z = batch["latents"]
+        values = {"use_self_forcing": False, "noise": z, "u": torch.rand(len(z), z.shape[2] - 1)}
 
         def loss():
             with torch.autocast("cpu", torch.bfloat16, enabled=args.model != "tiny"):
                 return model(batch, values)[0]
 
         tokens, world = z[0, 0].numel() // 4, int(os.environ.get("WORLD_SIZE", 1))
-        print(common.dry_run_report("causal model", model, loss, B, 2 * tokens, world, args.fsdp))
+        print(common.dry_run_report("causal model", model, loss, len(z), 2 * tokens, world, args.fsdp))
     width = config.num_attention_heads * config.attention_head_dim
     latent = 2 * config.num_layers * width * (tokens // z.shape[2]) * (4 if args.model == "tiny" else 2)
     total = latent * window_latents(args) * (1 if args.guidance_scale == 1 else 2)
@@ -946,7 +830,7 @@ def run_script(argv):
     run = vidar.setup(args)
     common.announce(SCRIPT, args, why_preset, run, checkpoint)
     common.simulate_missing_data("vidar", args.data_dir, default=PRESETS["tiny"]["data_dir"])
-    splits = vidar.load_splits(args.data_dir)
+    splits = load_splits(args.data_dir)
     final = Path(args.output_dir, "final")
     if not (inference_only and checkpoint):
         if not args.random_init:
