@@ -126,11 +126,11 @@ def parse_args(argv=None):
     """-> flags, checkpoint or None, the reason for the preset."""
     get_data = "python data/vidar/prepare.py --from robotwin SRC data/robotwin"
     args, checkpoint, why_preset = common.parse_args(build_parser(), argv, MODEL_FLAGS, get_data=get_data)
-    check_args(args)
+    check_flags(args)
     return args, checkpoint, why_preset
 
 
-def check_args(args):
+def check_flags(args):
     """Raises UserError for flags that do not fit together."""
     side = 2 * codec_side(args)                  # Wan's patch is 2 latent cells
     if args.height % side or args.width % side:
@@ -456,8 +456,8 @@ def save_transformer(args, run, stem, net):
     dtype = torch.float32 if args.model == "tiny" else torch.bfloat16
     weights = {name.removeprefix("dit."): value.to(dtype) for name, value in weights.items()}
     stem.parent.mkdir(exist_ok=True)
-    common.save_weights(stem.with_suffix(".safetensors"), weights)
     save_pt(stem.with_suffix(".pt"), official_names(weights))
+    common.save_weights(stem.with_suffix(".safetensors"), weights)
 
 
 # ---- objective and sampler ------------------------------------------------------------------------------
@@ -897,6 +897,11 @@ def noise_like(z, seeds):
     return torch.cat([fixed_noise(z[:1], seed) for seed in seeds.tolist()])
 
 
+def is_finished(stage, checkpoint):
+    """Whether all steps of a stage were done before this call."""
+    return checkpoint is not None and checkpoint.meta["step"] >= stage.steps
+
+
 def spread(count, limit):
     """Up to `limit` numbers below `count`, evenly spaced."""
     return np.linspace(0, count - 1, min(count, limit)).round().astype(int).tolist()
@@ -924,7 +929,9 @@ def train_video(args, run, stage, windows, checkpoint):
         return {"val_loss": float(np.mean(losses))}
 
     net = train(args, run, SCRIPT, stage, model, loss_fn, val_fn, checkpoint)
-    save_transformer(args, run, Path(args.output_dir, stage.folder, "final", "vidar"), net)
+    stem = Path(args.output_dir, stage.folder, "final/vidar")
+    if not is_finished(stage, checkpoint) or not stem.with_suffix(".safetensors").is_file():
+        save_transformer(args, run, stem, net)
     return model
 
 

@@ -84,7 +84,7 @@ def parse_args(argv=None):
     """-> flags, checkpoint or None, the reason for the preset."""
     get_data = "python data/vidar/prepare.py --from robotwin SRC data/robotwin"
     args, checkpoint, why_preset = common.parse_args(build_parser(), argv, MODEL_FLAGS, get_data=get_data)
-    vidar.check_args(args)
+    vidar.check_flags(args)
     for name in ("chunk_size", "kv_cache_length"):
         if getattr(args, name) % 4:
             raise UserError(f"--{name} must be a multiple of 4, not {getattr(args, name)}")
@@ -770,7 +770,8 @@ def train(args, run, checkpoint, splits):
                                weight_decay=args.weight_decay, ema_decay=args.ema_decay,
                                batch_size=args.batch_size)
     net = vidar.train(args, run, SCRIPT, stage, model, loss_fn, val_fn, checkpoint)
-    vidar.save_transformer(args, run, final / SCRIPT, net)
+    if not vidar.is_finished(stage, checkpoint) or not (final / "vidarc.safetensors").is_file():
+        vidar.save_transformer(args, run, final / SCRIPT, net)
     common.barrier()
 
 
