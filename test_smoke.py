@@ -61,6 +61,7 @@ import sim_physics_heads as physics
 import vidar
 import vidarc
 import well_i2v as well
+from data.vidar import episodes as robot_data
 
 
 def load_program(path):
@@ -4446,7 +4447,7 @@ def test_vidar_stages_alone(trained, tmp_path):
     losses = [rows(tmp_path / run)[0] for run in ("true_masks", "idm_masks")]
     assert all(row["loss"] > 1.1 * row["flow_loss"] for row in losses) and losses[0]["loss"] != losses[1]["loss"]
     args = vidar_args(f"--eta 0 --frames 13 --data_dir {data}")    # episodes have 9: the last 4 are padding
-    splits = vidar.load_splits(data)
+    splits = robot_data.load_splits(data)
     folder = vidar.cache_folder(args, splits)
     vidar.build_cache(args, CPU, splits, folder, ["windows"])
     windows = vidar.Cache(folder.glob("train_*.windows"))
@@ -4461,32 +4462,32 @@ def test_vidar_generated_frames(trained):
     run = trained("vidar").run
     frames = common.load_weights(run / "video/final/generated_frames.safetensors")
     assert frames["frames"].shape[1:] == (3, 48, 32) and len(frames["frames"]) == len(frames["actions"]) > 0
-    real = np.concatenate([episode.actions for episode in vidar.load_splits(trained("vidar").data)["train"]])
+    real = np.concatenate([episode.actions for episode in robot_data.load_splits(trained("vidar").data)["train"]])
     assert all((np.abs(real - row).max(1) == 0).any() for row in frames["actions"].numpy())
 
 
 def test_vidar_episodes(trained, tmp_path, capsys):
     """data/vidar/episodes.py: splits, the manifest as a bare list, windows beyond the end, prompts."""
     data = shutil.copytree(trained("vidar").data, tmp_path / "data", ignore=shutil.ignore_patterns("cache"))
-    splits = vidar.load_splits(data)
+    splits = robot_data.load_splits(data)
     names = {split: [episode.folder.name for episode in episodes] for split, episodes in splits.items()}
     assert (len(names["train"]), names["val"], names["test"]) == (9, ["ep_0006"], ["ep_0010"])
     assert [episode.random_poses for episode in splits["train"]] == [False] * 8 + [True]
     manifest = json.loads((data / "manifest.json").read_text())
     (data / "manifest.json").write_text(json.dumps(manifest["episodes"]))
-    assert [episode.folder for episode in vidar.load_splits(data)["train"]] == [
+    assert [episode.folder for episode in robot_data.load_splits(data)["train"]] == [
         episode.folder for episode in splits["train"]]
-    numbers, valid = vidar.cut_window(splits["val"][0], 5, 6)
+    numbers, valid = robot_data.cut_window(splits["val"][0], 5, 6)
     assert numbers.tolist() == [5, 6, 7, 8, 8, 8] and valid.tolist() == [True] * 4 + [False] * 2
-    frames, masks = vidar.read_episode(splits["val"][0], (24, 16))
+    frames, masks = robot_data.read_episode(splits["val"][0], (24, 16))
     assert frames.shape == (9, 3, 24, 16) and masks.shape == (9, 24, 16) and 0 < masks.float().mean() < 1
-    text = vidar.make_prompt("Pick it up.", "rear")
-    assert text == vidar.make_prompt(text, "rear") and "a fixed rear camera, a movable left arm camera" in text
+    text = robot_data.make_prompt("Pick it up.", "rear")
+    assert text == robot_data.make_prompt(text, "rear") and "a fixed rear camera, a movable left arm camera" in text
     assert text.endswith("The aloha robot is currently performing the following task: pick it up.")
-    assert vidar.make_prompt("Pick it up.", "front", ("fixed rear",)).endswith(
+    assert robot_data.make_prompt("Pick it up.", "front", ("fixed rear",)).endswith(
         "with one view: a fixed front camera. The aloha robot is currently performing the following task: "
         "Pick it up.")
-    assert vidar.make_prompt(" Pick it up.", "none") == "Pick it up."
+    assert robot_data.make_prompt(" Pick it up.", "none") == "Pick it up."
     assert load_program(HERE / "data/vidar/episodes.py").main([str(data)]) == 0
     assert "train: 9 episodes, 8 with a task" in capsys.readouterr().out
 

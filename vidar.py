@@ -44,10 +44,10 @@ from tqdm import tqdm
 
 import common
 from common import UserError, at_least, between, expand_to, from_uint8, to_uint8
-from data.vidar.episodes import ACTION_DIM, FPS, cut_window, load_splits, make_prompt, read_episode, tasks
+from data.vidar import episodes as robot_data
+from data.vidar.episodes import ACTION_DIM, FPS, resize, tasks
 
 SCRIPT = "vidar"
-GRIPPERS = (6, 13)
 IDM_CHUNK = 32                           # frames that the IDM takes at a time in evaluation
 
 # ---- presets and flags ----------------------------------------------------------------------------------
@@ -96,8 +96,7 @@ def add_stage_flags(parser):
     add("--text_length", type=at_least(1), default=512, help="tokens of a prompt, padding included")
     add("--shift", type=at_least(1e-3, float), default=5.0, help="shift of Wan's noise schedule")
     add("--cfg_drop", type=between(0, 1), default=.1, help="share of samples with an empty prompt")
-    add("--global_batch", type=at_least(0), default=128,
-        help="samples of an optimizer step, from which accumulation follows (0: --grad_accum)")
+    add("--global_batch", type=at_least(0), default=128, help="samples per step, sets --grad_accum (0: no)")
     add("--cpu_offload", action="store_true", help="with --fsdp: keep weights and optimizer on the CPU")
     add = parser.add_argument_group("sampling and evaluation").add_argument
     add("--eval_clips", type=at_least(0), default=0, help="held-out episodes of --eval (0: all)")
@@ -139,6 +138,8 @@ def check_flags(args):
         raise UserError(f"--frames must be 4k + 1, not {args.frames}: Wan's VAE packs fours after the first")
     if args.cpu_offload and not args.fsdp:
         raise UserError("--cpu_offload moves sharded weights: add --fsdp")
+    if args.fsdp and getattr(args, "stage", None) == "all" and args.idm_generated:
+        raise UserError("--idm_generated needs the whole model on each process: leave out --fsdp")
     if not (args.sample or args.eval or args.dry_run):
         accumulation(args, args.batch_size)
 
@@ -236,8 +237,7 @@ class UNet(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """ReLU(shortcut + 1x1, 3x3 with the stride, 1x1 to 4 c), each with batch norm. Upstream has no ReLU after
-    the first."""
+    """ReLU(shortcut + 1x1, 3x3 with the stride, 1x1 to 4 c), with batch norms; no ReLU after the first."""
     def __init__(self, c_in, c, stride):
         super().__init__()
         self.residual_function = nn.Sequential(
@@ -272,16 +272,8 @@ class ResNet(nn.Sequential):
         self.fc = nn.Linear(c_in * cells, ACTION_DIM)
 
 
-def resize(frames, size):
-    """n C H W -> n C h w, anti-aliased, aspect not kept."""
-    if frames.shape[-2:] == tuple(size):
-        return frames
-    return F.interpolate(frames, tuple(size), mode="bilinear", antialias=True, align_corners=False)
-
-
 class IDM(nn.Module):
-    """Inverse dynamics: the joint positions that a frame shows, and where in it the arms are. One frame is
-    enough, because actions are absolute and every joint is in view."""
+    """Inverse dynamics: the joint positions that a frame shows. One is enough: every joint is in view."""
     def __init__(self, config=IDM_FULL):
         super().__init__()
         self.size, self.mask_stride = tuple(config["size"]), config["mask_stride"]
@@ -386,8 +378,8 @@ def keep_time_in_fp32(dit):
 
 @torch.no_grad()
 def init_small(dit):
-    """Initialises weights that have not been pretrained so that the velocity begins as the noise, which it
-    contains: the output layer inverts the patch embedding, and the blocks are small."""
+    """Initialises the tiny model so that its velocity begins as the noise, which every velocity contains: the
+    output layer inverts the patch embedding, and the blocks are small."""
     for name, p in dit.named_parameters():
         if name.endswith(("scale_shift_table", "embedding.bias", "proj_out.bias")):
             nn.init.zeros_(p)
@@ -418,35 +410,6 @@ def check_weights(args):
         load_idm(args.idm, idm_config(args))
 
 
-OFFICIAL_NAMES = {
-    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
-    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
-    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
-    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
-    "condition_embedder.time_proj": "time_projection.1", "proj_out": "head.head", "attn1": "self_attn",
-    "attn2": "cross_attn", ".to_out.0": ".o", ".to_q": ".q", ".to_k": ".k", ".to_v": ".v",
-    ".norm2.": ".norm3.", "ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2",
-}
-
-
-def official_names(weights):
-    """{diffusers' name: tensor} of a transformer -> the same under the official repository's names."""
-    named = {}
-    for name, value in weights.items():
-        for own, official in OFFICIAL_NAMES.items():
-            name = name.replace(own, official)
-        name = "head.modulation" if name == "scale_shift_table" else name
-        named[name.replace("scale_shift_table", "modulation")] = value
-    return named
-
-
-def save_pt(path, value):
-    """torch.save, whole or not at all."""
-    tmp = path.with_name(f".tmp_{path.name}")
-    torch.save(value, tmp)
-    tmp.replace(path)
-
-
 def save_transformer(args, run, stem, net):
     """A trained model's transformer -> stem.safetensors under diffusers' names, stem.pt under the official
     ones; bf16 except for the tiny model. Call it on all ranks."""
@@ -456,7 +419,7 @@ def save_transformer(args, run, stem, net):
     dtype = torch.float32 if args.model == "tiny" else torch.bfloat16
     weights = {name.removeprefix("dit."): value.to(dtype) for name, value in weights.items()}
     stem.parent.mkdir(exist_ok=True)
-    save_pt(stem.with_suffix(".pt"), official_names(weights))
+    common.save_pt(stem.with_suffix(".pt"), common.official_names(weights))
     common.save_weights(stem.with_suffix(".safetensors"), weights)
 
 
@@ -475,13 +438,12 @@ def flow_loss(v, target, valid, arm=None, eta=0.):
     weight is inside the norm: with eta 3 up to 16 on the arms."""
     error = (v.float() - target).square().mean(1)                              # B F h w
     known = valid[:, :, None, None].float().expand_as(error)
-
-    def mean(values):
-        return ((values * known).flatten(1).sum(1) / known.flatten(1).sum(1).clamp(min=1)).mean()
-
-    plain = mean(error)
-    loss = mean(error * (1 + eta * arm[:, 0].float()) ** 2) if eta else plain
-    return loss, {"flow_loss": plain.detach()}
+    count = known.flatten(1).sum(1).clamp(min=1)
+    plain = ((error * known).flatten(1).sum(1) / count).mean()
+    if not eta:
+        return plain, {"flow_loss": plain.detach()}
+    weighted = error * (1 + eta * arm[:, 0].float()) ** 2
+    return ((weighted * known).flatten(1).sum(1) / count).mean(), {"flow_loss": plain.detach()}
 
 
 def make_scheduler(args, steps, device):
@@ -518,16 +480,15 @@ def generate(dit, z0, text, empty, args, seed):
 
 # ---- data set: cache ------------------------------------------------------------------------------------
 # data_dir/cache/<hash>/<split>_<number>.<kind>: safetensors, a file per episode, each written once and whole.
-# "windows" has latents C F h w, valid F (latent frames without padding), actions T 14 and, with --eta, arm
-# 1 F h w (U of Eq. 7) of each window, text L D and empty L D; "frames", for the IDM, frames 3 h w uint8 and
-# actions 14.
+# "windows": latents C F h w, valid F (latent frames without padding), actions T 14, with --eta arm 1 F h w (U
+# of Eq. 7) of each window; text L D, empty L D. "frames", for the IDM: frames 3 h w uint8, actions 14.
 
 def cache_folder(args, splits):
     """By a hash of CACHE_FLAGS, of the data set's files, and of the IDM if it has to locate the arms."""
     recipe = [json.dumps({name: getattr(args, name) for name in CACHE_FLAGS}), str(bool(args.eta))]
     episodes = [episode for part in splits.values() for episode in part]
-    names = "video.mp4", "actions.npy", "mask.npz"
-    paths = [episode.folder / name for episode in episodes for name in names]
+    paths = [episode.folder / name for episode in episodes
+             for name in ("video.mp4", "actions.npy", "mask.npz")]
     if args.eta and not all(episode.has_mask for episode in tasks(episodes)):
         if not args.idm:
             raise UserError("--eta weighs the arms, which mask.npz or an IDM must locate: name --idm FILE")
@@ -539,7 +500,7 @@ def cache_folder(args, splits):
 
 
 class CacheWriter:
-    """Makes the tensors of an episode. Codec and text encoder are loaded at their first use."""
+    """Makes the tensors of an episode; codec and text encoder are loaded at their first use."""
     def __init__(self, args, run, folder, idm):
         self.args, self.run, self.idm = args, run, idm
         self.vae = functools.cache(lambda: load_codec(args, folder, run.device))
@@ -558,7 +519,7 @@ class CacheWriter:
         if split == "train":
             room = max(0, len(video) - self.args.frames)
             starts = np.random.default_rng(number).integers(room + 1, size=self.args.windows)
-        for chosen, valid in (cut_window(episode, start, self.args.frames) for start in starts):
+        for chosen, valid in (robot_data.cut_window(episode, start, self.args.frames) for start in starts):
             z = common.wan_encode(self.vae(), from_uint8(video[chosen])[None].to(self.run.device))[0].cpu()
             rows.append({"latents": z if self.args.model == "tiny" else z.bfloat16(),
                          "valid": torch.cat([valid[:1], valid[1:].unflatten(0, (-1, 4)).all(1)]),
@@ -568,27 +529,22 @@ class CacheWriter:
                     self.idm, video[chosen] / 255, self.run.device)[1][:, 0]
                 rows[-1]["arm"] = arm_to_latent(arm[None], z.shape[-2:])[0].bfloat16()
         tensors = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-        prompt = make_prompt(episode.instruction, self.args.prompt_views, episode.views)
+        prompt = robot_data.make_prompt(episode.instruction, self.args.prompt_views, episode.views)
         return {**tensors, "text": self.encode_prompt()(prompt), "empty": self.encode_prompt()("")}
-
-
-def fit_codec(args, run, splits, folder):
-    """The tiny model's codec, fitted once to 40 training episodes: folder/codec.safetensors."""
-    if run.rank == 0 and args.model == "tiny" and not (folder / "codec.safetensors").is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        chosen = tasks(splits["train"])
-        videos = [read_episode(episode, (args.height, args.width))[0][cut_window(episode, 0, args.frames)[0]]
-                  for episode in chosen[::max(1, len(chosen) // 40)]]
-        codec = common.LinearCodec.fit(from_uint8(torch.stack(videos)), TINY["transformer"]["in_channels"])
-        common.save_weights(folder / "codec.safetensors", codec.tensors)
-    common.barrier()
 
 
 @torch.no_grad()
 def build_cache(args, run, splits, folder, kinds, idm=None):
-    """Writes what is missing of `kinds`. Call it on all ranks. An interrupted call continues. VAE and text
-    encoder leave memory afterwards."""
-    fit_codec(args, run, splits, folder)
+    """Writes what is missing of `kinds`. Call it on all ranks. An interrupted call continues."""
+    size = args.height, args.width
+    folder.mkdir(parents=True, exist_ok=True)
+    if run.rank == 0 and args.model == "tiny" and not (folder / "codec.safetensors").is_file():
+        chosen = tasks(splits["train"])          # the tiny model's codec is fitted to 40 of these
+        videos = [robot_data.read_episode(episode, size)[0][robot_data.cut_window(episode, 0, args.frames)[0]]
+                  for episode in chosen[::max(1, len(chosen) // 40)]]
+        codec = common.LinearCodec.fit(from_uint8(torch.stack(videos)), TINY["transformer"]["in_channels"])
+        common.save_weights(folder / "codec.safetensors", codec.tensors)
+    common.barrier()
     writer, jobs = CacheWriter(args, run, folder, idm), []
     for split, episodes in splits.items():
         for number, episode in enumerate(episodes):
@@ -597,10 +553,9 @@ def build_cache(args, run, splits, folder, kinds, idm=None):
             paths = [path for path in paths if not path.is_file()]
             jobs += [(split, number, episode, paths)] if paths else []
     jobs = jobs[run.rank::run.world]
-    folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(4) as pool, tqdm(total=len(jobs), desc="cache", disable=not jobs) as bar:
         for i in range(0, len(jobs), 8):                     # a few at a time: videos are large
-            videos = pool.map(lambda job: read_episode(job[2], (args.height, args.width)), jobs[i:i + 8])
+            videos = pool.map(lambda job: robot_data.read_episode(job[2], size), jobs[i:i + 8])
             for (*job, paths), video in zip(jobs[i:i + 8], videos):
                 for path in paths:
                     make = getattr(writer, path.suffix[1:])
@@ -610,7 +565,7 @@ def build_cache(args, run, splits, folder, kinds, idm=None):
 
 
 class Cache:
-    """Windows or frames of a split, read from files of the cache as needed: 14 GB of a thousand episodes."""
+    """Windows or frames of a split, read from the cache's files as needed: 14 GB for a thousand episodes."""
     def __init__(self, paths):
         self.rows = []                                       # (file, row in it)
         for path in sorted(paths):
@@ -629,8 +584,8 @@ class Cache:
 
 
 def collate(windows, numbers, args, device, unconditional=()):
-    """Windows -> batch {"latents", "valid", "actions", "arm" if cached: stacked, "text": B L D}. Text is
-    padded with zeros, as in Wan's training. unconditional: rows of the batch with an empty prompt."""
+    """Windows -> batch {"latents", "valid", "actions", "arm" if cached: stacked, "text": B L D}, with text
+    padded by zeros as in Wan's training. unconditional: rows of the batch with an empty prompt."""
     columns = windows.get(numbers)
     empty = columns.pop("empty")
     texts = [empty[row] if row in unconditional else text for row, text in enumerate(columns["text"])]
@@ -653,7 +608,7 @@ def idm_scores(prediction, target):
     joints are within 0.05 rad and both grippers within 0.5}."""
     error = (prediction - target).abs()
     tolerance = torch.full((ACTION_DIM,), .05)
-    tolerance[list(GRIPPERS)] = .5
+    tolerance[[6, 13]] = .5                      # of the grippers
     residual = (prediction - target).double().square().sum(0)
     r2 = 1 - residual / (target - target.mean(0)).double().square().sum(0)
     return {"r2": r2.mean().item(), "r2_worst": r2.min().item(), "l1": error.mean().item(),
@@ -670,19 +625,10 @@ def video_scores(video, truth, arm, valid):
     return {name: torch.where(valid, value, math.nan)[None, 1:].float() for name, value in scores.items()}
 
 
-def load_window(args, episode):
-    """An episode's first window -> frames T 3 H W in [0, 1], actions T 14, valid T bool, arm masks T H W bool
-    or None."""
-    chosen, valid = cut_window(episode, 0, args.frames)
-    video, masks = read_episode(episode, (args.height, args.width))
-    actions = torch.from_numpy(episode.actions[chosen])
-    return video[chosen] / 255, actions, valid, None if masks is None else masks[chosen]
-
-
 @torch.no_grad()
 def sample_video(args, run, model, vae, encode_prompt, first, episode, seed):
     """first 3 H W in [0, 1] -> T 3 H W in [0, 1], on the CPU."""
-    prompts = make_prompt(episode.instruction, args.prompt_views, episode.views), ""
+    prompts = robot_data.make_prompt(episode.instruction, args.prompt_views, episode.views), ""
     text, empty = (common.pad_text([encode_prompt(prompt)], args.text_length).to(run.device)
                    for prompt in prompts)
     z0 = common.wan_encode(vae, first[None, None].to(run.device) * 2 - 1)
@@ -693,16 +639,15 @@ def sample_video(args, run, model, vae, encode_prompt, first, episode, seed):
 
 @torch.no_grad()
 def evaluate(args, run, model, idm, splits, folder):
-    """Scores on episodes that no training saw -> [eval.json, curves.png]. model or idm may be None. Processes
-    share the episodes."""
+    """Scores on held-out episodes -> [eval.json, curves.png]. model or idm may be None."""
     began, videos, actions = time.time(), {}, {}
     if model is not None:
         vae, encode_prompt = load_codec(args, folder, run.device), text_encoder(args, run.device)
-    limit = args.eval_clips or None
-    poses = [episode for episode in splits["test"] if episode.random_poses]
-    held_out = list(enumerate(tasks(splits["test"])[:limit] + poses[:limit]))
-    for number, episode in held_out[run.rank::run.world]:
-        truth, target, valid, arm = load_window(args, episode)
+    count = len(tasks(splits["test"]))           # random poses follow
+    limit = args.eval_clips or count
+    held_out = splits["test"][:min(count, limit)] + splits["test"][count:count + limit]
+    for number, episode in list(enumerate(held_out))[run.rank::run.world]:
+        truth, target, valid, arm = robot_data.load_window(episode, args.frames, (args.height, args.width))
         predictions = {}                         # (method, what it is predicted from): actions, valid
         if idm is not None:
             predicted, mask = predict_actions(idm, truth, run.device)
@@ -740,9 +685,9 @@ def report(args, videos, actions, began):
         scores.setdefault(method, {}).update({f"action_{name}_{source}": x for name, x in values.items()})
     results = scores.pop("model")
     headline = "action_l1_real", "mean action", True
-    for metric in ("psnr_beyond_1s", "psnr_arm_beyond_1s"):
-        if metric in results:
-            headline = metric, "persistence", False
+    if "psnr_beyond_1s" in results:
+        arm = "psnr_arm_beyond_1s" in results
+        headline = "psnr_arm_beyond_1s" if arm else "psnr_beyond_1s", "persistence", False
     columns = ["psnr_arm_beyond_1s", "psnr_beyond_1s", "ssim_beyond_1s", "action_r2_real",
                "action_r2_worst_real", "action_l1_real", "action_r2_generated"]
     weights = args.vidar or ("tiny, trained by this run" if args.model == "tiny" else args.weights_from)
@@ -753,14 +698,13 @@ def report(args, videos, actions, began):
 
 
 def sample(args, run, model, idm, splits, folder):
-    """Videos of held-out episodes from their first frames, with what the IDM's mask lets through, and the
-    actions that the IDM predicts -> [samples/...]. On rank 0."""
+    """Videos of held-out episodes, what the IDM's mask lets through, predicted actions -> [samples/...]."""
     if run.rank or model is None:
         return []
     vae, encode_prompt, files = load_codec(args, folder, run.device), text_encoder(args, run.device), []
     labels = ["given", *(f"t+{t}" for t in range(1, args.frames))]
     for number, episode in enumerate(tasks(splits["test"])[:args.num_samples]):
-        truth = load_window(args, episode)[0]
+        truth = robot_data.load_window(episode, args.frames, (args.height, args.width))[0]
         video = sample_video(args, run, model, vae, encode_prompt, truth[0], episode, args.seed + number)
         panels = {"real video": truth * 2 - 1, "sampled video": video * 2 - 1}
         stem = Path(args.output_dir, "samples", episode.folder.name)
@@ -894,7 +838,7 @@ def sample_numbers(args, run, spec, salt, step, micro, grad_accum, batch_size):
 
 def noise_like(z, seeds):
     """A standard normal tensor like each sample of z, B C F h w, by its own seed."""
-    return torch.cat([fixed_noise(z[:1], seed) for seed in seeds.tolist()])
+    return torch.cat([fixed_noise(z[:1], int(seed)) for seed in seeds])
 
 
 def is_finished(stage, checkpoint):
@@ -921,12 +865,10 @@ def train_video(args, run, stage, windows, checkpoint):
         return net(batch, noise_like(batch["latents"], values["noise"]), sigma)
 
     def val_fn(net):                             # the same windows and noise at every validation, sigma 0.5
-        losses = []
-        for number in spread(len(windows["val"].rows), 16):
-            batch = collate(windows["val"], [number], args, run.device)
-            sigma = torch.full((1,), .5, device=run.device)
-            losses.append(net(batch, fixed_noise(batch["latents"], number), sigma)[1]["flow_loss"].item())
-        return {"val_loss": float(np.mean(losses))}
+        chosen = spread(len(windows["val"].rows), 8)
+        batch = collate(windows["val"], chosen, args, run.device)
+        noise, sigma = noise_like(batch["latents"], chosen), torch.full((len(chosen),), .5, device=run.device)
+        return {"val_loss": net(batch, noise, sigma)[1]["flow_loss"].item()}
 
     net = train(args, run, SCRIPT, stage, model, loss_fn, val_fn, checkpoint)
     stem = Path(args.output_dir, stage.folder, "final/vidar")
@@ -937,9 +879,8 @@ def train_video(args, run, stage, windows, checkpoint):
 
 @torch.no_grad()
 def write_generated_frames(args, run, model, folder, windows, path):
-    """Writes frames as the video model shows them, a file like those of kind "frames": of --idm_generated
-    training windows, noised to a random level and denoised in one step. They are as blurred as its samples,
-    but their joint positions are known."""
+    """Writes a file like those of kind "frames": training windows that the video model denoised in one step
+    from a random level. They are as blurred as its samples, but their joint positions are known."""
     vae, rng = load_codec(args, folder, run.device), np.random.default_rng(0)
     frames, actions = [], []
     for number in spread(len(windows.rows), args.idm_generated):
@@ -989,19 +930,18 @@ def train_idm(args, run, stage, frames, statistics, checkpoint):
     if run.rank == 0:
         final = Path(args.output_dir, stage.folder, "final")
         final.mkdir(exist_ok=True)
-        save_pt(final / "idm.pt", {"model_state_dict": model.state_dict(), "step": stage.steps})
+        common.save_pt(final / "idm.pt", {"model_state_dict": model.state_dict(), "step": stage.steps})
 
 
 def stage_plan(args):
-    """-> the stages to train, each with its folder in output_dir and its hyperparameters. Batch norm's
-    statistics cannot be averaged, so the IDM has no EMA."""
+    """-> the stages to train. The IDM has no EMA: batch norm's statistics cannot be averaged."""
     video = argparse.Namespace(
         name="video", folder="video" if args.stage == "all" else ".", steps=args.max_steps, lr=args.lr,
         warmup_steps=args.warmup_steps, weight_decay=args.weight_decay, ema_decay=args.ema_decay,
-        batch_size=args.batch_size)
+        batch_size=args.batch_size, kind="windows")
     idm = argparse.Namespace(
         name="idm", folder=".", steps=args.idm_steps, lr=args.idm_lr or args.lr, weight_decay=1e-2,
-        warmup_steps=args.idm_steps // 10, ema_decay=0., batch_size=args.idm_batch_size)
+        warmup_steps=args.idm_steps // 10, ema_decay=0., batch_size=args.idm_batch_size, kind="frames")
     return {"video": [video], "idm": [idm], "all": [video, idm]}[args.stage]
 
 
@@ -1011,32 +951,30 @@ def train_stages(args, run, checkpoint, splits, folder):
         common.write_json(Path(args.output_dir, "args.json"), {**vars(args), **common.provenance()})
     idm = load_idm(args.idm, idm_config(args)).to(run.device) if args.idm else None
     plan, generated = stage_plan(args), Path(args.output_dir, "video/final/generated_frames.safetensors")
-    kinds = {"video": "windows", "idm": "frames"}
-    build_cache(args, run, splits, folder, [kinds[stage.name] for stage in plan], idm)
+    build_cache(args, run, splits, folder, [stage.kind for stage in plan], idm)
     for stage in plan:
-        paths = {split: list(folder.glob(f"{split}_*.{kinds[stage.name]}")) for split in ("train", "val")}
+        paths = {split: list(folder.glob(f"{split}_*.{stage.kind}")) for split in ("train", "val")}
+        if stage.name == "idm" and generated.is_file():
+            paths["train"].append(generated)
+        caches = {split: Cache(paths[split]) for split in paths}
         found = checkpoint
         if stage.folder != ".":
             resume = "none" if args.resume == "none" else "auto"
             found = common.find_checkpoint(Path(args.output_dir, stage.folder, "ckpt"), SCRIPT, resume)
-        if stage.name == "video":
-            caches = {split: Cache(paths[split]) for split in paths}
-            model = train_video(args, run, stage, caches, found).eval()
-            if run.rank == 0 and stage.folder == "video" and args.idm_generated and not generated.is_file():
-                write_generated_frames(args, run, model, folder, caches["train"], generated)
-            common.barrier()
-        else:
-            paths["train"] += [generated] if len(plan) > 1 and args.idm_generated else []
-            caches = {split: Cache(paths[split]) for split in paths}
+        if stage.name == "idm":
             actions = np.concatenate([episode.actions for episode in splits["train"]])
             train_idm(args, run, stage, caches, torch.from_numpy(actions), found)
+            continue
+        model = train_video(args, run, stage, caches, found).eval()
+        if run.rank == 0 and len(plan) > 1 and args.idm_generated and not generated.is_file():
+            write_generated_frames(args, run, model, folder, caches["train"], generated)
+        common.barrier()
 
 
 # ---- main -----------------------------------------------------------------------------------------------
 
 def load_models(args, device, checkpoint=None):
-    """-> VideoModel and IDM of a run's newest checkpoints, or of `checkpoint`; None where there is none. With
-    EMA weights, in eval mode."""
+    """-> VideoModel and IDM, or None, of a run's newest checkpoints or of `checkpoint`, with EMA weights."""
     models = {"video": None, "idm": load_idm(args.idm, idm_config(args)).to(device) if args.idm else None}
     for stage in stage_plan(args):
         path = checkpoint.path if checkpoint and stage.folder == "." else common.latest_checkpoint(
@@ -1081,14 +1019,13 @@ def run_script(argv):
     args, checkpoint, why_preset = parse_args(argv)
     if args.dry_run:
         return dry_run(args)
-    run = setup(args)
-    inference_only = args.sample or args.eval
+    run, inference_only = setup(args), args.sample or args.eval
     common.announce(SCRIPT, args, why_preset, run, checkpoint)
     check_weights(args)
     common.simulate_missing_data(SCRIPT, args.data_dir, default=PRESETS["tiny"]["data_dir"])
     if run.rank == 0 and checkpoint:
         common.copy_stages(checkpoint, args.output_dir, ["video"])
-    splits = load_splits(args.data_dir)
+    splits = robot_data.load_splits(args.data_dir)
     folder = cache_folder(args, splits)
     if not (inference_only and checkpoint):
         train_stages(args, run, checkpoint, splits, folder)

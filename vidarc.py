@@ -38,7 +38,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import patchify, unpatchif
 import common
 import vidar
 from common import UserError, at_least, between, from_uint8
-from data.vidar.episodes import VIEWS, load_splits, make_prompt, read_manifest, tasks
+from data.vidar import episodes as robot_data
 from data.vidar.server import make_server
 from data.vidar.world import ArmWorld
 
@@ -468,26 +468,23 @@ class Policy:
         return np.concatenate(list(self.stream(frames, instruction, joints)))
 
     @torch.no_grad()
-    def stream(self, frames, instruction, joints=None, latents=None, views=VIEWS):
+    def stream(self, frames, instruction, joints=None, latents=None, views=robot_data.VIEWS):
         """As act(), but yields the actions (4, 14) of each latent frame as soon as it is denoised. The frames
         that it generated, 4 3 H W in [0, 1], are in `generated`. latents: how many, if not a chunk."""
         frames, joints = self.check(frames, instruction, joints)
         count = latents or self.args.chunk_size // 4
         guidance = self.args.guidance_scale
         if instruction != self.instruction:
-            seed = self.generator.initial_seed()
-            if self.instruction is not None:
-                self.reset(seed)
+            self.reset(self.generator.initial_seed())
             self.instruction = instruction
-            prompts = [make_prompt(instruction, self.args.prompt_views, views)] + [""] * (guidance != 1)
-            text = common.pad_text([self.encode_prompt(prompt) for prompt in prompts], self.args.text_length)
+            prompts = [robot_data.make_prompt(instruction, self.args.prompt_views, views), ""]
+            text = [self.encode_prompt(prompt) for prompt in prompts[:1 if guidance == 1 else 2]]
+            text = common.pad_text(text, self.args.text_length)
             with self.run.autocast():
                 self.text = self.dit.text_kv(text.to(self.run.device))
         self.cache.pop(self.cache.frames - self.num_observed_latents)  # generated ones of the last call
         current = self.observe(frames, count)
-        offset = 0.0
-        if joints is not None:
-            offset = joints - self.predict_actions(current)[0]
+        offset = 0.0 if joints is None else joints - self.predict_actions(current)[0]
         self.generated, decoder_state = [], self.decoder_state
         side = vidar.codec_side(self.args)
         noise = torch.randn(1, self.dit.config.in_channels, count, self.args.height // side,
@@ -641,16 +638,14 @@ def time_bidirectional(policy):
 
 
 def evaluate(args, run, policy, splits):
-    """Closed against open loop in simulated worlds, chunks of held-out episodes behind observed and behind
-    generated frames, seconds -> [eval.json, curves.png]. Processes share worlds and episodes."""
+    """Worlds in closed and open loop, held-out episodes, seconds -> [eval.json, curves.png]."""
     began = time.time()
     videos, actions, worlds, seconds = {}, {}, {}, {"first_action": [], "chunk": []}
-    episodes = list(enumerate(tasks(splits["test"])[:args.eval_clips or None]))
+    episodes = list(enumerate(robot_data.tasks(splits["test"])[:args.eval_clips or None]))
     for number, episode in episodes[run.rank::run.world]:
-        window = vidar.load_window(args, episode)
+        window = robot_data.load_window(episode, args.frames, (args.height, args.width))
         truth, target, valid, arm = window
-        still = truth[:1].expand_as(truth), target[:1].expand_as(target)[1:].numpy()
-        methods = {"persistence": still}
+        methods = {"persistence": (truth[:1].expand_as(truth), target[:1].expand_as(target)[1:].numpy())}
         for method, observed_past in (("model", True), ("generated past", False)):
             *methods[method], first_action, chunk = forecast(policy, window, episode, number, observed_past)
             if observed_past:
@@ -662,12 +657,12 @@ def evaluate(args, run, policy, splits):
             videos.setdefault(method, []).append(scores)
             pair = torch.from_numpy(predicted)[valid[1:T]], target[1:T].double()[valid[1:T]]
             actions.setdefault(method, []).append(pair)
-    manifest = read_manifest(args.data_dir)
-    for number in range(run.rank, args.worlds, run.world) if manifest.get("simulated") else ():
+    simulated = "simulated" in robot_data.read_manifest(args.data_dir)
+    for number in range(run.rank, args.worlds if simulated else 0, run.world):
         for closed in (True, False):
             row = {}
-            for kind, moved in (("static", False), ("moved", True)):
-                scores = run_episode(policy, FIRST_WORLD + number, moved, closed)
+            for kind in ("static", "moved"):
+                scores = run_episode(policy, FIRST_WORLD + number, kind == "moved", closed)
                 row[f"success_{kind}"], row[f"distance_{kind}"] = scores
             worlds.setdefault("model" if closed else "open loop", []).append(row)
     tables = [common.gather_rows(table) for table in (videos, actions, worlds, seconds)]
@@ -698,25 +693,23 @@ def report(args, policy, videos, actions, worlds, seconds, began):
 
 
 def sample(args, run, policy, splits):
-    """Closed loops in simulated worlds in which the block is moved, or held-out episodes of other data: what
-    was observed above what was generated -> [samples/...]. On rank 0."""
-    files = []
-    manifest = read_manifest(args.data_dir)
-    held_out = tasks(splits["test"])
+    """Worlds in which the block is moved, or held-out episodes: observed and generated -> [samples/...]."""
+    files, held_out = [], robot_data.tasks(splits["test"])
     for number in range(args.num_samples if run.rank == 0 else 0):
-        if manifest.get("simulated"):
+        if robot_data.read_manifest(args.data_dir).get("simulated"):
             name, film = f"world_{number}", []
             run_episode(policy, FIRST_WORLD + args.seed + number, True, True, film)
             observed, generated = (torch.stack(column) for column in zip(*film))
         else:
             episode = held_out[number % len(held_out)]
-            name, window = episode.folder.name, vidar.load_window(args, episode)
+            name = episode.folder.name
+            window = robot_data.load_window(episode, args.frames, (args.height, args.width))
             generated = forecast(policy, window, episode, args.seed, True)[0][1:]
             observed = window[0][1:len(generated) + 1]
         panels = {"observed": observed * 2 - 1, "generated": generated * 2 - 1}
         labels = [f"t+{t}" for t in range(1, len(observed) + 1)]
-        files += common.write_panels(Path(args.output_dir, "samples", name), panels, labels, 0, vidar.FPS,
-                                     max(1, 224 // args.height), columns=8)
+        stem, scale = Path(args.output_dir, "samples", name), max(1, 224 // args.height)
+        files += common.write_panels(stem, panels, labels, 0, vidar.FPS, scale, columns=8)
     return files
 
 
@@ -739,8 +732,7 @@ def draw_batch(args, run, windows, step, micro, grad_accum):
 
 
 def train(args, run, checkpoint, splits):
-    """Trains stage 2 from --vidar's weights; final/ then has vidarc.pt, vidarc.safetensors, idm.pt and the
-    codec."""
+    """Trains stage 2 from --vidar's weights; final/ then has what load_policy() needs, and vidarc.pt."""
     folder = vidar.cache_folder(args, splits)
     idm = vidar.load_idm(args.idm, vidar.idm_config(args)).to(run.device)
     vidar.build_cache(args, run, splits, folder, ["windows"], idm)
@@ -758,13 +750,12 @@ def train(args, run, checkpoint, splits):
         return net(*draw_batch(args, run, windows["train"], step, micro, grad_accum))
 
     def val_fn(net):                             # teacher-forced, at u = 0.5
-        losses = []
-        for number in vidar.spread(len(windows["val"].rows), 16):
-            batch = vidar.collate(windows["val"], [number], args, run.device)
-            u = torch.full((1, batch["latents"].shape[2] - 1), .5, device=run.device)
-            values = {"use_self_forcing": False, "u": u, "noise": vidar.fixed_noise(batch["latents"], number)}
-            losses.append(net(batch, values)[1]["flow_loss"].item())
-        return {"val_loss": float(np.mean(losses))}
+        chosen = vidar.spread(len(windows["val"].rows), 8)
+        batch = vidar.collate(windows["val"], chosen, args, run.device)
+        u = torch.full((len(chosen), batch["latents"].shape[2] - 1), .5, device=run.device)
+        noise = vidar.noise_like(batch["latents"], chosen)
+        values = {"use_self_forcing": False, "u": u, "noise": noise}
+        return {"val_loss": net(batch, values)[1]["flow_loss"].item()}
 
     stage = argparse.Namespace(folder=".", steps=args.max_steps, lr=args.lr, warmup_steps=args.warmup_steps,
                                weight_decay=args.weight_decay, ema_decay=args.ema_decay,
@@ -776,8 +767,7 @@ def train(args, run, checkpoint, splits):
 
 
 def dry_run(args):
-    """Prints parameters, FLOPs and memory of a teacher-forced step on the meta device, and of the KV cache.
-    """
+    """Prints parameters, FLOPs and memory of a teacher-forced step, on the meta device, and of the cache."""
     flags = argparse.Namespace(**{**vars(args), "random_init": True})
     with torch.device("meta"):
         model = CausalModel(load_dit(flags, "meta"), args).train()
@@ -822,16 +812,15 @@ def run_script(argv):
     args, checkpoint, why_preset = parse_args(argv)
     if args.dry_run:
         return dry_run(args)
-    inference_only = bool(args.sample or args.eval)
     if args.serve:
         policy = load_policy(args.output_dir, args.device)
         print(f"serving {args.output_dir} on port {args.serve}", flush=True)
         with make_server(policy, args.serve) as server:
             return server.serve_forever()
-    run = vidar.setup(args)
+    run, inference_only = vidar.setup(args), args.sample or args.eval
     common.announce(SCRIPT, args, why_preset, run, checkpoint)
     common.simulate_missing_data("vidar", args.data_dir, default=PRESETS["tiny"]["data_dir"])
-    splits = load_splits(args.data_dir)
+    splits = robot_data.load_splits(args.data_dir)
     final = Path(args.output_dir, "final")
     if not (inference_only and checkpoint):
         if not args.random_init:

@@ -116,16 +116,29 @@ def read_episode(episode, size):
         return frames, None
     packed = np.load(episode.folder / "mask.npz")
     masks = np.unpackbits(packed["bits"], count=packed["shape"].prod()).reshape(packed["shape"])
-    if masks.shape[1:] == tuple(size):
-        return frames, torch.from_numpy(masks).bool()
-    masks = torch.from_numpy(masks)[:, None].float()
-    return frames, F.interpolate(masks, tuple(size), mode="bilinear", antialias=True)[:, 0] >= .5
+    return frames, resize(torch.from_numpy(masks)[:, None].float(), size)[:, 0] >= .5
+
+
+def resize(images, size):
+    """n C H W -> n C h w, anti-aliased, aspect not kept."""
+    if images.shape[-2:] == tuple(size):
+        return images
+    return F.interpolate(images, tuple(size), mode="bilinear", antialias=True)
 
 
 def cut_window(episode, start, length):
     """-> numbers of the frames of a window, and which are valid: past the end the last frame repeats."""
     clock = start + np.arange(length)
     return clock.clip(max=len(episode.actions) - 1), torch.from_numpy(clock < len(episode.actions))
+
+
+def load_window(episode, frames, size):
+    """An episode's first window -> video T 3 H W in [0, 1], actions T 14, valid T bool, arm masks T H W bool
+    or None."""
+    chosen, valid = cut_window(episode, 0, frames)
+    video, masks = read_episode(episode, size)
+    actions = torch.from_numpy(episode.actions[chosen])
+    return video[chosen] / 255, actions, valid, None if masks is None else masks[chosen]
 
 
 def make_prompt(instruction, head_view, views=VIEWS) -> str:
