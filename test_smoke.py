@@ -299,13 +299,12 @@ SCRIPTS = {
             ("--model i2v_a14b --weights_from {data}", "cannot load Wan's .* from .*hf download", None),
         ]),
     "vidar": dict(
-        tiny="--preset tiny --dtype float32 --height 48 --width 32 --frames 9 --text_length 16 --idm_frames 4 "
-             "--idm_batch_size 4 --idm_generated 2 --max_steps 4 --idm_steps 4 --batch_size 4 --lr 1 --idm_lr 0 "
-             "--warmup_steps 1000 --log_every 1 --eval_every 2 --save_every 2 --keep_last 0 "
+        tiny="--preset tiny --dtype float32 --height 48 --width 32 --frames 9 --text_length 16 "
+             "--idm_frames 4 --idm_batch_size 4 --idm_generated 2 --max_steps 4 --idm_steps 4 --batch_size 4 "
+             "--lr 1 --idm_lr 0 --warmup_steps 1000 --log_every 1 --eval_every 2 --save_every 2 --keep_last 0 "
              "--num_inference_steps 2 --num_samples 1",
-        prepare=lambda: robot_prepare.main([
-            "--data_dir", vidar.PRESETS["tiny"]["data_dir"], "--episodes", "10", "--poses", "8", "--frames", "9",
-            "--size", "48", "32"]),
+        prepare=lambda: robot_prepare.main(shlex.split(
+            "--data_dir data/vidar/simulated --episodes 10 --poses 8 --frames 9 --size 48 32")),
         stages=("video", "."), reuse="", steps="--idm_steps", typed=False,
         pair="--stage video", double="--batch_size 8",           # batch norm is of a process's own batch
         headline=("results/psnr_arm_beyond_1s", "results/action_accuracy_generated",
@@ -328,7 +327,7 @@ SCRIPTS = {
                 data / "manifest.json").write_text('{"fps": 10}')),
             ("", "manifest.json has 30 fps, not 10", lambda data, run: edit(
                 data / "manifest.json", '"fps": 10', '"fps": 30')),
-            ("", "no data set in .*data: python data/vidar/prepare.py", lambda data, run: shutil.rmtree(data)),
+            ("", "no data set in .*python data/vidar/prepare.py", lambda data, run: shutil.rmtree(data)),
             ("--eta 3", "which mask.npz or an IDM must locate: name --idm FILE", lambda data, run: [
                 path.unlink() for path in data.rglob("mask.npz")]),
             ("--height 40", "--height 40 and --width 32 must be multiples of 16", None),
@@ -341,7 +340,7 @@ SCRIPTS = {
                            data / "w.pt")),
             ("--idm {data}/none.pt", "cannot read the IDM .*none.pt", None),
             ("--lr nan", "argument --lr: must be .*at least 0, not nan", None),
-            ("--output_dir {run} --eval --text_length 8", "--text_length 8 does not fit .* trained with 16", None),
+            ("--output_dir {run} --eval --text_length 8", "--text_length 8 does not fit .* with 16", None),
         ]),
     "vidarc": dict(
         tiny="--preset tiny --dtype float32 --height 48 --width 32 --frames 9 --text_length 16 --max_steps 4 "
@@ -4283,13 +4282,13 @@ def test_vidar_untrained_velocity_is_the_noise():
 
 
 def test_vidar_loss():
-    """The first latent frame and padding have none; the weight of Eq. 7 is inside the norm: 16 with eta 3."""
+    """The first latent frame and padding have none; Eq. 7's weight is inside the norm: 16 with eta 3."""
     model, (batch, noise, sigma) = vidar_model("--eta 0"), vidar_clip()
     x, levels = vidar.add_noise(batch["latents"], noise, sigma)
     assert torch.equal(x[:, :, 0], batch["latents"][:, :, 0]) and not levels[:, 0].any()
     assert torch.equal(levels[:, 1:], sigma[:, None].expand(-1, 2))
     loss, _ = model(batch, noise, sigma)
-    tokens = (1000 * levels).repeat_interleave(6, 1)                 # a timestep per token, as diffusers has it
+    tokens = (1000 * levels).repeat_interleave(6, 1)               # a timestep per token, as in diffusers
     v, target = model.dit(x, tokens, batch["text"]).sample, noise - batch["latents"]
     assert torch.allclose(loss, F.mse_loss(v[:, :, 1:], target[:, :, 1:]))
     other = noise.clone()
@@ -4331,7 +4330,7 @@ def test_vidar_oracle_velocity_leads_to_the_data(monkeypatch):
 
 @pytest.mark.parametrize("script", ["vidar", "vidarc"])
 def test_vidar_weights_keep_official_names(script, tmp_path):
-    """vidar.pt and vidarc.pt have the official names and load strictly, as do the files in diffusers' names."""
+    """vidar.pt and vidarc.pt have official names and load strictly, as do the files in diffusers' names."""
     model, stem = vidar_model(), tmp_path / f"final/{script}"
     vidar.save_transformer(vidar_args(), CPU, stem, model)
     weights = torch.load(f"{stem}.pt", weights_only=True)
@@ -4393,7 +4392,7 @@ def test_vidar_idm_sees_only_what_its_mask_lets_through(tmp_path):
         torch.save(content, tmp_path / "idm.pt")
         loaded = vidar.load_idm(tmp_path / "idm.pt", {**vidar.IDM_TINY, "size": (112, 96)})
         assert torch.equal(loaded(a)[0], opened(a)[0])
-    for content, message in (({**weights, "train_mean": torch.ones(7)}, "train_mean is .7,., in the model .14"),
+    for content, message in (({**weights, "train_mean": torch.ones(7)}, "train_mean is .7,., in the model"),
                              ({**weights, "step": print}, "cannot read the IDM .*idm.pt")):
         torch.save(content, tmp_path / "idm.pt")
         with pytest.raises(common.UserError, match=message):
@@ -4445,12 +4444,13 @@ def test_vidar_stages_alone(trained, tmp_path):
         path.unlink()
     assert launch_in("idm_masks", f"--stage video --eta 3 --idm {base.run}/final/idm.pt") == 0
     losses = [rows(tmp_path / run)[0] for run in ("true_masks", "idm_masks")]
-    assert all(row["loss"] > 1.1 * row["flow_loss"] for row in losses) and losses[0]["loss"] != losses[1]["loss"]
+    assert all(row["loss"] > 1.1 * row["flow_loss"] for row in losses)
+    assert losses[0]["loss"] != losses[1]["loss"]
     args = vidar_args(f"--eta 0 --frames 13 --data_dir {data}")    # episodes have 9: the last 4 are padding
     splits = robot_data.load_splits(data)
     folder = vidar.cache_folder(args, splits)
     vidar.build_cache(args, CPU, splits, folder, ["windows"])
-    windows = vidar.Cache(folder.glob("train_*.windows"))
+    windows = vidar.Cache(sorted(folder.glob("train_*.windows")))
     batch = vidar.collate(windows, [0, 1], args, "cpu", unconditional=[1])
     assert batch["valid"].tolist() == [[True, True, True, False]] * 2 and "arm" not in batch
     assert batch["text"][0].any(1).sum() == 16 and batch["text"][1].any(1).sum() == 1
@@ -4462,7 +4462,8 @@ def test_vidar_generated_frames(trained):
     run = trained("vidar").run
     frames = common.load_weights(run / "video/final/generated_frames.safetensors")
     assert frames["frames"].shape[1:] == (3, 48, 32) and len(frames["frames"]) == len(frames["actions"]) > 0
-    real = np.concatenate([episode.actions for episode in robot_data.load_splits(trained("vidar").data)["train"]])
+    splits = robot_data.load_splits(trained("vidar").data)
+    real = np.concatenate([episode.actions for episode in splits["train"]])
     assert all((np.abs(real - row).max(1) == 0).any() for row in frames["actions"].numpy())
 
 
@@ -4482,7 +4483,8 @@ def test_vidar_episodes(trained, tmp_path, capsys):
     frames, masks = robot_data.read_episode(splits["val"][0], (24, 16))
     assert frames.shape == (9, 3, 24, 16) and masks.shape == (9, 24, 16) and 0 < masks.float().mean() < 1
     text = robot_data.make_prompt("Pick it up.", "rear")
-    assert text == robot_data.make_prompt(text, "rear") and "a fixed rear camera, a movable left arm camera" in text
+    assert text == robot_data.make_prompt(text, "rear")
+    assert "three views: a fixed rear camera, a movable left arm camera, and a movable right arm" in text
     assert text.endswith("The aloha robot is currently performing the following task: pick it up.")
     assert robot_data.make_prompt("Pick it up.", "front", ("fixed rear",)).endswith(
         "with one view: a fixed front camera. The aloha robot is currently performing the following task: "
@@ -4495,7 +4497,8 @@ def test_vidar_episodes(trained, tmp_path, capsys):
 # ---- vidarc.py ------------------------------------------------------------------------------------------
 
 def vidarc_args(flags=""):
-    return vidarc.parse_args(shlex.split(f"{SCRIPTS['vidarc']['tiny']} --random_init --output_dir none {flags}"))[0]
+    flags = f"{SCRIPTS['vidarc']['tiny']} --random_init --output_dir none {flags}"
+    return vidarc.parse_args(shlex.split(flags))[0]
 
 
 def vidarc_model(flags="", noise=.2):
@@ -4602,7 +4605,7 @@ def test_vidarc_cache():
     cache.capacity = 7
     for action in (lambda: cache.append(dit, z[:, :, 5:], text), lambda: next(vidarc.generate_latents(
             dit, cache, z[:, :, 5:], text, vidarc_args(), 1))):
-        with pytest.raises(common.UserError, match="holds 7 latent frames, not 9: raise --kv_cache_length to 32"):
+        with pytest.raises(common.UserError, match="holds 7 latent frames, not 9: .*--kv_cache_length to 32"):
             action()
 
 
@@ -4756,8 +4759,8 @@ def observed_frames(policy, count=41):
 @torch.no_grad()
 @pytest.mark.parametrize("codec", ["linear", "wan"])
 def test_vidarc_policy_stands_on_observed_frames(codec):
-    """Cached keys and the decoder's state are those of the observed frames, whatever was predicted. Beyond the
-    window, or after a gap of frames, a new window begins with the last of them."""
+    """Cached keys are those of the observed frames, whatever was predicted. Beyond the window, or after a gap
+    of frames, a new window begins with the last of them."""
     policy = vidarc_policy(codec)
     frames, at = observed_frames(policy), 0
     for end, first in ((1, 0), (9, 0), (17, 0), (25, 16), (33, 16), (34, 33), (38, 33)):
@@ -4771,8 +4774,6 @@ def test_vidarc_policy_stands_on_observed_frames(codec):
             for a, b in zip(expected, cached):
                 torch.testing.assert_close(a[:, :tokens], b[:, :tokens], rtol=0,
                                            atol=1e-4 * a[:, :tokens].abs().max().item())
-        shown, _ = vidarc.decode_next(policy.vae, z[:, :, -1:], None)
-        assert policy.decoder_state is not None and shown.isfinite().all()
         at = end
 
 
@@ -4822,7 +4823,8 @@ def test_vidarc_policy_bad_input():
     bad = {"uint8 .1, 48, 48, 3., not uint8 .n, 48, 32, 3.": (np.zeros((1, 48, 48, 3), np.uint8), "go", None),
            "frames are float64": (frames[:1] / 255, "go", None), "frames are": ([], "go", None),
            "joints are .14,., with 1 NaN": (frames[1:5], "go", np.where(np.arange(14) == 3, np.nan, 0.)),
-           "joints are .7,.": (frames[1:5], "go", np.zeros(7)), "not numbers": (frames[1:5], "go", ["a"] * 14),
+           "joints are .7,.": (frames[1:5], "go", np.zeros(7)),
+           "joints are not numbers": (frames[1:5], "go", ["a"] * 14),
            "instruction is bytes": (frames[1:5], b"go", None)}
     for message, observation in bad.items():
         with pytest.raises(common.UserError, match=message):
@@ -4845,8 +4847,8 @@ def test_vidarc_load_policy(trained):
 
 
 def test_vidarc_serve(monkeypatch):
-    """openpi's protocol, with its own client if it is installed: actions equal policy.act() in process, errors
-    are answered and the server lives, GET /healthz answers, a new connection is a new episode."""
+    """openpi's protocol, with its own client if it is installed: actions equal policy.act() in process,
+    errors are answered and the server lives, a new connection is a new episode."""
     msgpack = pytest.importorskip("msgpack")
     client = pytest.importorskip("websockets.sync.client")
     server = importlib.import_module("data.vidar.server")
@@ -4868,10 +4870,11 @@ def test_vidarc_serve(monkeypatch):
                 for observation, actions in zip(observations, expected):
                     connection.send(pack(observation))
                     assert np.array_equal(unpack(connection.recv())["actions"], actions)
-                for bad, message in ((b"\xc1", "Error|Exception|Format"), (pack({"prompt": "go"}), "no .images."),
-                                     (pack({**observations[0], "state": np.full(14, np.nan)}), "14 NaN"),
-                                     (pack({"images": {"cam_high": np.zeros((4, 8), np.uint8)}}), "cam_high"),
-                                     ("text", "binary message")):
+                for bad, message in (
+                        (b"\xc1", "Error|Exception|Format"), (pack({"prompt": "go"}), "no .images."),
+                        (pack({**observations[0], "state": np.full(14, np.nan)}), "14 NaN"),
+                        (pack({"images": {"cam_high": np.zeros((4, 8), np.uint8)}}), "cam_high"),
+                        ("text", "binary message")):
                     connection.send(bad)
                     reply = connection.recv()
                     assert isinstance(reply, str) and re.search(message, reply), reply
@@ -4879,11 +4882,12 @@ def test_vidarc_serve(monkeypatch):
         robot = openpi.WebsocketClientPolicy("127.0.0.1", port)
         head, left, right = np.random.default_rng(1).integers(0, 256, (3, 3, 60, 80), np.uint8)
         images = {"cam_high": head, "cam_left_wrist": left, "cam_right_wrist": right}
-        actions = robot.infer({"images": images, "state": np.zeros(14, np.float32), "prompt": "go"})["actions"]
+        reply = robot.infer({"images": images, "state": np.zeros(14, np.float32), "prompt": "go"})
         mosaic = server.mosaic(*(np.moveaxis(image, 0, -1) for image in (head, left, right)))
         assert mosaic.shape == (720, 640, 3)
         alone.reset()
-        assert np.array_equal(actions, alone.act(server.resize_images(mosaic[None], (48, 32)), "go", np.zeros(14)))
+        frame = server.resize_images(mosaic[None], (48, 32))
+        assert np.array_equal(reply["actions"], alone.act(frame, "go", np.zeros(14)))
         running.shutdown()
 
 

@@ -136,6 +136,8 @@ def check_flags(args):
         raise UserError(f"--height {args.height} and --width {args.width} must be multiples of {side}")
     if args.frames % 4 != 1:
         raise UserError(f"--frames must be 4k + 1, not {args.frames}: Wan's VAE packs fours after the first")
+    if args.fsdp and "WORLD_SIZE" not in os.environ:
+        raise UserError("--fsdp shards over processes: start it with torchrun --nproc_per_node=N")
     if args.cpu_offload and not args.fsdp:
         raise UserError("--cpu_offload moves sharded weights: add --fsdp")
     if args.fsdp and getattr(args, "stage", None) == "all" and args.idm_generated:
@@ -363,7 +365,7 @@ def text_encoder(args, device):
 
 def load_transformer(args, device):
     """The transformer to train, fp32: --vidar's weights, Wan's, or random ones."""
-    dit = load_part(args, "transformer", device, args.vidar)
+    dit = load_part(args, "transformer", "cpu" if args.vidar else device, args.vidar).to(device)
     if args.model == "tiny" and not args.vidar:
         init_small(dit)
     return keep_time_in_fp32(dit).requires_grad_(True)
@@ -568,7 +570,7 @@ class Cache:
     """Windows or frames of a split, read from the cache's files as needed: 14 GB for a thousand episodes."""
     def __init__(self, paths):
         self.rows = []                                       # (file, row in it)
-        for path in sorted(paths):
+        for path in paths:
             with safe_open(path, "pt") as file:
                 self.rows += [(path, i) for i in range(len(file.get_tensor("actions")))]
 
@@ -723,8 +725,6 @@ def sample(args, run, model, idm, splits, folder):
 def setup(args):
     """Joins torchrun's processes and chooses device and precision -> rank, world, device, dtype, autocast."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if args.fsdp and "RANK" not in os.environ:
-        raise UserError("--fsdp shards over processes: start it with torchrun --nproc_per_node=N")
     device = common.choose_device(args.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -953,7 +953,7 @@ def train_stages(args, run, checkpoint, splits, folder):
     plan, generated = stage_plan(args), Path(args.output_dir, "video/final/generated_frames.safetensors")
     build_cache(args, run, splits, folder, [stage.kind for stage in plan], idm)
     for stage in plan:
-        paths = {split: list(folder.glob(f"{split}_*.{stage.kind}")) for split in ("train", "val")}
+        paths = {split: sorted(folder.glob(f"{split}_*.{stage.kind}")) for split in ("train", "val")}
         if stage.name == "idm" and generated.is_file():
             paths["train"].append(generated)
         caches = {split: Cache(paths[split]) for split in paths}

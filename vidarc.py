@@ -736,14 +736,10 @@ def train(args, run, checkpoint, splits):
     folder = vidar.cache_folder(args, splits)
     idm = vidar.load_idm(args.idm, vidar.idm_config(args)).to(run.device)
     vidar.build_cache(args, run, splits, folder, ["windows"], idm)
-    windows = {split: vidar.Cache(folder.glob(f"{split}_*.windows")) for split in ("train", "val")}
+    windows = {split: vidar.Cache(sorted(folder.glob(f"{split}_*.windows"))) for split in ("train", "val")}
     final = Path(args.output_dir, "final")
     if run.rank == 0:
         common.write_json(Path(args.output_dir, "args.json"), {**vars(args), **common.provenance()})
-        final.mkdir(exist_ok=True)
-        shutil.copy(args.idm, final / "idm.pt")
-        if args.model == "tiny":
-            shutil.copy(folder / "codec.safetensors", final)
     model = CausalModel(load_dit(args, run.device).requires_grad_(True), args)
 
     def loss_fn(net, step, micro, grad_accum):
@@ -763,6 +759,10 @@ def train(args, run, checkpoint, splits):
     net = vidar.train(args, run, SCRIPT, stage, model, loss_fn, val_fn, checkpoint)
     if not vidar.is_finished(stage, checkpoint) or not (final / "vidarc.safetensors").is_file():
         vidar.save_transformer(args, run, final / SCRIPT, net)
+        if run.rank == 0:
+            shutil.copy(args.idm, final / "idm.pt")
+            if args.model == "tiny":
+                shutil.copy(folder / "codec.safetensors", final)
     common.barrier()
 
 
