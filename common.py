@@ -130,8 +130,8 @@ class Parser(argparse.ArgumentParser):
 
 
 # A resumed run does not take these over from its checkpoint.
-RUN_FLAGS = {"output_dir", "resume", "sample", "eval", "dry_run", "device", "dtype", "fsdp", "cpu_offload", "compile",
-             "serve"}
+RUN_FLAGS = {"output_dir", "resume", "sample", "eval", "dry_run", "serve", "device", "dtype", "fsdp",
+             "cpu_offload", "compile"}
 
 
 def parse_args(parser, argv=None, locked=(), **paper_needs):

@@ -299,9 +299,9 @@ SCRIPTS = {
             ("--model i2v_a14b --weights_from {data}", "cannot load Wan's .* from .*hf download", None),
         ]),
     "vidar": dict(
-        tiny="--preset tiny --dtype float32 --height 48 --width 32 --frames 9 --text_length 16 "
-             "--idm_frames 4 --idm_batch_size 4 --idm_generated 2 --max_steps 4 --idm_steps 4 --batch_size 4 "
-             "--lr 1 --idm_lr 0 --warmup_steps 1000 --log_every 1 --eval_every 2 --save_every 2 --keep_last 0 "
+        tiny="--preset tiny --dtype float32 --height 48 --width 32 --frames 9 --text_length 16 --max_steps 4 "
+             "--idm_steps 4 --idm_frames 4 --idm_batch_size 4 --idm_generated 2 --batch_size 4 --lr 1 "
+             "--idm_lr 0 --warmup_steps 1000 --log_every 1 --eval_every 2 --save_every 2 --keep_last 0 "
              "--num_inference_steps 2 --num_samples 1",
         prepare=lambda: robot_prepare.main(shlex.split(
             "--data_dir data/vidar/simulated --episodes 10 --poses 8 --frames 9 --size 48 32")),
