@@ -7,8 +7,8 @@ Metrics      mse psnr ssim fair_crps frechet_distance fvd
 Files        read_text read_image read_images find_files video_frames read_video write_video video_grid
              picture_grid write_panels
 Checkpoints  save_run load_run find_checkpoint save_checkpoint load_checkpoint save_weights load_weights
-             gather_state restore_state install_sigterm_handler
-Wan          load_wan wan_encode wan_decode LinearCodec encode_text pad_text save_lora
+             save_pt gather_state restore_state install_sigterm_handler
+Wan          load_wan official_names wan_encode wan_decode LinearCodec encode_text pad_text save_lora
 Run records  UserError one_line_errors write_json Log horizon_means print_table report describe_data
              show_results write_report_page loss_panel plot_curves provenance dry_run_report
 
@@ -133,7 +133,8 @@ class Parser(argparse.ArgumentParser):
 
 
 # A resumed run does not take these over from its checkpoint.
-RUN_FLAGS = {"output_dir", "resume", "sample", "eval", "dry_run", "device", "dtype", "fsdp", "compile"}
+RUN_FLAGS = {"output_dir", "resume", "sample", "eval", "dry_run", "serve", "device", "dtype", "fsdp",
+             "cpu_offload", "compile"}
 
 
 def parse_args(parser, argv=None, locked=(), **paper_needs):
@@ -865,6 +866,13 @@ def save_weights(path, weights):
     tmp.replace(path)
 
 
+def save_pt(path, value):
+    """torch.save, whole or not at all."""
+    tmp = path.with_name(f".tmp_{path.name}")
+    torch.save(value, tmp)
+    tmp.replace(path)
+
+
 def load_weights(path):
     """Reads a safetensors file -> {name: tensor} on the CPU. UserError where it is absent or damaged."""
     try:
@@ -1103,6 +1111,8 @@ def build_wan(part, config, dtype, device, weights=None):
         with init_empty_weights():                         # leaves buffers real: rope's are in no file
             model = make(**arguments)
         model.load_state_dict(diffusers_names(weights, part), assign=True)
+        if torch.device(device).type == "meta":            # enough to know that the weights fit
+            return model.to(device)
         if part == "text_encoder":
             model.tie_weights()
     kept = set(make._keep_in_fp32_modules or ()) if part == "transformer" else set()
@@ -1170,6 +1180,28 @@ def diffusers_names(weights, part):
 
     pattern = r"(down|up)samples\.(\d+)\.\1samples\.(\d+)\.(.+)\.(\w+)"
     return own.convert_wan_vae_to_diffusers({re.sub(pattern, nested, k): v for k, v in weights.items()})
+
+
+OFFICIAL_NAMES = {
+    "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+    "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+    "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+    "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+    "condition_embedder.time_proj": "time_projection.1", "proj_out": "head.head", "attn1": "self_attn",
+    "attn2": "cross_attn", ".to_out.0": ".o", ".to_q": ".q", ".to_k": ".k", ".to_v": ".v",
+    ".norm2.": ".norm3.", "ffn.net.0.proj": "ffn.0", "ffn.net.2": "ffn.2",
+}
+
+
+def official_names(weights):
+    """diffusers' names of a transformer's weights -> official ones: the inverse of diffusers_names."""
+    named = {}
+    for name, value in weights.items():
+        for own, official in OFFICIAL_NAMES.items():
+            name = name.replace(own, official)
+        name = "head.modulation" if name == "scale_shift_table" else name
+        named[name.replace("scale_shift_table", "modulation")] = value
+    return named
 
 
 def latent_scale(vae, device):

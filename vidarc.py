@@ -1,41 +1,28 @@
-"""vidarc.py: Vidar made causal: it imagines a few frames, the robot acts, what it saw replaces them.
+"""vidarc.py: Vidar made causal: it generates a few frames, the robot acts, observed frames replace them.
 
 Papers      Vidarc (arXiv:2512.17661), of which this is stage 2, on Vidar (arXiv:2507.12898); Self Forcing
             (arXiv:2506.08009); Wan2.2-TI2V-5B (arXiv:2503.20314).
 Equations   Eq. 6  |v(x_t, t, c, x_prev) - (x_0 - x_1)|^2, x_prev clean  -> teacher_forced_loss, teacher_plan
             Eq. 7  |(1 + eta U) (v - (x_0 - x_1))|^2, eta 3               -> vidar.flow_loss
-            x = (1 - sigma) z + sigma eps, a level sigma for each chunk   -> noised; signs as in vidar.py
-            self-forcing: behind its own imagined latents                 -> self_forced_loss
-            KV cache, re-prefill with what was seen                       -> KVCache, generate_chunk, Policy
-Chunks      Latent 0, the observed image, is a chunk, then every --chunk_latents k of them. All see their own
-            chunk and the clean latents of earlier ones, in the parallel pass as behind a cache: 1e-6 apart.
-            --chunk_size and --kv_cache_length count pixel frames, four to a latent.
-Differs     from upstream's training and inference code, and why:
-            - cached keys are of clean latents; upstream's trainer caches noised ones, as self-forcing
-            - self-forcing imagines within one --chunk_size, since what was seen replaces it after that; the
-              loss is of the next real latents. Upstream's whole rollout regresses to a blur
-            - guidance has a cache for each branch (--cfg_cache separate); upstream's server shares one
-            - the video codec is a stream: no call decodes or encodes a frame twice. Upstream's server encodes
-              each chunk behind the very first observation
-            - actions are shifted by what the IDM misreads now, where the joints are known (--no-calibrate)
-Run         python vidarc.py               # 12 to 19 min, 2 GB, with stage 1; 6 to 9 where that is there
-            python vidarc.py --sample --num_samples 3             # 14 s
-            python vidarc.py --eval --execute 4                   # 2 to 4 min
-            python vidarc.py --eta 0 --self_forcing 0 --chunk_latents 2 --output_dir runs/vidarc_ablation
-            torchrun --nproc_per_node=2 vidarc.py --preset 2xh200 --data_dir data/robotwin
-            torchrun --nproc_per_node=8 vidarc.py --preset 8xh100 --data_dir data/robotwin
-            python vidarc.py --preset debug --random_init --idm idm.pt --data_dir data/robotwin
-            python vidarc.py --preset 8xh100 --dry_run
-Shapes      B batch  T frames  F = (T - 1) / 4 + 1 latents in time  C latent channels  H W pixels  h w latent
-            grid  S = h/2 w/2 tokens of a latent  N = F S  D width  L text tokens. Latents are B C F h w,
-            videos B T 3 H W in [-1, 1], for the IDM in [0, 1]; actions n 14 are absolute joint targets.
+            x = (1 - sigma) z + sigma eps, sigma per latent frame         -> mix_noise; signs as in vidar.py
+            self-forcing: behind latents that the model generated         -> self_forced_loss
+            KV cache, re-prefill with observed frames                     -> KVCache, generate_latents, Policy
+Run         python vidarc.py                         # 9 min on 2 CPU cores, stage 1 included
+            python vidarc.py --sample --num_samples 3                      # or --eval
+            python vidarc.py --serve 8000                                  # actions over a websocket
+            torchrun --nproc_per_node=8 vidarc.py --preset ti2v_5b --fsdp --data_dir data/robotwin
+            python vidarc.py --preset ti2v_5b --global_batch 1 --batch_size 1 --max_steps 100    # one GPU
+From Python policy = vidarc.load_policy("runs/vidarc"); actions = policy.act(frames, instruction, joints)
+Shapes      B batch  T frames  F = (T - 1) / 4 + 1 latent frames  C latent channels  H W pixels  h w latent
+            cells  S = h/2 w/2 tokens of a latent frame  N = F S  D width  L text tokens. Latents are
+            B C F h w, videos B T 3 H W in [-1, 1], for the IDM in [0, 1]; actions n 14 are absolute joint
+            positions. --chunk_size and --kv_cache_length count pixel frames, four to a latent frame.
 """
 import argparse
-import contextlib
 import functools
-import math
+import json
 import os
-import signal
+import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -43,252 +30,159 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from diffusers import UniPCMultistepScheduler, WanTransformer3DModel
+from diffusers import WanTransformer3DModel
 from diffusers.models.autoencoders.autoencoder_kl_wan import patchify, unpatchify
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import common
 import vidar
-from common import UserError, from_uint8
+from common import UserError, at_least, between, from_uint8
+from data.vidar import episodes as robot_data
+from data.vidar.server import make_server
+from data.vidar.world import ArmWorld
 
 SCRIPT = "vidarc"
-PUBLISHED = "3.03 s on one A100 (5B), 0.69 s on one H100 (Self Forcing, 1.3B)"
+FIRST_WORLD = 1_000_000                  # seed of the first world of --eval; those of training begin at 0
+HORIZON = 64                             # frames in a world, enough to try again
+MOVED_AT = 6                             # frame at which the block is moved
 
-# ---- args -----------------------------------------------------------------------------------------------
+# ---- presets and flags ----------------------------------------------------------------------------------
 
-PAPER = dict(data_dir="data/robotwin", vidar="checkpoints/vidar/vidar.pt", idm="checkpoints/vidar/idm.pt",
-             max_steps=4000, lr=2e-5, warmup_steps=200, weight_decay=.1, grad_checkpoint=True, fsdp=True,
-             save_every=250, eval_every=250)
 PRESETS = {
     "tiny": dict(
-        model="tiny", data_dir="data/vidar", vidar="runs/vidar/final/vidar.safetensors",
-        idm="runs/vidar/idm/final/idm.pt", size="112,96", frames=33, prompt_views="none", windows=3,
-        text_length=64, batch_size=2, any_batch=True, max_steps=1150, lr=3e-3, warmup_steps=50,
-        weight_decay=.01, ema_decay=.99, beta2=.98, shift=8., steps=1, cfg=1., chunk_size=8,
-        kv_cache_length=32, self_forcing=.1, self_forcing_after=850,
-        context_noise=.02, cfg_drop=0., worlds=24, moved=6, eval_clips=24, latency_chunks=4,
-        eval_every=500, save_every=500),
-    "2xh200": {**PAPER, "batch_size": 8, "grad_accum": 8, "chunk_size": 8},
-    "8xh100": {**PAPER, "batch_size": 8, "grad_accum": 2},
-    "64xh100": {**PAPER, "batch_size": 2, "grad_accum": 1},
-    # The document's --debug: the same model on one GPU, both losses, to see that everything runs.
-    "debug": {**PAPER, "fsdp": False, "batch_size": 1, "any_batch": True, "max_steps": 100,
-              "warmup_steps": 10, "self_forcing_after": 20, "ema_decay": 0., "log_every": 1, "save_every": 0,
-              "eval_every": 50},
+        {name: vidar.PRESETS["tiny"][name] for name in (
+            "model", "data_dir", "height", "width", "frames", "prompt_views", "windows", "text_length",
+            "idm_frames", "batch_size", "global_batch", "lr", "warmup_steps", "ema_decay", "shift",
+            "cfg_drop", "eval_every", "save_every", "eval_clips")},
+        vidar="runs/vidar/video/final/vidar.safetensors", idm="runs/vidar/final/idm.pt", max_steps=1150,
+        num_inference_steps=1, guidance_scale=1., chunk_size=8, kv_cache_length=32, self_forcing=.1,
+        self_forcing_after=850, worlds=48),
+    "ti2v_5b": dict({**vidar.PRESETS["ti2v_5b"], "max_steps": 4000, "save_every": 250, "eval_every": 250},
+                    vidar="checkpoints/vidar/vidar.pt", idm="checkpoints/vidar/idm.pt"),
 }
-# What is timed of a tiny model: the document's windows and steps instead of its own fewer ones, and pictures
-# in which the network's work is more than a call's overhead.
-DOCUMENT = {"frames": 81, "chunk_size": 16, "kv_cache_length": 64, "steps": 10, "cfg": 3., "shift": 5.,
-            "size": "224,192"}
-MODEL_FLAGS = ("model", "text_length", "size", "chunk_latents")    # a checkpoint's own values hold
-# What --preset auto looks for before it takes the second preset.
-PAPER_NEEDS = dict(get_data="RoboTwin episodes, or --data_dir FOLDER")
+MODEL_FLAGS = ("model", "text_length", "height", "width")        # a checkpoint's values hold
 
 
 def build_parser():
-    parser = Parser(prog=f"{SCRIPT}.py", description=__doc__.split("\n")[0], allow_abbrev=False,
-                    formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add_shared_flags(parser, PRESETS)
-    add = parser.add_argument_group("data, as vidar.py's").add_argument
-    add("--size", default="736,640", metavar="H,W", help="pixels of the mosaic, multiples of 32")
-    add("--frames", type=int, default=81, help="of a training window at 10 fps, 4k + 1")
-    add("--layout", choices=list(vidar.LAYOUTS), default="480+240", help="rows of head and wrist views")
-    add("--prompt_views", choices=["rear", "front", "high", "none"], default="rear",
-        help="the head camera that the prompt's prefix names (none: no prefix)")
-    add("--windows", type=int, default=4, help="cached windows of a training episode; their start varies")
-    add = parser.add_argument_group("model").add_argument
-    add("--model", choices=["ti2v_5b", "tiny"], default="ti2v_5b", help="tiny: the same classes, small")
-    add("--weights_from", default="Wan-AI/Wan2.2-TI2V-5B-Diffusers", metavar="FOLDER|HUB_ID",
-        help="diffusers folder, hub id, or folder with the official files")
-    add("--vidar", metavar="FILE", help="stage 1's weights, or vidarc.pt: where training begins")
-    add("--idm", metavar="FILE", help="idm.pt")
-    add("--stage1", default="", metavar="FLAGS", help="more flags of vidar.py, where it has to be run first")
-    add("--random_init", action="store_true", help="Wan's shape with random weights, to measure speed")
-    add("--text_length", type=int, default=512, help="tokens of a prompt, zeros included")
-    add("--chunk_latents", type=int, default=1, help="latents that are denoised together and see each other")
-    add("--attention", choices=["auto", "loop", "flex"], default="auto",
-        help="of training; loop: a call for each chunk, flex: one compiled call (auto: flex with CUDA)")
-    add = parser.add_argument_group("loss").add_argument
-    add("--any_batch", action=argparse.BooleanOptionalAction, default=False,
-        help=f"do not insist on {vidar.EFFECTIVE_BATCH} a step; implied by --batch_size, --grad_accum")
-    add("--eta", type=float, default=3., help="Eq. 7's weight of the arm")
-    add("--context_noise", type=float, default=.1, help="the clean past has noise up to this level")
-    add("--self_forcing", type=float, default=.5, help="share of steps behind imagined latents")
-    add("--self_forcing_after", type=int, default=1000, help="steps of teacher forcing before")
-    add("--rollout_steps", type=int, default=4, help="Euler steps of a latent that training imagines")
-    add("--shift", type=float, default=5.0, help="of Wan's noise schedule")
-    add("--cfg_drop", type=float, default=.1, help="share of samples without instruction")
-    add = parser.add_argument_group("closed loop and evaluation").add_argument
-    add("--chunk_size", type=int, default=16, help="PIXEL frames between two observations")
-    add("--kv_cache_length", type=int, default=64, help="PIXEL frames after the first that the cache holds")
-    add("--steps", type=int, default=10, help="of the solver; guidance doubles the network's work")
-    add("--solver", choices=["unipc", "euler"], default="unipc", help="UniPC is Wan's")
-    add("--cfg", type=float, default=3.0, help="guidance (1: none)")
-    add("--cfg_cache", choices=["separate", "shared"], default="separate",
-        help="guidance's empty prompt has its own keys, or reads the instruction's, for half the memory")
-    add("--calibrate", action=argparse.BooleanOptionalAction, default=True,
-        help="shift actions by what the IDM misreads in the frame whose joints are known")
-    add("--worlds", type=int, default=40, help="simulated worlds, where the data are simulated")
-    add("--execute", type=int, default=0, metavar="FRAMES",
-        help="actions that are carried out before the next look (0: --chunk_size)")
-    add("--horizon", type=int, default=64, help="frames in a world, enough to try again")
-    add("--moved", type=int, default=10, help="frame at which the block is moved, where it is")
-    add("--eval_clips", type=int, default=0, help="held-out episodes that --eval looks at (0: all)")
-    add("--latency_chunks", type=int, default=20, help="chunks that are timed, after three others (0: none)")
-    add("--num_samples", type=int, default=3, help="worlds of which --sample writes a video")
+    parser = vidar.add_stage_flags(common.Parser(SCRIPT, PRESETS, __doc__.split("\n")[0]))
+    add = parser.add_argument_group("stage 2").add_argument
+    add("--eta", type=at_least(0, float), default=3., help="weight of the arms in the loss (Eq. 7)")
+    add("--self_forcing", type=between(0, 1), default=.5, help="share of steps behind generated latents")
+    add("--self_forcing_after", type=at_least(0), default=1000, help="first step of self-forcing")
+    add("--rollout_denoise_steps", type=at_least(1), default=4, help="sampler steps of self-forcing")
+    add("--num_inference_steps", type=at_least(1), default=10, help="steps of the sampler")
+    add("--guidance_scale", type=at_least(0, float), default=3.0, help="guidance (1: none)")
+    add("--chunk_size", type=at_least(4), default=16, help="pixel frames between two observations, 4k")
+    add("--kv_cache_length", type=at_least(4), default=64, help="pixel frames that the cache holds, 4k")
+    add("--worlds", type=at_least(0), default=48, help="simulated worlds of --eval, for simulated data")
+    add("--serve", type=at_least(1), metavar="PORT", help="serve the trained policy over a websocket")
     return parser
 
 
-def check_args(args):
-    """One clear line for values that no run can mean."""
-    check_numbers(args, least_1=("windows", "text_length", "steps", "rollout_steps", "chunk_latents",
-                                 "worlds", "horizon", "moved", "num_samples"),
-                  least_0=("eta", "eval_clips", "self_forcing_after", "latency_chunks"),
-                  shares=("cfg_drop", "context_noise", "self_forcing"))
-    vidar.check_shape(args)
-    chunk = 4 * args.chunk_latents
-    for name, frames in (("chunk_size", args.chunk_size), ("kv_cache_length", args.kv_cache_length),
-                         ("frames", args.frames - 1)):
-        if frames < chunk or frames % chunk:
-            raise UserError(f"--{name} {getattr(args, name)} is not made of chunks of --chunk_latents "
-                            f"{args.chunk_latents} ({chunk} frames): take another multiple of {chunk}"
-                            + " and 1 more" * (name == "frames"))
-    room = min(args.kv_cache_length, args.frames - 1)
+def parse_args(argv=None):
+    """-> flags, checkpoint or None, the reason for the preset."""
+    get_data = "python data/vidar/prepare.py --from robotwin SRC data/robotwin"
+    args, checkpoint, why_preset = common.parse_args(build_parser(), argv, MODEL_FLAGS, get_data=get_data)
+    vidar.check_flags(args)
+    for name in ("chunk_size", "kv_cache_length"):
+        if getattr(args, name) % 4:
+            raise UserError(f"--{name} must be a multiple of 4, not {getattr(args, name)}")
+    room = 4 * (window_latents(args) - 1)
     if args.chunk_size > room:
         raise UserError(f"--chunk_size {args.chunk_size} does not fit in a window of {room} frames after the "
-                        "first: raise --kv_cache_length or --frames")
-    if args.self_forcing and args.chunk_size < 2 * chunk:
-        raise UserError(f"--self_forcing imagines a part of --chunk_size {args.chunk_size}: it has to hold "
-                        f"two chunks of {chunk} frames or more; or --self_forcing 0")
-    if args.execute % chunk or not 0 <= args.execute <= args.chunk_size:
-        raise UserError(f"--execute {args.execute} must be a multiple of {chunk} up to --chunk_size "
-                        f"{args.chunk_size}, or 0")
-    vidar.check_batch(args)
+                        f"first: raise --kv_cache_length or --frames")
+    if args.self_forcing and args.chunk_size < 8:
+        raise UserError("--self_forcing generates a part of --chunk_size, which must be 8 or more; or "
+                        "--self_forcing 0")
+    return args, checkpoint, why_preset
 
 
-# ---- who sees whom --------------------------------------------------------------------------------------
-# A plan is a tuple of (start, end, spans): latents start .. end - 1 of a pass see the latents of `spans`,
-# ((start, end), ...), which count the cached ones first. Every latent of the pass is in one row, in order.
-
-def chunk_bounds(first, count, k):
-    """Chunks of the latents first .. first + count - 1: [(start, end)], counted from `first`. UserError where
-    one would be cut: its latents see each other, so they come together."""
-    bounds, at = [], 0
-    while at < count:
-        bounds.append((at, at + (1 if first + at == 0 else k)))
-        at = bounds[-1][1]
-    if at != count or first and (first - 1) % k:
-        raise UserError(f"latents {first} to {first + count - 1} are not whole chunks of {k} after latent 0: "
-                        f"choose a --chunk_latents that divides --chunk_size / 4 and (--frames - 1) / 4")
-    return bounds
+def window_latents(args):
+    """Latent frames of the policy's window: no more than were trained, or than the cache holds."""
+    return 1 + min(args.kv_cache_length, args.frames - 1) // 4
 
 
-def causal_plan(bounds, past=0):
-    """Each chunk sees `past` cached latents, the chunks before it, and itself."""
-    return tuple((start, end, ((0, past + end),)) for start, end in bounds)
+# ---- attention plans ------------------------------------------------------------------------------------
+# A plan has an entry for each latent frame of a pass: the ranges ((start, end), ...) of latent frames that it
+# attends to, cached ones counted first. Without a plan all attend to all.
+
+def causal_plan(count, past=0):
+    """Each of `count` latent frames attends to `past` cached ones, the ones before it, and itself."""
+    return tuple(((0, past + i + 1),) for i in range(count))
 
 
-def teacher_plan(bounds):
-    """Clean latents, then noisy ones, in one pass. What nobody asks for is left out: the last chunk's clean
-    latents, and latent 0's noisy ones."""
-    at = bounds[-1][0] - 1                                 # noisy latent i is at this place + i
-    noisy = [(at + start, at + end, ((0, start), (at + start, at + end))) for start, end in bounds[1:]]
-    return causal_plan(bounds[:-1]) + tuple(noisy)
+def teacher_plan(F_):
+    """Clean latent frames 0 to F - 2, then noisy ones 1 to F - 1, in one pass: a noisy one attends to the
+    clean ones before it and to itself."""
+    noisy = tuple(((0, i), (F_ - 2 + i, F_ - 1 + i)) for i in range(1, F_))
+    return causal_plan(F_ - 1) + noisy
 
 
-@functools.cache
-def block_mask(plan, count, S, device):
-    """FlexAttention's BlockMask of a plan over `count` latents of S tokens; made once for each shape."""
-    seen = torch.zeros(count, count, dtype=torch.bool, device=device)
-    for start, end, spans in plan:
-        for left, right in spans:
-            seen[start:end, left:right] = True
-    rule = lambda batch, head, query, key: seen[query // S, key // S]
-    return create_block_mask(rule, None, None, count * S, count * S, device=device)
-
-
-compiled_flex = torch.compile(flex_attention, dynamic=False)       # at its first call
-
-
-def attend(q, k, v, plan, S, backend):
-    """Attention by a plan. q B heads N d, k and v B heads N' d -> B heads N d.
-
-    "loop" calls plain attention for each row: without a mask every fused kernel will do, and what a row does
-    not see costs nothing. "flex" is one call, for passes without a cache.
-    """
-    if backend == "flex":
-        mask = block_mask(plan, q.shape[2] // S, S, q.device)
-        return (compiled_flex if q.is_cuda else flex_attention)(q, k, v, block_mask=mask)
-    pieces = k.split(S, dim=2), v.split(S, dim=2)      # not slices: each one's gradient would fill a whole k
-
-    def see(spans):
-        if spans == ((0, len(pieces[0])),):
-            return k, v
-        if k.is_meta:                                  # --dry_run counts: sizes matter alone, and cat is slow
-            count = S * sum(right - left for left, right in spans)
-            return k[:, :, :count], v[:, :, :count]
-        return [torch.cat([one for left, right in spans for one in x[left:right]], dim=2) for x in pieces]
-
-    queries = q.split([(end - start) * S for start, end, _ in plan], dim=2)
-    rows = [F.scaled_dot_product_attention(row, *see(spans)) for row, (_, _, spans) in zip(queries, plan)]
-    return torch.cat(rows, dim=2) if len(rows) > 1 else rows[0]
+def attend(q, k, v, plan, S):
+    """Attention by a plan: q B heads N d, k and v B heads N' d -> B heads N d. A call per latent frame:
+    without a mask every fused kernel works, and what is not attended to costs nothing."""
+    if plan is None:
+        return F.scaled_dot_product_attention(q, k, v)
+    k_frames, v_frames = k.split(S, dim=2), v.split(S, dim=2)
+    outputs = []
+    for query, ranges in zip(q.split(S, dim=2), plan):
+        keys = torch.cat([frame for start, end in ranges for frame in k_frames[start:end]], dim=2)
+        values = torch.cat([frame for start, end in ranges for frame in v_frames[start:end]], dim=2)
+        outputs.append(F.scaled_dot_product_attention(query, keys, values))
+    return torch.cat(outputs, dim=2)
 
 
 # ---- model ----------------------------------------------------------------------------------------------
 
 @dataclass(eq=False)
-class Pass:
-    """What the blocks' attention must know of one forward pass. It travels in the place of the rotary tables,
-    the only argument that WanTransformerBlock hands on untouched; FSDP does not look into it, so that the
-    tables stay float32."""
+class AttentionContext:
+    """What self-attention needs to know of a forward pass. It takes the place of the rotary tables, the only
+    argument that WanTransformerBlock passes on unchanged; FSDP does not look into it, so tables stay fp32."""
     cos: torch.Tensor                    # 1 N 1 d
     sin: torch.Tensor
-    plan: tuple
-    frames: int                          # latents in this pass
+    plan: tuple | None
+    frames: int                          # latent frames of this pass
     cache: "KVCache | None"
-    backend: str
 
 
 def rotate(x, cos, sin):
-    """Turns neighbouring pairs of x's channels, B N heads d, by the angles of the tables, 1 N 1 d."""
+    """Rotates pairs of channels of x B N heads d by the angles of the tables 1 N 1 d."""
     a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
     return x * cos + torch.stack((-b, a), dim=-1).flatten(-2) * sin
 
 
 class CausalSelfAttention:
-    """attn1's processor. hidden B*F S D: latents are folded into the batch, so that their time modulation is
-    B*F 6 D and not one for every token; here they are unfolded. Keys are cached rotated."""
+    """Processor of attn1. hidden B*F S D: latent frames are folded into the batch, so that their modulation
+    is B*F 6 D and not one for every token; here they are unfolded. Keys are cached after rotation."""
     def __init__(self, layer):
         self.layer = layer
 
-    def __call__(self, attn, hidden, text, mask, here):
+    def __call__(self, attn, hidden, text, mask, context):
         S = hidden.shape[1]
         q, k, v = attn.norm_q(attn.to_q(hidden)), attn.norm_k(attn.to_k(hidden)), attn.to_v(hidden)
-        q, k, v = (x.reshape(-1, here.frames * S, attn.heads, here.cos.shape[-1]) for x in (q, k, v))
-        q, k = (rotate(x, here.cos, here.sin).to(v.dtype) for x in (q, k))
-        if here.cache is not None:
-            k, v = here.cache.extend(self.layer, k, v, S)
-        out = attend(*(x.transpose(1, 2) for x in (q, k, v)), here.plan, S, here.backend)
+        q, k, v = (x.reshape(-1, context.frames * S, attn.heads, context.cos.shape[-1]) for x in (q, k, v))
+        q, k = (rotate(x, context.cos, context.sin).to(v.dtype) for x in (q, k))
+        if context.cache is not None:
+            k, v = context.cache.extend(self.layer, k, v, S)
+        out = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), context.plan, S)
         out = out.transpose(1, 2).reshape(hidden.shape).type_as(hidden)
         return attn.to_out[1](attn.to_out[0](out))
 
 
 class TextAttention:
-    """attn2's processor. text: B L D, or what CausalWan.text_keys made of it."""
+    """Processor of attn2. text: embeddings B L D, or what CausalWan.text_kv made of them."""
     def __init__(self, layer):
         self.layer = layer
 
     @staticmethod
-    def keys(attn, text):
+    def keys_and_values(attn, text):
         """text B L D -> keys and values B heads L d."""
-        split = lambda x: x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
-        return split(attn.norm_k(attn.to_k(text))), split(attn.to_v(text))
+        k, v = attn.norm_k(attn.to_k(text)), attn.to_v(text)
+        return [x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (k, v)]
 
     def __call__(self, attn, hidden, text, mask, rotary):
-        k, v = text[self.layer] if isinstance(text, list) else self.keys(attn, text)
+        k, v = text[self.layer] if isinstance(text, list) else self.keys_and_values(attn, text)
         q = attn.norm_q(attn.to_q(hidden)).view(len(k), -1, attn.heads, attn.inner_dim // attn.heads)
         out = F.scaled_dot_product_attention(q.transpose(1, 2).to(v.dtype), k.to(v.dtype), v)
         out = out.transpose(1, 2).reshape(hidden.shape).type_as(hidden)
@@ -297,8 +191,8 @@ class TextAttention:
 
 class CausalWan(WanTransformer3DModel):
     """WanTransformer3DModel, the same parameters under the same names, with a timestep and a position for
-    each latent, a plan of who sees whom, and a KV cache. Without these two, all see all: stage 1's model."""
-    @functools.wraps(WanTransformer3DModel.__init__)       # diffusers reads config names off the signature
+    each latent frame, an attention plan, and a KV cache. Without these it is stage 1's model."""
+    @functools.wraps(WanTransformer3DModel.__init__)       # diffusers reads config names from the signature
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         for layer, block in enumerate(self.blocks):
@@ -307,15 +201,15 @@ class CausalWan(WanTransformer3DModel):
 
     @classmethod
     def of(cls, wan):
-        """A WanTransformer3DModel as common.load_wan gives it -> this class with the same memory."""
+        """A WanTransformer3DModel -> this class with the same memory."""
         with torch.device("meta"):
             model = cls.from_config(wan.config)
         model.load_state_dict(wan.state_dict(), assign=True)
-        model.rope = wan.rope                              # its tables are in no state
-        return model.train(wan.training)
+        model.rope = wan.rope                              # its tables are not in the state dict
+        return vidar.keep_time_in_fp32(model)
 
-    def rope_at(self, positions, h, w):
-        """Tables cos and sin, 1 N 1 d, for latents at `positions` (F,) in time and h x w tokens each."""
+    def rotary_tables(self, positions, h, w):
+        """Tables cos and sin, 1 N 1 d, for latent frames at `positions` (F,) with h x w tokens each."""
         tables = []
         for table in (self.rope.freqs_cos, self.rope.freqs_sin):
             t, y, x = table.split((self.rope.t_dim, self.rope.h_dim, self.rope.w_dim), dim=1)
@@ -325,164 +219,134 @@ class CausalWan(WanTransformer3DModel):
         return tables
 
     @torch.no_grad()
-    def text_keys(self, text):
-        """Text B L D -> [(keys, values) of each block], for many passes. Not of a sharded model."""
+    def text_kv(self, text):
+        """text B L D -> [(keys, values) of each block], for many passes. Not of a sharded model."""
         text = self.condition_embedder.text_embedder(text.to(self.patch_embedding.weight.dtype))
-        return [TextAttention.keys(block.attn2, text) for block in self.blocks]
+        return [TextAttention.keys_and_values(block.attn2, text) for block in self.blocks]
 
-    def forward(self, x, t, text, plan=None, positions=None, cache=None, skip=0, backend="loop"):
-        """x B C F h w, t B F (0 to 1000), text B L D or text_keys -> velocity B C F-skip h w, float32: not of
-        the first `skip` latents. positions: (F,) in time; by default they go on from the cache's."""
-        B, _, frames, h, w = x.shape
+    def forward(self, x, t, text, plan=None, positions=None, cache=None):
+        """x B C F h w, t B F (0 to 1000), text B L D or text_kv -> velocity B C F h w, float32. positions:
+        (F,) in time; by default they follow those of the cache."""
+        B, _, F_, h, w = x.shape
         _, ph, pw = self.config.patch_size
-        past, dtype = cache.frames if cache is not None else 0, self.patch_embedding.weight.dtype
-        if plan is None:
-            plan = causal_plan([(0, frames)], past)
+        dtype = self.patch_embedding.weight.dtype
         if positions is None:
-            positions = torch.arange(past, past + frames, device=x.device)
-        here = Pass(*self.rope_at(positions, h // ph, w // pw), plan, frames, cache, backend)
+            past = cache.frames if cache is not None else 0
+            positions = torch.arange(past, past + F_, device=x.device)
+        context = AttentionContext(*self.rotary_tables(positions, h // ph, w // pw), plan, F_, cache)
         hidden = self.patch_embedding(x.to(dtype)).flatten(3).permute(0, 2, 3, 1).flatten(0, 1)  # B*F S D
-        ready = isinstance(text, list)
-        words = x.new_zeros(1, 1, self.config.text_dim) if ready else text
-        temb, modulation, embedded, _ = self.condition_embedder(t.flatten(), words.to(dtype), None)
-        text, modulation = text if ready else embedded, modulation.unflatten(1, (6, -1))
+        has_kv = isinstance(text, list)
+        embeddings = x.new_zeros(1, 1, self.config.text_dim) if has_kv else text
+        temb, modulation, embedded, _ = self.condition_embedder(t.flatten(), embeddings.to(dtype), None)
+        text, modulation = text if has_kv else embedded, modulation.unflatten(1, (6, -1))
         for block in self.blocks:
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                hidden = self._gradient_checkpointing_func(block, hidden, text, modulation, here)
+                hidden = self._gradient_checkpointing_func(block, hidden, text, modulation, context)
             else:
-                hidden = block(hidden, text, modulation, here)
-        hidden, temb = (y.unflatten(0, (B, frames))[:, skip:].flatten(0, 1) for y in (hidden, temb))
+                hidden = block(hidden, text, modulation, context)
         shift, scale = (self.scale_shift_table + temb.unsqueeze(1)).chunk(2, dim=1)
         hidden = self.proj_out((self.norm_out(hidden.float()) * (1 + scale) + shift).type_as(hidden))
-        y = hidden.view(B, frames - skip, h // ph, w // pw, ph, pw, -1).permute(0, 6, 1, 2, 4, 3, 5)
+        y = hidden.view(B, F_, h // ph, w // pw, ph, pw, -1).permute(0, 6, 1, 2, 4, 3, 5)
         return y.flatten(5, 6).flatten(3, 4).float()
 
 
 # ---- KV cache -------------------------------------------------------------------------------------------
 
 class KVCache:
-    """Rotated keys and values of the latents so far: for each layer two buffers, B (capacity S) heads d,
-    made at the first use and kept.
+    """Rotated keys and values of the latent frames so far: two buffers per block, B (capacity S) heads d.
 
-    capacity: latents. trained: latents of the training window, beyond which no position has been learned.
-    branches: 2 gives guidance's negative branch its own keys, with its text behind them; 1 lets it read the
-    positive one's, for half the memory and writing (the official server's way; not quite the same).
-    frames: how many latents it holds. Without gradients a pass writes its keys behind these, where the next
-    pass overwrites them; only append counts them.
+    frames: how many it holds. Without gradients a pass writes its keys behind these, where the next pass
+    overwrites them; only append() counts them.
     """
-    def __init__(self, capacity, trained=None, branches=1):
-        self.capacity, self.trained, self.branches = capacity, trained, branches
-        self.frames, self.buffers = 0, {}
-
-    def full(self, count):
-        """Why `count` more latents do not fit, in a sentence, or None."""
-        end = self.frames + count
-        if self.trained and end > self.trained:
-            return (f"latent {end - 1} lies beyond the {self.trained} of the training window: restart from "
-                    f"the last real frames, or train with --frames {4 * end - 3}")
-        if end > self.capacity:
-            return (f"the KV cache holds {self.capacity} latents and {end} are asked for: raise "
-                    f"--kv_cache_length to {4 * (end - 1)}")
-        return None
+    def __init__(self, capacity):
+        self.capacity, self.frames, self.buffers = capacity, 0, {}
 
     def extend(self, layer, k, v, S):
-        """A pass's keys and values B N heads d -> those of the cache, and after them these."""
+        """A pass's keys and values B N heads d -> those of the cache, followed by these."""
         start, end = self.frames * S, self.frames * S + k.shape[1]
         if layer not in self.buffers:
-            self.buffers[layer] = [k.new_empty(len(k), self.capacity * S, *k.shape[2:]) for _ in "kv"]
-        buffers = self.buffers[layer]
-        if torch.is_grad_enabled() or len(k) != len(buffers[0]):       # autograd wants no writing in place,
-            times = len(k) // len(buffers[0])                          # a shared cache serves both branches
-            return [torch.cat([buffer[:, :start].repeat(times, 1, 1, 1), new], dim=1)
-                    for buffer, new in zip(buffers, (k, v))]
-        for buffer, new in zip(buffers, (k, v)):
+            self.buffers[layer] = [k.new_empty(len(k), self.capacity * S, *k.shape[2:]) for _ in range(2)]
+        if torch.is_grad_enabled():                        # autograd forbids writing in place
+            return [torch.cat([buffer[:, :start], new], dim=1)
+                    for buffer, new in zip(self.buffers[layer], (k, v))]
+        for buffer, new in zip(self.buffers[layer], (k, v)):
             buffer[:, start:end] = new
-        return [buffer[:, :end] for buffer in buffers]
+        return [buffer[:, :end] for buffer in self.buffers[layer]]
+
+    def require(self, count):
+        """Raises UserError unless `count` more latent frames fit."""
+        if self.frames + count > self.capacity:
+            raise UserError(f"the KV cache holds {self.capacity} latent frames, not {self.frames + count}: "
+                            f"raise --kv_cache_length to {4 * (self.frames + count - 1)}")
 
     @torch.no_grad()
-    def append(self, model, z, text, negative, k):
-        """Writes clean latents B C n h w in one pass at t = 0. UserError where they do not fit."""
-        if reason := self.full(z.shape[2]):
-            raise UserError(reason)
-        plan = causal_plan(chunk_bounds(self.frames, z.shape[2], k), self.frames)
-        if self.branches == 2:
-            z, text = torch.cat([z, z]), stack_text(text, negative)
-        model(z, z.new_zeros(len(z), z.shape[2]), text, plan=plan, cache=self)
+    def append(self, model, z, text):
+        """Writes clean latents B C n h w in one pass at timestep 0."""
+        self.require(z.shape[2])
+        model(z, z.new_zeros(len(z), z.shape[2]), text, causal_plan(z.shape[2], self.frames), cache=self)
         self.frames += z.shape[2]
 
     def pop(self, count):
-        """Forgets the last `count` latents, which were imagined before the real ones came."""
+        """Drops the last `count` latent frames: predicted ones, before observed ones replace them."""
         self.frames -= count
-
-
-def stack_text(text, negative):
-    """Two texts of B, embeddings or text_keys, -> one of 2B."""
-    if isinstance(text, list):
-        return [tuple(map(torch.cat, zip(one, other))) for one, other in zip(text, negative)]
-    return torch.cat([text, negative])
 
 
 # ---- sampler --------------------------------------------------------------------------------------------
 
-def solve(velocity, x, steps, shift, solver):
-    """From noise to the flow's end. velocity: (x, timestep) -> like x. solver: "unipc" (Wan's) or "euler"."""
-    if solver == "euler":
-        levels = vidar.shift_sigma(torch.linspace(1, 0, steps + 1), shift).tolist()
-        for sigma, following in zip(levels, levels[1:]):
-            x = x + (following - sigma) * velocity(x, 1000 * sigma)
-        return x
-    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True,
-                                        flow_shift=shift)
-    scheduler.set_timesteps(steps)
-    for t in scheduler.timesteps:
-        x = scheduler.step(velocity(x, t.item()), t, x, return_dict=False)[0]
+def denoise(velocity, x, args, steps):
+    """UniPC from noise to data. velocity: (x, timestep) -> like x."""
+    scheduler = vidar.make_scheduler(args, steps, x.device)
+    for timestep in scheduler.timesteps:
+        x = scheduler.step(velocity(x, timestep.item()), timestep, x, return_dict=False)[0]
     return x
 
 
+def repeat_for_guidance(x, guidance):
+    """B ... -> 2B ...: for the prompt and for the empty prompt; B without guidance."""
+    return x if guidance == 1 else torch.cat([x, x])
+
+
 @torch.no_grad()
-def generate_chunk(model, cache, noise, text, negative, k, steps, cfg, shift, solver="unipc",
-                   keep_last=False, timed=lambda name: contextlib.nullcontext()):
-    """Noise B C n h w -> the n latents after the cache's, k at a time, yielded one by one, so that the first
+def generate_latents(model, cache, noise, text, args, steps, guidance=1., keep_last=False):
+    """Noise B C n h w -> the n latent frames that follow the cache's, yielded one by one, so that the first
     action can leave early.
 
-    text, negative: B L D or text_keys. A cache of 2 branches needs guidance, cfg other than 1. Latents are
-    written to the cache when the next ones are asked for; the last k only with keep_last, because what
-    really happened takes their place: pop the n - k others, then append the real ones.
+    text: embeddings or text_kv of the prompts, with guidance also of the empty ones (2B). A latent frame is
+    written to the cache when the next one is asked for; the last one only with keep_last, because observed
+    frames take its place: pop the n - 1 others, then append the observed ones.
     """
-    if reason := cache.full(noise.shape[2]):
-        raise UserError(reason)
-    words = text if cfg == 1 else stack_text(text, negative)
+    cache.require(noise.shape[2])
 
     def velocity(x, t):
-        if cfg == 1:
-            return model(x, x.new_full((len(x), x.shape[2]), t), words, cache=cache)
-        v = model(torch.cat([x, x]), x.new_full((2 * len(x), x.shape[2]), t), words, cache=cache)
-        return v[len(x):] + cfg * (v[:len(x)] - v[len(x):])
+        x = repeat_for_guidance(x, guidance)
+        v = model(x, x.new_full((len(x), 1), t), text, cache=cache)
+        if guidance == 1:
+            return v
+        v, unguided = v.chunk(2)
+        return unguided + guidance * (v - unguided)
 
-    for start, end in chunk_bounds(cache.frames, noise.shape[2], k):
-        with timed("denoise"):
-            z = solve(velocity, noise[:, :, start:end].float(), steps, shift, solver)
-        yield from z.split(1, dim=2)
-        if keep_last or end < noise.shape[2]:
-            with timed("cache write"):
-                cache.append(model, z, text, negative, k)
+    for i in range(noise.shape[2]):
+        z = denoise(velocity, noise[:, :, i:i + 1].float(), args, steps)
+        yield z
+        if keep_last or i + 1 < noise.shape[2]:
+            cache.append(model, repeat_for_guidance(z, guidance), text)
 
 
 # ---- video codec, as a stream ---------------------------------------------------------------------------
-# What a call needs of those before it is its state: for Wan's VAE the last inputs of each causal convolution,
-# for the linear codec the first frame, of which later latents are differences. No call changes a state, so an
-# older one may be used again: that takes imagined frames back.
+# What a call needs of earlier frames is its state: for Wan's VAE the last inputs of each causal convolution,
+# for the linear codec the first frame, to which later latents are differences. No call changes a state, so an
+# older one can be used again: that takes predicted frames back.
 
 def encode_next(vae, x, state=None):
     """The next frames B T 3 H W of a stream, T = 4n + 1 at its beginning (state None), later 4n -> normalised
-    latents B C F h w as common.wan_encode's of the whole, and the new state."""
+    latents B C F h w, equal to common.wan_encode's of the whole, and the new state."""
     first = state is None
     if x.shape[1] % 4 != first:
-        raise ValueError(f"a stream begins with 4n + 1 frames and goes on with 4n, not {x.shape[1]}")
+        raise ValueError(f"a stream begins with 4n + 1 frames and continues with 4n, not {x.shape[1]}")
     if isinstance(vae, common.LinearCodec):
         whole = x if first else torch.cat([state, x], dim=1)
         return common.wan_encode(vae, whole)[:, :, 0 if first else 1:], whole[:, :1]
-    state = list(state or [None] * vae._cached_conv_counts["encoder"])           # one for each convolution
+    state = list(state or [None] * vae._cached_conv_counts["encoder"])           # one per convolution
     x = patchify(x.transpose(1, 2).to(vae.dtype), vae.config.patch_size or 1)
     parts = [vae.encoder(part, feat_cache=state, feat_idx=[0])
              for part in x.split([1] * first + [4] * (x.shape[2] // 4), dim=2)]
@@ -492,8 +356,8 @@ def encode_next(vae, x, state=None):
 
 
 def decode_next(vae, z, state=None):
-    """The next latents B C F h w of a stream (state None: its first) -> float32 frames B T 3 H W in [-1, 1]
-    as common.wan_decode's of the whole, and the new state."""
+    """The next latents B C F h w of a stream (state None: its first) -> float32 frames B T 3 H W in [-1, 1],
+    equal to common.wan_decode's of the whole, and the new state."""
     first = state is None
     if isinstance(vae, common.LinearCodec):
         whole = z if first else torch.cat([state, z], dim=2)
@@ -508,292 +372,227 @@ def decode_next(vae, z, state=None):
 
 
 # ---- objective ------------------------------------------------------------------------------------------
-# batch    latents B C F h w, text B L D, valid B F bool (False: the episode is over), arm B 1 F h w: U
-# numbers  drawn outside, so that all ranks make the same calls: u B (F-1)/k, a chunk's level, and context B,
-#          the past's, in [0, 1); noise, past_noise, rollout B C F h w; selves, start, rolled: one for all
+# batch    as of vidar.Windows.get: latents B C F h w, text B L D, valid B F, arm B 1 F h w
+# values   drawn outside, so that all processes make the same calls: u B F-1 in [0, 1), the noise level of
+#          each latent frame; noise, rollout_noise B C F h w; and the same for all samples: use_self_forcing,
+#          rollout_start and rollout_length in [0, 1)
 
-def noised(z, noise, sigma):
+def mix_noise(z, noise, sigma):
     """x_sigma of latents B C F h w at levels B F."""
     sigma = sigma[:, None, :, None, None]
     return (1 - sigma) * z + sigma * noise
 
 
 class CausalModel(nn.Module):
-    """The DiT and its losses in one module, so that DDP and FSDP see one forward."""
+    """The transformer and its losses in one module, so that DDP and FSDP see one forward."""
     def __init__(self, dit, args):
         super().__init__()
         self.dit, self.args = dit, args
-        if args.grad_checkpoint:
-            dit.enable_gradient_checkpointing()
-        flex = args.attention == "flex" or args.attention == "auto" and next(dit.parameters()).is_cuda
-        self.backend = "flex" if flex else "loop"
 
-    def forward(self, batch, numbers):
-        """-> loss, its parts. numbers["selves"]: which of the two losses."""
-        return (self.self_forced_loss if numbers["selves"] else self.teacher_forced_loss)(batch, numbers)
+    def forward(self, batch, values):
+        """-> loss, {name: term to log}, by values["use_self_forcing"]."""
+        loss_fn = self.self_forced_loss if values["use_self_forcing"] else self.teacher_forced_loss
+        return loss_fn(batch, values)
 
-    def loss_at(self, v, batch, noise, at):
-        """Eq. 7 for the velocity of the latents at the slice `at`."""
-        z, arm = batch["latents"][:, :, at], batch.get("arm")
-        arm = None if arm is None else arm[:, :, at]
-        return vidar.flow_loss(v, noise[:, :, at] - z, batch["valid"][:, at], arm, self.args.eta)
+    def loss_at(self, v, batch, noise, frames):
+        """Eq. 7 for the velocity of the latent frames of a slice."""
+        arm = batch["arm"][:, :, frames] if self.args.eta else None
+        target = noise[:, :, frames] - batch["latents"][:, :, frames]
+        return vidar.flow_loss(v, target, batch["valid"][:, frames], arm, self.args.eta)
 
-    def teacher_forced_loss(self, batch, numbers):
-        """All latents but the first, each chunk behind the clean past, in one parallel pass. The past has
-        noise up to the level --context_noise, and its timestep says so."""
-        z, k = batch["latents"], self.args.chunk_latents
-        bounds = chunk_bounds(0, z.shape[2], k)
-        clean = bounds[-1][0]
-        level = (self.args.context_noise * numbers["context"])[:, None].expand(-1, clean)
-        sigma = vidar.shift_sigma(numbers["u"], self.args.shift).repeat_interleave(k, dim=1)
-        x = torch.cat([noised(z[:, :, :clean], numbers["past_noise"][:, :, :clean], level),
-                       noised(z[:, :, 1:], numbers["noise"][:, :, 1:], sigma)], dim=2)
-        place = torch.arange(z.shape[2], device=z.device)
-        v = self.dit(x, 1000 * torch.cat([level, sigma], dim=1), batch["text"], plan=teacher_plan(bounds),
-                     positions=torch.cat([place[:clean], place[1:]]), skip=clean, backend=self.backend)
-        return self.loss_at(v, batch, numbers["noise"], slice(1, None))
+    def teacher_forced_loss(self, batch, values):
+        """Eq. 6: all latent frames but the first, each behind the clean past, in one parallel pass."""
+        z, noise = batch["latents"], values["noise"]
+        F_ = z.shape[2]
+        sigma = vidar.shift_sigma(values["u"], self.args.shift)
+        x = torch.cat([z[:, :, :-1], mix_noise(z[:, :, 1:], noise[:, :, 1:], sigma)], dim=2)
+        t = torch.cat([torch.zeros_like(sigma), 1000 * sigma], dim=1)
+        positions = torch.arange(F_, device=z.device)
+        positions = torch.cat([positions[:-1], positions[1:]])
+        v = self.dit(x, t, batch["text"], teacher_plan(F_), positions)[:, :, F_ - 1:]
+        return self.loss_at(v, batch, noise, slice(1, None))
 
-    def self_forced_loss(self, batch, numbers):
-        """The closed loop's own mistakes: a real past, then latents that the model imagined, then the loss of
-        the next k real ones behind these. Between two observations lie --chunk_size frames; in one such
-        stretch all chunks but 1 to the last are imagined, without gradients, in a few Euler steps."""
-        z, text, k, shift = batch["latents"], batch["text"], self.args.chunk_latents, self.args.shift
-        ahead = self.args.chunk_size // 4
-        start = 1 + ahead * int(numbers["start"] * ((z.shape[2] - 1) // ahead))
-        first = start + k * (1 + int(numbers["rolled"] * (ahead // k - 1)))
-        cache, at = KVCache(first + k), slice(first, first + k)
-        cache.append(self.dit, z[:, :, :start], text, None, k)
-        list(generate_chunk(self.dit, cache, numbers["rollout"][:, :, start:first], text, None, k,
-                            self.args.rollout_steps, 1, shift, "euler", keep_last=True))
-        sigma = vidar.shift_sigma(numbers["u"][:, (first - 1) // k], shift)[:, None].expand(-1, k)
-        x = noised(z[:, :, at], numbers["noise"][:, :, at], sigma)
+    def self_forced_loss(self, batch, values):
+        """The closed loop's own errors: an observed past, then latents that the model generates, then the
+        loss of the next observed latent behind these. Between two observations lie --chunk_size frames;
+        within one such stretch 1 to all but one latent are generated, without gradients, in a few steps."""
+        z, text, args = batch["latents"], batch["text"], self.args
+        chunk = args.chunk_size // 4
+        start = 1 + chunk * int(values["rollout_start"] * ((z.shape[2] - 1) // chunk))
+        target = start + 1 + int(values["rollout_length"] * (chunk - 1))
+        cache = KVCache(target + 1)
+        cache.append(self.dit, z[:, :, :start], text)
+        list(generate_latents(self.dit, cache, values["rollout_noise"][:, :, start:target], text, args,
+                              args.rollout_denoise_steps, keep_last=True))
+        sigma = vidar.shift_sigma(values["u"][:, target - 1:target], args.shift)
+        frames = slice(target, target + 1)
+        x = mix_noise(z[:, :, frames], values["noise"][:, :, frames], sigma)
         v = self.dit(x, 1000 * sigma, text, cache=cache)
-        return self.loss_at(v, batch, numbers["noise"], at)
-
-
-# ---- weights and data: stage 1's ------------------------------------------------------------------------
-
-def need_stage1(args, run, names):
-    """Where --vidar or --idm are not there: runs vidar.py's tiny preset if they are that one's own files."""
-    missing = [name for name in names if not Path(getattr(args, name) or "").is_file()]
-    own = {name: PRESETS["tiny"][name] for name in ("vidar", "idm")}
-    if not missing:
-        return
-    if any(getattr(args, name) != own[name] for name in missing) or args.model != "tiny":
-        name = missing[0]
-        raise UserError(f"--{name}: there is no file {getattr(args, name)}: get it as README says, train it "
-                        "with python vidar.py, or measure speed with --random_init")
-    flags = ["--preset", "tiny", *args.stage1.split()]
-    flags += ["--data_dir", args.data_dir] if "data_dir" in args.given else []
-    if run.rank == 0:
-        print(f"no {own[missing[0]]}: first stage 1, about 10 minutes on 2 cores: python vidar.py "
-              f"{' '.join(flags)}", flush=True)
-    if run.world > 1:
-        raise UserError("stage 1 is missing, and one process trains it: first python vidar.py --preset tiny")
-    if vidar.main(flags):
-        raise UserError("stage 1 failed, as said above")
-
-
-def prepare(args, run, found):
-    """-> {part: [Episode]}, {part: Windows}, the IDM. Stage 1 leaves simulated episodes where it has to be
-    run first. A checkpoint that was found stands for --vidar."""
-    if not args.random_init:
-        need_stage1(args, run, ["idm"] if found else ["vidar", "idm"])
-        if not found and run.rank == 0:
-            vidar.check_vidar(args)              # before the cache, which takes hours
-    idm = vidar.load_idm(args.idm, vidar.idm_config(args)).to(run.device) if args.idm else None
-    parts = vidar.load_parts(args.data_dir)
-    vidar.fit_codec(args, run, parts)
-    vidar.build_cache(args, run, parts, idm)
-    data = {part: vidar.Windows(args, part, own) for part, own in parts.items()}
-    if run.rank == 0:
-        print(", ".join(f"{part}: {len(clips.rows)} windows" for part, clips in data.items()))
-    return parts, data, idm
-
-
-def make_model(args, run, begin=True):
-    """CausalModel in fp32: at a learning rate of 2e-5 most steps of a bf16 weight round to none. begin: with
-    stage 1's weights, unless a checkpoint's follow."""
-    dit = CausalWan.of(vidar.wan_part(args, run, "transformer"))
-    if begin and not args.random_init:
-        weights, _ = vidar.read_vidar(args.vidar, dit)
-        dit.load_state_dict(weights)
-    return CausalModel(dit, args)
-
-
-def export(args, run, model, folder):
-    """final/: vidarc.pt in official names, which upstream's generate_causal.py takes, and vidarc.safetensors
-    in diffusers'; bf16 at paper scale. Rank 0 writes."""
-    weights, _ = common.gather_state(model, trained_only=True)
-    if run.rank:
-        return
-    (folder / "final").mkdir(exist_ok=True)
-    weights = {name.removeprefix("dit."): value for name, value in weights.items()}
-    vidar.save_transformer(args, folder / "final" / SCRIPT, weights)
+        return self.loss_at(v, batch, values["noise"], frames)
 
 
 # ---- closed loop ----------------------------------------------------------------------------------------
 
 class Policy:
-    """What a robot's client or RoboTwin's evaluation calls: pictures and an instruction in, actions out.
+    """What a robot's client calls: images and an instruction in, actions out.
 
-        policy.reset()
-        frames = [first]                                   # mosaics H W 3 uint8; vidar.mosaic makes them
+        policy = load_policy("runs/vidarc")
+        frames = [first]                               # H W 3 uint8, as data/vidar/server.py's mosaic()
         while not done:
-            actions = policy.act(np.stack(frames), instruction, joints)         # (chunk_size, 14) radians
-            frames = [execute(action) for action in actions]
-
-    Some of the actions will do, in fours. joints (14,): the present ones, to calibrate the IDM; or None.
+            actions = policy.act(np.stack(frames), instruction, joints)      # (chunk_size, 14)
+            frames = [execute(action) for action in actions]                 # at 10 fps, best in fours
     """
-    def __init__(self, args, run, dit, idm, vae, encode_prompt, empty):
-        self.args, self.device, self.autocast = args, run.device, run.autocast
-        self.dit, self.idm, self.vae, self.encode_prompt, self.empty = dit, idm, vae, encode_prompt, empty
-        self.window = 1 + min(args.kv_cache_length, args.frames - 1) // 4             # latents
-        self.seconds, self.told = {}, False
-        self.cache = KVCache(self.window, (args.frames - 1) // 4 + 1,
-                             2 if args.cfg != 1 and args.cfg_cache == "separate" else 1)
+    def __init__(self, args, run, dit, idm, vae, encode_prompt):
+        self.args, self.run, self.dit, self.idm, self.vae = args, run, dit, idm, vae
+        self.encode_prompt = encode_prompt
+        self.cache = KVCache(window_latents(args))
         self.reset()
 
-    def reset(self, seed=0):
-        """A new episode."""
-        self.cache.frames, self.encoded, self.decoded, self.text, self.last = 0, None, None, None, None
-        self.seen, self.real, self.generator = [], 0, torch.Generator().manual_seed(seed)
+    def reset(self, seed: int = 0):
+        """Begins a new episode."""
+        self.instruction, self.text = None, None
+        self.encoder_state, self.decoder_state = None, None            # of the streams of observed frames
+        self.observed = []                                             # the last frames, for a new window
+        self.num_observed_latents, self.cache.frames = 0, 0
+        self.generator = torch.Generator().manual_seed(seed)
 
-    @contextlib.contextmanager
-    def timed(self, name):
-        """A part of a chunk, in autocast: its time goes to seconds[name]. Around a whole generator, autocast
-        would stay on for the caller."""
-        wait = torch.cuda.synchronize if self.device.type == "cuda" else lambda: None
-        wait()
-        began = time.perf_counter()
-        with self.autocast():
-            yield
-        wait()
-        self.seconds.setdefault(name, []).append(time.perf_counter() - began)
+    def act(self, frames: np.ndarray, instruction: str, joints: np.ndarray | None = None) -> np.ndarray:
+        """frames: all that were observed since the last call, at 10 fps: mosaics n H W 3 or one H W 3, uint8.
+        joints (14,): the present ones, if known; actions are then corrected by the prediction's error at the
+        present frame -> actions (chunk_size, 14) float64, absolute joint positions in radians.
 
-    def act(self, frames, instruction, joints=None):
-        """-> actions (chunk_size, 14) float64, once all of them are there."""
+        Multiples of four frames continue the video; any other number, such as one, begins a new window with
+        the last of them, which forgets what was seen before. Another instruction begins a new episode.
+        UserError for frames or joints of another kind.
+        """
         return np.concatenate(list(self.stream(frames, instruction, joints)))
 
     @torch.no_grad()
-    def stream(self, frames, instruction, joints=None, latents=None):
-        """frames n H W 3 uint8: what was seen since the last call, the first picture or some of those that
-        actions led to. Yields actions (4, 14) of each latent, as soon as it is denoised; the frames it has
-        imagined, 4 3 H W in [0, 1], lie in `imagined`."""
-        self.check(frames)
-        self.imagined, count = [], latents or self.args.chunk_size // 4
-        if self.text != instruction:
-            if self.text is not None:
-                raise UserError("another instruction in one episode: call reset() first")
-            with self.timed("text"):
-                self.text, words = instruction, [self.encode_prompt(instruction), self.empty]
-                self.words = [self.dit.text_keys(common.pad_text([w], self.args.text_length).to(self.device))
-                              for w in words]
-        self.cache.pop(self.cache.frames - self.real)          # imagined; the caller may not have waited
-        self.observe(frames, count)
-        self.real = self.cache.frames
-        shift = 0
-        if self.args.calibrate and joints is not None:
-            with self.timed("idm"):
-                shift = joints - self.read(self.last[-1:])[0]
-        noise = torch.randn(self.latent_shape(count), generator=self.generator)
-        decoded = self.decoded
-        for z in generate_chunk(self.dit, self.cache, noise.to(self.device), *self.words,
-                                self.args.chunk_latents, self.args.steps, self.args.cfg, self.args.shift,
-                                self.args.solver, timed=self.timed):
-            with self.timed("decode"):
-                video, decoded = decode_next(self.vae, z, decoded)
-                self.imagined.append((video[0].cpu() + 1) / 2)
-            with self.timed("idm"):
-                actions = self.read(self.imagined[-1])
-            yield actions + shift
+    def stream(self, frames, instruction, joints=None, latents=None, views=robot_data.VIEWS):
+        """As act(), but yields the actions (4, 14) of each latent frame as soon as it is denoised. The frames
+        that it generated, 4 3 H W in [0, 1], are in `generated`. latents: how many, if not a chunk."""
+        frames, joints = self.check(frames, instruction, joints)
+        count = latents or self.args.chunk_size // 4
+        guidance = self.args.guidance_scale
+        if instruction != self.instruction:
+            self.reset(self.generator.initial_seed())
+            self.instruction = instruction
+            prompts = [robot_data.make_prompt(instruction, self.args.prompt_views, views), ""]
+            text = [self.encode_prompt(prompt) for prompt in prompts[:1 if guidance == 1 else 2]]
+            text = common.pad_text(text, self.args.text_length)
+            with self.run.autocast():
+                self.text = self.dit.text_kv(text.to(self.run.device))
+        self.cache.pop(self.cache.frames - self.num_observed_latents)  # generated ones of the last call
+        current = self.observe(frames, count)
+        offset = 0.0 if joints is None else joints - self.predict_actions(current)[0]
+        self.generated, decoder_state = [], self.decoder_state
+        side = vidar.codec_side(self.args)
+        noise = torch.randn(1, self.dit.config.in_channels, count, self.args.height // side,
+                            self.args.width // side, generator=self.generator).to(self.run.device)
+        latents = generate_latents(self.dit, self.cache, noise, self.text, self.args,
+                                   self.args.num_inference_steps, guidance)
+        for _ in range(count):
+            with self.run.autocast():            # not around the yield: it would stay on for the caller
+                z = next(latents)
+                video, decoder_state = decode_next(self.vae, z, decoder_state)
+            self.generated.append((video[0].cpu() + 1) / 2)
+            yield self.predict_actions(self.generated[-1]) + offset
 
-    def latent_shape(self, count):
-        """Of `count` latents: 1 C F h w."""
-        cell = vidar.codec_side(self.args)
-        return 1, self.dit.config.in_channels, count, *(side // cell for side in vidar.video_size(self.args))
+    def check(self, frames, instruction, joints):
+        """-> frames n H W 3, joints (14,) float64 or None. UserError for what is none of these."""
+        size = (self.args.height, self.args.width, 3)
+        frames = np.asarray(frames)
+        frames = frames[None] if frames.ndim == 3 else frames
+        if frames.dtype != np.uint8 or frames.shape[1:] != size or not len(frames):
+            raise UserError(f"frames are {frames.dtype} {frames.shape}, not uint8 (n, {size[0]}, {size[1]}, "
+                            f"3): mosaics of the cameras at --height and --width")
+        if not isinstance(instruction, str):
+            raise UserError(f"the instruction is {type(instruction).__name__}, not str")
+        if joints is None:
+            return frames, None
+        try:
+            joints = np.asarray(joints, np.float64)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"joints are not numbers: {common.reason(error)}") from error
+        if joints.shape != (vidar.ACTION_DIM,) or not np.isfinite(joints).all():
+            raise UserError(f"joints are {joints.shape}, with {np.isnan(joints).sum()} NaN, not "
+                            f"({vidar.ACTION_DIM},) and finite")
+        return frames, joints
 
-    def check(self, frames):
-        wanted = (*vidar.video_size(self.args), 3)
-        if getattr(frames, "dtype", None) != np.uint8 or frames.ndim != 4 or frames.shape[1:] != wanted:
-            kind = f"{getattr(frames, 'dtype', type(frames).__name__)} {getattr(frames, 'shape', '')}"
-            raise UserError(f"an observation is {kind}, not uint8 n {wanted}: the mosaic of three cameras "
-                            "that vidar.mosaic makes, at --size")
-        if len(frames) != 1 and (not self.seen or len(frames) % 4):
-            raise UserError(f"{len(frames)} frames since the last call: it takes one at first, then fours")
+    def observe(self, frames, count):
+        """Puts observed frames into the cache, in which `count` latents must still fit -> the present frame
+        as the codec shows it, 1 3 H W in [0, 1]."""
+        self.observed = [*self.observed, *frames][-4 * self.cache.capacity:]
+        fits = self.num_observed_latents + len(frames) // 4 + count <= self.cache.capacity
+        if self.encoder_state is None or len(frames) % 4 or not fits:
+            # A new window: of the last observed frames, or of all if there is a gap before these.
+            self.encoder_state, self.decoder_state, self.cache.frames = None, None, 0
+            if len(frames) % 4:
+                self.observed = list(frames)
+            keep = min((self.cache.capacity - 1 - count) // 2, (len(self.observed) - 1) // 4)
+            frames = self.observed[-4 * keep - 1:]
+        video = from_uint8(torch.from_numpy(np.stack(frames)).movedim(-1, 1))[None].to(self.run.device)
+        z, self.encoder_state = encode_next(self.vae, video, self.encoder_state)
+        with self.run.autocast():
+            self.cache.append(self.dit, repeat_for_guidance(z, self.args.guidance_scale), self.text)
+        self.num_observed_latents = self.cache.frames
+        video, self.decoder_state = decode_next(self.vae, z, self.decoder_state)
+        return (video[0, -1:].cpu() + 1) / 2
 
-    def observe(self, frames, ahead):
-        """What was seen goes into the cache, where room for `ahead` latents has to stay."""
-        self.seen = [*self.seen, *frames][-4 * self.window:]
-        video = from_uint8(torch.from_numpy(np.stack(frames)).movedim(-1, 1))[None]
-        more = len(frames) // 4 if self.encoded is not None else 1
-        if reason := self.cache.full(more + ahead) if self.encoded is not None else None:
-            if not self.told:
-                print(f"{reason}: the window begins anew with the last real frames")
-            self.told, self.cache.frames, self.encoded, self.decoded = True, 0, None, None
-            keep = (self.window - 1 - ahead) // 2 // self.args.chunk_latents * self.args.chunk_latents
-            keep = min(keep, (len(self.seen) - 1) // 4)
-            video = from_uint8(torch.from_numpy(np.stack(self.seen[-4 * keep - 1:])).movedim(-1, 1))[None]
-        with self.timed("encode"):
-            z, self.encoded = encode_next(self.vae, video.to(self.device), self.encoded)
-        with self.timed("prefill"):
-            self.cache.append(self.dit, z, *self.words, self.args.chunk_latents)
-        with self.timed("decode"):           # the decoder goes on from real latents, not from imagined ones
-            video, self.decoded = decode_next(self.vae, z, self.decoded)
-        self.last = (video[0].cpu() + 1) / 2
-
-    def recompute(self, z):
-        """Seconds of a chunk after the latents z, if no keys were kept."""
-        began, args, count = time.perf_counter(), self.args, self.args.chunk_size // 4
-        cache = KVCache(z.shape[2] + count, None, self.cache.branches)
-        noise = torch.zeros_like(z[:, :, :1]).repeat(1, 1, count, 1, 1)
-        with torch.no_grad(), self.autocast():
-            cache.append(self.dit, z, *self.words, args.chunk_latents)
-            list(generate_chunk(self.dit, cache, noise, *self.words, args.chunk_latents, args.steps, args.cfg,
-                                args.shift, args.solver))
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - began
-
-    def bidirectional(self):
-        """Seconds that stage 1's sampler needs for all frames of a window, with vidar.py's steps."""
-        steps, words = vidar.build_parser().get_default("steps"), stack_text(*self.words)
-
-        def velocity(x, t):
-            x = torch.cat([x, x])
-            return self.dit(x, x.new_full((len(x), x.shape[2]), t), words)[:1]
-
-        x = torch.zeros(self.latent_shape(self.window), device=self.device)
-        with torch.no_grad(), self.timed("bidirectional"):
-            solve(velocity, x, steps, self.args.shift, "unipc")
-        return self.seconds["bidirectional"][-1]
-
-    def read(self, frames):
-        return vidar.read_off(self.idm, frames, self.device)[0].double().numpy()
+    def predict_actions(self, frames):
+        """n 3 H W in [0, 1] -> (n, 14) float64."""
+        return vidar.predict_actions(self.idm, frames, self.run.device)[0].double().numpy()
 
 
-def perform(policy, args, seed, moved, closed, film=None):
+def load_policy(folder: str, device: str = "auto") -> Policy:
+    """The policy of a run's folder: args.json and final/. UserError where they are missing."""
+    final = Path(folder) / "final"
+    if not (final / "vidarc.safetensors").is_file():
+        raise UserError(f"{folder} has no trained policy (final/vidarc.safetensors): train with python "
+                        f"{SCRIPT}.py --output_dir {folder}")
+    args = argparse.Namespace(**json.loads(common.read_text(Path(folder) / "args.json")))
+    args.device, args.fsdp = device, False
+    args.vidar, args.random_init = str(final / "vidarc.safetensors"), False
+    return make_policy(args, vidar.setup(args), load_dit(args), final)
+
+
+def load_dit(args, device="cpu"):
+    """--vidar's weights, or with --random_init random ones, as CausalWan in fp32."""
+    flags = argparse.Namespace(**{**vars(args), "vidar": None if args.random_init else args.vidar})
+    return CausalWan.of(vidar.load_transformer(flags, device))
+
+
+def make_policy(args, run, dit, final):
+    """Policy with a transformer, whose IDM and codec are in the folder `final`."""
+    dit = dit.to(run.device).eval().requires_grad_(False)
+    idm = vidar.load_idm(final / "idm.pt", vidar.idm_config(args)).to(run.device)
+    return Policy(args, run, dit, idm, vidar.load_codec(args, final, run.device),
+                  vidar.text_encoder(args, run.device))
+
+
+def run_episode(policy, seed, moved, closed, film=None):
     """One simulated world -> success, final distance of the block from the plate. Closed loop: a new plan
-    from what is seen after every --execute frames; else one plan for a whole window, then rest.
-    film: a list that takes (what is seen, what was imagined) for each frame, H W 3 uint8."""
-    world = vidar.ArmWorld(seed, vidar.video_size(args), moved=moved)
+    from what is observed after every chunk; else one plan for a whole window, then rest. moved: whether the
+    block is moved. film: a list that takes (observed, generated) for each frame, 3 H W in [0, 1]."""
+    args = policy.args
+    world = ArmWorld(seed, (args.height, args.width), moved=MOVED_AT if moved else None)
     policy.reset(seed)
-    frames, latents = [world.observe()], None if closed else policy.window - 1
-    text, plan, done = vidar.full_prompt(world.text, args), [], 0
-    while done < args.horizon and not world.success:
+    frames, done = [world.observe()], 0
+    while done < HORIZON and not world.success:
         if closed or not done:
-            plan = list(np.concatenate(list(policy.stream(np.stack(frames), text, world.state, latents))))
-            imagined = common.to_uint8(torch.cat(policy.imagined) * 2 - 1).movedim(1, -1).numpy()
-            frames = []
-        for action, picture in zip(plan[:closed and args.execute or None], imagined):
-            world.step(action)
+            latents = None if closed else policy.cache.capacity - 1
+            plan = list(policy.stream(np.stack(frames), world.instruction, world.state, latents))
+            actions, generated, frames = np.concatenate(plan), torch.cat(policy.generated), []
+        for i in range(len(actions)):
+            world.step(actions[i])
             done += 1
-            if closed or film is not None:       # a picture costs more than the step
+            if closed:                           # a picture costs more than the step
                 frames.append(world.observe())
             if film is not None:
-                film.append((frames[-1], picture))
+                observed = torch.from_numpy(frames[-1] if closed else world.observe())
+                film.append((observed.movedim(-1, 0) / 255, generated[i]))
         if not closed:
-            while done < args.horizon and not world.step(plan[-1]):
+            while done < HORIZON and not world.step(actions[-1]):
                 done += 1
             break
     return float(world.success), world.distance()
@@ -801,601 +600,250 @@ def perform(policy, args, seed, moved, closed, film=None):
 
 # ---- evaluate and sample --------------------------------------------------------------------------------
 
-def chunk_scores(video, truth, arm, known, chunk):
-    """T 3 H W in [0, 1] twice, arm T H W bool or None, known T bool -> PSNR of all frames but the first, and
-    of each chunk of them; likewise of the arm."""
-    rows, scores = {"psnr": common.psnr(video, truth)}, {}
-    if arm is not None:
-        rows["psnr_arm"] = vidar.region_psnr(video, truth, arm)
-    for name, row in rows.items():
-        row = torch.where(known, row, math.nan)[1:]
-        scores[name] = row.nanmean().item()
-        for i, part in enumerate(row.split(chunk), 1):
-            scores[f"{name}_chunk_{i}"] = part.nanmean().item()
-    return scores
+def forecast(policy, window, episode, seed, observed_past):
+    """A held-out window chunk after chunk, each behind observed frames, or all behind generated ones
+    -> frames T' 3 H W in [0, 1], actions (T' - 1, 14), seconds to the first action and for each chunk."""
+    video, joints = window[0], window[1].double().numpy()
+    frames = (video * 255).round().to(torch.uint8).movedim(1, -1).numpy()
+    policy.reset(seed)
+    chunk = policy.args.chunk_size
+    generated, actions, seconds = [video[:1]], [], []
+    latents = None if observed_past else policy.cache.capacity - 1
+    for start in range(0, len(video) - chunk, chunk) if observed_past else [0]:
+        began = time.perf_counter()
+        observed = frames[max(0, start - chunk + 1):start + 1]
+        for part in policy.stream(observed, episode.instruction, joints[start], latents, episode.views):
+            actions.append(part)
+            seconds.append(time.perf_counter() - began)
+        generated += policy.generated
+    step = chunk // 4
+    return torch.cat(generated), np.concatenate(actions), seconds[::step], seconds[step - 1::step]
 
 
-def drift(args, policy, number, episode):
-    """A held-out episode, chunk after chunk of its first window, behind what was seen and behind what was
-    imagined -> {"reprefill" and "imagination": {metric of a chunk: number}}, {name: (actions, true ones)}."""
-    window = vidar.read_windows(episode, [0], args)[0]
-    truth, chunk = torch.from_numpy(window["video"]).movedim(-1, 1) / 255, args.chunk_size
-    text, tables, pairs = vidar.full_prompt(episode.instruction, args, episode.views), {}, {}
-    arm = window["mask"] if window["mask"] is None else torch.from_numpy(window["mask"])
-    actions = window["actions"].astype(np.float64)
-    goal, known = torch.from_numpy(actions[1:]), torch.from_numpy(window["valid"])
-    for name in ("reprefill", "imagination"):
-        policy.reset(number)
-        videos, read = [truth[:1]], []
-        starts = range(0, args.frames - chunk, chunk) if name == "reprefill" else [0]
-        for at in starts:
-            seen = window["video"][max(0, at - chunk + 1):at + 1]
-            latents = None if name == "reprefill" else policy.window - 1
-            read += policy.stream(seen, text, actions[at], latents)
-            videos += policy.imagined
-        video, T = torch.cat(videos), 1 + sum(map(len, read))
-        tables[name] = chunk_scores(video, truth[:T], None if arm is None else arm[:T], known[:T], chunk)
-        pairs[name] = torch.from_numpy(np.concatenate(read))[known[1:T]], goal[:T - 1][known[1:T]]
-    still = truth[:1].expand_as(truth)
-    tables["do_nothing"] = chunk_scores(still, truth, arm, known, chunk)
-    pairs["do_nothing"] = torch.from_numpy(actions[:1]).expand_as(goal)[known[1:]], goal[known[1:]]
-    return tables, pairs
+@torch.no_grad()
+def time_bidirectional(policy):
+    """Seconds that stage 1's way takes for a window: all of its latent frames at once, in 20 steps."""
+    args, side = policy.args, vidar.codec_side(policy.args)
+    noise = torch.zeros(1, policy.dit.config.in_channels, policy.cache.capacity, args.height // side,
+                        args.width // side, device=policy.run.device)
+
+    def velocity(x, t):
+        x = repeat_for_guidance(x, args.guidance_scale)
+        return policy.dit(x, x.new_full((len(x), x.shape[2]), t), policy.text)[:1]
+
+    began = time.perf_counter()
+    with policy.run.autocast():
+        denoise(velocity, noise, args, vidar.build_parser().get_default("num_inference_steps")).cpu()
+    return time.perf_counter() - began
 
 
-def timing_flags(args):
-    return argparse.Namespace(**{**vars(args), **(DOCUMENT if args.model == "tiny" else {})})
-
-
-def latency(args, policy):
-    """Times the policy on grey pictures -> {part of a chunk: {"p50", "p95"} in seconds}, and seconds of each
-    chunk in turn: {"KV cache": [...], "recomputed": [...]}, where the latter keeps no keys between chunks.
-
-    Part "bidirectional" is stage 1's sampler: all of a window at once, in its 20 steps with guidance."""
-    H, W = vidar.video_size(args)
-    policy.told = True
-    rows, curves = [], {"KV cache": [], "recomputed": []}
-    frames = np.full((1, H, W, 3), 128, np.uint8)
-    for i in range(3 + args.latency_chunks):
-        policy.seconds, began = {}, time.perf_counter()
-        for number, _ in enumerate(policy.stream(frames, "latency", np.zeros(vidar.ACTION_DIM))):
-            if not number:
-                first = time.perf_counter() - began
-        rows.append({**{name: sum(values) for name, values in policy.seconds.items() if name != "text"},
-                     "first action": first, "chunk": time.perf_counter() - began})
-        curves["KV cache"].append(rows[-1]["chunk"])
-        past = torch.zeros(policy.latent_shape(1 + i * args.chunk_size // 4), device=policy.device)
-        curves["recomputed"].append(policy.recompute(past))
-        frames = np.full((args.chunk_size, H, W, 3), 128, np.uint8)
-    columns = {name: [row.get(name, 0.) for row in rows[3:]] for name in rows[-1]}
-    columns["bidirectional"] = [policy.bidirectional()]
-    table = {name: {"p50": float(np.median(values)), "p95": float(np.quantile(values, .95))}
-             for name, values in columns.items()}
-    return table, curves
-
-
-def evaluate(args, run, model, idm, parts, data):
-    """Closed against open loop in simulated worlds, drift on held-out episodes, latency -> eval.json,
-    curves.png. Processes share worlds and episodes; rank 0 has latency to itself."""
-    began, tables, pairs = time.time(), {}, {}
-    policy = make_policy(args, run, model, idm, data)
-    episodes = list(enumerate(vidar.tasks(parts["test"])[:args.eval_clips or None]))
+def evaluate(args, run, policy, splits):
+    """Worlds in closed and open loop, held-out episodes, seconds -> [eval.json, curves.png]."""
+    began = time.time()
+    videos, actions, worlds, seconds = {}, {}, {}, {"first_action": [], "chunk": []}
+    episodes = list(enumerate(robot_data.tasks(splits["test"])[:args.eval_clips or None]))
     for number, episode in episodes[run.rank::run.world]:
-        scores, read = drift(args, policy, number, episode)
-        for name, row in scores.items():
-            tables.setdefault(name, []).append(row)
-        for name, pair in read.items():
-            pairs.setdefault(name, []).append(pair)
-    for number in range(run.rank, args.worlds, run.world) if vidar.is_simulated(args) else ():
-        for moved in (None, args.moved):
-            for closed in (True, False):
-                success, distance = perform(policy, args, vidar.FIRST_WORLD + number, moved, closed)
-                name = f"{'moved' if moved else 'static'}_{'closed' if closed else 'open'}_loop"
-                tables.setdefault(name, []).append({"success": success, "distance": distance})
-    tables, pairs = (common.gather_rows(rows) for rows in (tables, pairs))
-    means = {name: vidar.mean_scores(rows) for name, rows in tables.items()}
-    for name, rows in pairs.items():
-        scores = vidar.idm_scores(*(torch.cat(column) for column in zip(*rows)))
-        means[name] |= {f"action_{metric}": value for metric, value in scores.items()}
-    if run.rank == 0:
-        timed = timing_flags(args)
-        policy = Policy(timed, run, policy.dit, idm, policy.vae, policy.encode_prompt, policy.empty)
-        seconds = latency(timed, policy) if args.latency_chunks else None
-        report(args, means, seconds, len(episodes), time.time() - began)
+        window = robot_data.load_window(episode, args.frames, (args.height, args.width))
+        truth, target, valid, arm = window
+        methods = {"persistence": (truth[:1].expand_as(truth), target[:1].expand_as(target)[1:].numpy())}
+        for method, observed_past in (("model", True), ("generated past", False)):
+            *methods[method], first_action, chunk = forecast(policy, window, episode, number, observed_past)
+            if observed_past:
+                seconds["first_action"] += first_action
+                seconds["chunk"] += chunk
+        for method, (video, predicted) in methods.items():
+            T = len(video)
+            scores = vidar.video_scores(video, truth[:T], None if arm is None else arm[:T], valid[:T])
+            videos.setdefault(method, []).append(scores)
+            pair = torch.from_numpy(predicted)[valid[1:T]], target[1:T].double()[valid[1:T]]
+            actions.setdefault(method, []).append(pair)
+    simulated = "simulated" in robot_data.read_manifest(args.data_dir)
+    for number in range(run.rank, args.worlds if simulated else 0, run.world):
+        for closed in (True, False):
+            row = {}
+            for kind in ("static", "moved"):
+                scores = run_episode(policy, FIRST_WORLD + number, kind == "moved", closed)
+                row[f"success_{kind}"], row[f"distance_{kind}"] = scores
+            worlds.setdefault("model" if closed else "open loop", []).append(row)
+    tables = [common.gather_rows(table) for table in (videos, actions, worlds, seconds)]
+    return [] if run.rank else report(args, policy, *tables, began)
 
 
-def report(args, means, seconds, episodes, took):
-    """Writes eval.json, prints it, draws curves.png."""
-    worlds = {name: row for name, row in means.items() if name.endswith("_loop")}
-    flat = lambda name: {f"{metric}_{name}": value for metric, value in means.get(name, {}).items()}
-    results = {**means["reprefill"], **flat("static_closed_loop"), **flat("moved_closed_loop")}
-    baselines = {name: means[name] for name in ("imagination", "do_nothing")}
-    metric = "psnr_arm" if "psnr_arm" in results else "psnr"
-    baseline = means["do_nothing"][metric]
+def report(args, policy, videos, actions, worlds, seconds, began):
+    """Means, eval.json, curves.png and the printed table of what evaluate() collected."""
+    scores = {method: common.horizon_means(tables) for method, tables in videos.items()}
+    for method, rows in actions.items():
+        values = vidar.idm_scores(*(torch.cat(column) for column in zip(*rows)))
+        scores[method].update({f"action_{name}": value for name, value in values.items()})
+    for method, rows in worlds.items():
+        means = {name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+        scores.setdefault(method, {}).update(means)
+    results = scores.pop("model")
+    results |= {f"seconds_{name}_p50": float(np.median(values)) for name, values in seconds.items()}
+    results["seconds_bidirectional"] = time_bidirectional(policy)
+    headline = "psnr_arm" if "psnr_arm" in results else "psnr", "persistence", False
     if worlds:
-        metric, baseline = "success_moved_closed_loop", means["moved_open_loop"]["success"]
-        baselines["open_loop"] = {**flat("static_open_loop"), **flat("moved_open_loop")}
-    table, curves = seconds or ({}, {})
-    results |= {f"seconds_{name.replace(' ', '_')}_{q}": value for name, row in table.items()
-                for q, value in row.items()}
-    common.write_json(Path(args.output_dir) / "eval.json", {
-        "script": SCRIPT, "preset": args.preset, "data": vidar.describe_data(args), "weights": args.weights,
-        "seconds": took, "headline": {"metric": metric, "value": results[metric], "baseline": baseline,
-                                      "lower_is_better": False},
-        "results": results, "baselines": baselines})
-    print(f"{episodes} held-out episodes, chunks of {args.chunk_size} frames")
-    for name in ("reprefill", "imagination", "do_nothing"):
-        print(f"{name:>12}: " + ", ".join(f"{key} {value:.3f}" for key, value in means[name].items()
-                                          if "chunk" not in key))
-    for name, row in worlds.items():
-        print(f"{args.worlds} worlds, {name.replace('_', ' ')}: success {row['success']:.0%}, block "
-              f"{row['distance']:.2f} from the plate")
-    if table:
-        timed = timing_flags(args)
-        print(f"a chunk of {timed.chunk_size} frames, {timed.size.replace(',', 'x')}, {timed.steps} steps "
-              f"(published: {PUBLISHED})")
-    for name, row in table.items():
-        print(f"{name:>13}: p50 {1000 * row['p50']:8.1f} ms, p95 {1000 * row['p95']:8.1f} ms")
-    draw_curves(args, means, curves)
+        headline = "success_moved", "open loop", False
+    columns = ["success_static", "success_moved", "distance_static", "distance_moved", "psnr_arm", "ssim",
+               "action_r2"]
+    print(", ".join(f"{name} {value:.3f}" for name, value in results.items() if name.startswith("seconds")))
+    return common.report(SCRIPT, args, str(args.vidar), began, headline, results, scores,
+                         [name for name in columns if name in results],
+                         [name for name in ("psnr_arm", "psnr") if name in results])
 
 
-def draw_curves(args, means, curves):
-    """curves.png: losses, quality from chunk to chunk, latency from chunk to chunk."""
-    panels = [common.loss_panel(Path(args.output_dir), "stage 2")]
-    metric = "psnr_arm_chunk_" if "psnr_arm" in means["reprefill"] else "psnr_chunk_"
-    lines = {}
-    for name in ("reprefill", "imagination"):
-        values = [value for key, value in means[name].items() if key.startswith(metric)]
-        lines[name] = (list(range(1, len(values) + 1)), values)
-    panels.append({"title": "drift", "xlabel": "chunk", "ylabel": metric.removesuffix("_chunk_") + " (dB)",
-                   "lines": lines})
-    if curves:
-        panels.append({"title": "latency", "xlabel": "chunk", "ylabel": "seconds", "lines": {
-            name: (list(range(1, len(values) + 1)), values) for name, values in curves.items()}})
-    common.plot_curves(Path(args.output_dir) / "curves.png", panels)
-
-
-def make_policy(args, run, model, idm, data):
-    return Policy(args, run, model.dit.eval(), idm, vidar.load_codec(args, run),
-                  vidar.text_encoder(args, run), data["test"].empty)
-
-
-def sample(args, run, model, idm, parts, data):
-    """Closed loops in simulated worlds in which the block is moved: what was seen over what was imagined; of
-    real data held-out episodes, each chunk imagined from what was seen -> files."""
-    if run.rank:
-        return []
-    policy, folder, files = make_policy(args, run, model, idm, data), Path(args.output_dir) / "samples", []
-    folder.mkdir(exist_ok=True)
-    for number in range(args.num_samples):
-        if vidar.is_simulated(args):
-            film, name = [], f"world_{number}"
-            perform(policy, args, vidar.FIRST_WORLD + args.seed + number, args.moved, True, film)
-            seen, imagined = (np.stack(column) for column in zip(*film))
+def sample(args, run, policy, splits):
+    """Worlds in which the block is moved, or held-out episodes: observed and generated -> [samples/...]."""
+    files, held_out = [], robot_data.tasks(splits["test"])
+    for number in range(args.num_samples if run.rank == 0 else 0):
+        if robot_data.read_manifest(args.data_dir).get("simulated"):
+            name, film = f"world_{number}", []
+            run_episode(policy, FIRST_WORLD + args.seed + number, True, True, film)
+            observed, generated = (torch.stack(column) for column in zip(*film))
         else:
-            episode = vidar.tasks(parts["test"])[number % len(vidar.tasks(parts["test"]))]
-            window, name = vidar.read_windows(episode, [0], args)[0], episode.id
-            policy.reset(args.seed)
-            seen, text, imagined = window["video"][1:], vidar.full_prompt(episode.instruction, args), []
-            for at in range(0, args.frames - args.chunk_size, args.chunk_size):
-                list(policy.stream(window["video"][max(0, at - args.chunk_size + 1):at + 1], text))
-                imagined += [common.to_uint8(part * 2 - 1).movedim(1, -1).numpy() for part in policy.imagined]
-            imagined = np.concatenate(imagined)
-            seen = seen[:len(imagined)]
-        panels = {label: from_uint8(torch.from_numpy(video).movedim(-1, 1))
-                  for label, video in (("seen", seen), ("imagined", imagined))}
-        files += vidar.write_panels(folder / name, panels, 7)
+            episode = held_out[number % len(held_out)]
+            name = episode.folder.name
+            window = robot_data.load_window(episode, args.frames, (args.height, args.width))
+            generated = forecast(policy, window, episode, args.seed, True)[0][1:]
+            observed = window[0][1:len(generated) + 1]
+        panels = {"observed": observed * 2 - 1, "generated": generated * 2 - 1}
+        labels = [f"t+{t}" for t in range(1, len(observed) + 1)]
+        stem, scale = Path(args.output_dir, "samples", name), max(1, 224 // args.height)
+        files += common.write_panels(stem, panels, labels, 0, vidar.FPS, scale, columns=8)
     return files
-
-
-# ---- shared:flags (identical in all scripts, checked by test_smoke.py) ----------------------------------
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message}; {self.prog} --help lists the flags")
-
-
-def add_shared_flags(parser, presets):
-    add = parser.add_argument_group("run").add_argument
-    add("--preset", choices=["auto", *presets], default="auto", help="auto: the second one where possible")
-    add("--sample", action="store_true", help="write videos from the newest checkpoint")
-    add("--eval", action="store_true", help="measure the newest checkpoint on held-out data")
-    add("--dry_run", action="store_true", help="print parameters, FLOPs and memory, then exit")
-    add("--data_dir", help="where the data lies")
-    add("--output_dir", default=f"runs/{SCRIPT}", help="where the run is written")
-    add("--resume", default="auto", metavar="auto|none|PATH",
-        help="auto: output_dir's newest; PATH: of a run or checkpoint, which output_dir follows if not given")
-    add("--seed", type=int, default=0, help="all randomness is a function of (seed, step)")
-    add("--device", choices=["auto", "cpu", "cuda", "mps"], default="auto", help="auto: cuda, mps, cpu")
-    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto", help="auto: bf16 if in hardware")
-    add = parser.add_argument_group("optimisation").add_argument
-    add("--max_steps", type=int, default=1000, help="optimiser steps in total, resumed ones included")
-    add("--batch_size", type=int, default=16, help="samples per process and micro-step")
-    add("--grad_accum", type=int, default=1, help="micro-steps per optimiser step")
-    add("--lr", type=float, default=1e-4, help="peak learning rate")
-    add("--warmup_steps", type=int, default=100, help="steps of linear warm-up; cosine decay follows")
-    add("--weight_decay", type=float, default=1e-2, help="AdamW's")
-    add("--grad_clip", type=float, default=1.0, help="largest gradient norm (0: no clipping)")
-    add("--beta2", type=float, default=0.999, help="AdamW's")
-    add("--ema_decay", type=float, default=0.999, help="of the weights that sampling uses (0: no averaging)")
-    add = parser.add_argument_group("machine and records").add_argument
-    add("--compile", action="store_true", help="torch.compile the model")
-    add("--fsdp", action="store_true", help="shard weights and optimiser over torchrun's processes")
-    add("--grad_checkpoint", action="store_true", help="recompute activations: less memory, more time")
-    add("--log_every", type=int, default=10, help="steps between rows of metrics.jsonl (0: none)")
-    add("--eval_every", type=int, default=250, help="steps between validations (0: none)")
-    add("--save_every", type=int, default=250, help="steps between checkpoints (0: only the last)")
-    add("--keep_last", type=int, default=3, help="checkpoints to keep (0: all)")
-    add("--tensorboard", action="store_true", help="also write TensorBoard events")
-    add("--wandb", metavar="PROJECT", help="also log to this Weights & Biases project")
-
-
-def parse_args(argv=None):
-    """Command line over preset over default. args.given: the flags that the command line names."""
-    parser, unset = build_parser(), object()
-    preset = parser.parse_args(argv).preset
-    args = argparse.Namespace(why_preset="from the command line")
-    if preset == "auto":
-        preset, args.why_preset = common.auto_preset(PRESETS, vars(parser.parse_args(argv)), **PAPER_NEEDS)
-    flags = argparse.Namespace(**{action.dest: unset for action in parser._actions})
-    args.given = {name for name, value in vars(parser.parse_args(argv, flags)).items() if value is not unset}
-    parser.set_defaults(**PRESETS[preset])
-    parser.parse_args(argv, args).preset = preset
-    if args.resume not in ("auto", "none") and "output_dir" not in args.given:
-        args.output_dir = str(common.run_folder(args.resume))
-    return args
-
-
-def check_numbers(args, least_1=(), least_0=(), shares=()):
-    """UserError, one line, for a value of the shared flags and of those named that no run can mean. NaN is
-    neither at least 1, nor at least 0, nor a share, which is in [0, 1]."""
-    for name in ("batch_size", "grad_accum", "max_steps", *least_1):
-        if not getattr(args, name) >= 1:
-            raise UserError(f"--{name} must be at least 1, not {getattr(args, name)}")
-    for name in ("seed", "lr", "warmup_steps", "weight_decay", "grad_clip", "log_every", "eval_every",
-                 "save_every", "keep_last", *least_0):
-        if not getattr(args, name) >= 0:
-            raise UserError(f"--{name} must not be negative, but is {getattr(args, name)}")
-    for name in ("ema_decay", "beta2"):
-        if not 0 <= getattr(args, name) < 1:
-            raise UserError(f"--{name} must be in [0, 1), not {getattr(args, name)}")
-    for name in shares:
-        if not 0 <= getattr(args, name) <= 1:
-            raise UserError(f"--{name} must be in [0, 1], not {getattr(args, name)}")
-
-
-def adopt(args, saved, locked, source):
-    """A checkpoint's own flags fill in what the command line leaves unsaid; `locked` ones must agree."""
-    own = {"output_dir", "resume", "sample", "eval", "dry_run", "device", "dtype", "fsdp", "compile"}
-    for name, value in saved.items():
-        if name in args.given & set(locked) and getattr(args, name) != value:
-            raise UserError(f"--{name} {getattr(args, name)} does not fit {source}, trained with {value}: "
-                            f"leave it out, or start anew in another --output_dir")
-        if name not in args.given | own and hasattr(args, name):
-            setattr(args, name, value)
-            args.why_preset = "from the checkpoint" if name == "preset" else args.why_preset
-
-
-def public_flags(args):
-    """The flags as JSON: what args.json and checkpoints keep."""
-    return {name: value for name, value in vars(args).items() if name not in ("given", "why_preset")}
-# end shared:flags
-
-
-# ---- shared:dist (identical in all scripts, checked by test_smoke.py) -----------------------------------
-
-class Run:
-    """Where this process stands: rank, world, device, autocast dtype, whether SIGTERM asked it to stop."""
-    def __init__(self, args):
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        kind, cuda = args.device, torch.cuda.is_available()
-        if kind == "auto":
-            alone = self.world == 1              # gloo, which joins processes without CUDA, has no MPS
-            kind = "cuda" if cuda else "mps" if alone and torch.backends.mps.is_available() else "cpu"
-        if kind == "cuda" and not cuda:
-            raise UserError("--device cuda: there is no CUDA device here; use --device cpu")
-        if args.fsdp and self.world == 1:
-            raise UserError("--fsdp shards over processes: start it with torchrun --nproc_per_node=N")
-        self.device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)) if kind == "cuda" else None)
-        if kind == "cuda":
-            torch.cuda.set_device(self.device)
-            torch.set_float32_matmul_precision("high")
-        if self.world > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
-        units = torch.cpu.get_capabilities()     # without hardware for it, bf16 is 3 to 4 times slower
-        fast = kind == "cuda" or kind == "cpu" and (units.get("avx512_bf16") or units.get("amx_bf16"))
-        auto = torch.bfloat16 if fast else torch.float32
-        self.dtype = auto if args.dtype == "auto" else getattr(torch, args.dtype)
-        self.stop = False
-
-    def heed_sigterm(self, heed):
-        """In the training loop SIGTERM is noted until the step is saved; elsewhere it ends the process."""
-        signal.signal(signal.SIGTERM, (lambda *_: setattr(self, "stop", True)) if heed else signal.SIG_DFL)
-
-    def autocast(self):
-        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
-
-    def stopping(self):
-        """Whether any process was asked to stop: a CPU all-reduce, for which no GPU has to be waited for."""
-        flag = torch.tensor(float(self.stop))
-        if self.world > 1:
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag)
-
-    def barrier(self):
-        if self.world > 1:
-            dist.barrier()
-
-    def close(self):
-        if self.world > 1:
-            dist.destroy_process_group()
-
-
-def get_lr(step, peak, warmup, total):
-    """Learning rate of a step, counted from 0: linear warm-up, then cosine decay to 1 % of the peak."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, total - 1 - warmup)
-    return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
-# end shared:dist
-
-
-# ---- parallel wrap --------------------------------------------------------------------------------------
-
-def wrap(model, args, run):
-    """FSDP2 with --fsdp, a block a unit; DDP under torchrun; otherwise the module itself.
-
-    Weights, gradients and moments are fp32, blocks compute in bf16. Inputs are not cast by FSDP: timesteps
-    and rope's tables have to stay fp32. The root is resharded after forward as the blocks are: by default it
-    stays gathered until a backward, and the step after a validation would compute with the averages."""
-    if args.compile:
-        for block in model.dit.blocks:
-            block.compile()
-    if args.fsdp:
-        from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-        mesh = init_device_mesh(run.device.type, (run.world,))
-        policy = MixedPrecisionPolicy(param_dtype=run.dtype, reduce_dtype=torch.float32,
-                                      cast_forward_inputs=False)
-        for block in model.dit.blocks:
-            fully_shard(block, mesh=mesh, mp_policy=policy)
-        return fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False),
-                           reshard_after_forward=True)
-    if run.world > 1:
-        ids = [run.device] if run.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(model, device_ids=ids)
-    return model
-
-
-# ---- shared:fit (identical in all scripts, checked by test_smoke.py) ------------------------------------
-
-def fill_moments(optimizer):
-    """Gives AdamW the moments that it makes at a parameter's first gradient. A checkpoint from before that
-    gradient would lack them, and torch's loader would then count the parameter one step too far."""
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            if not optimizer.state[p]:
-                optimizer.state[p] = {"step": torch.zeros((), device=p.device),
-                                      "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-
-
-def fit(args, run, folder, model, losses, validate, found, steps, lr, trained_only=True, **more):
-    """Trains what requires grad of `model` to `steps`, on from checkpoint `found`; then it has the averages.
-
-    losses(model, step, micro) -> loss of a micro-batch and parts of it: {name: a number or one per sample},
-    whose means since the last row, without NaN, go to metrics.jsonl. validate(model) -> {name: number}.
-    Checkpoints hold what is trained (a LoRA's 1 GB, not its model's 29), without trained_only what is frozen
-    too, and `more`, {name: state dict}. Call it on all ranks.
-    """
-    model = wrap(model, args, run)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    keep = (lambda p: p.detach().clone()) if args.ema_decay else (lambda p: p.detach())
-    averages = [keep(p) for p in trained]
-    optimizer = torch.optim.AdamW(trained, lr, betas=(.9, args.beta2), weight_decay=args.weight_decay,
-                                  fused=True)
-    fill_moments(optimizer)
-    start = 0
-    if found:
-        path, state, saved = found
-        common.restore_state(model, state["ema"], source=str(path), trained_only=trained_only)
-        averages = [keep(p) for p in trained]
-        common.restore_state(model, state["model"], optimizer, state["optimizer"], str(path), trained_only)
-        start = saved["step"]
-    name = SCRIPT if folder == Path(args.output_dir) else f"{SCRIPT} {folder.name}"
-    log = common.Log(folder, name, start, steps, run.rank, args.tensorboard, args.wandb, public_flags(args))
-    run.barrier()                                # rank 0 has removed what lies beyond `start`
-    clock, logged, sums = time.time(), start, {}
-    run.heed_sigterm(True)
-    for step in range(start, steps):
-        for group in optimizer.param_groups:
-            group["lr"] = get_lr(step, lr, args.warmup_steps, steps)
-        model.train()
-        for micro in range(args.grad_accum):     # processes average their gradients at the last one only
-            hold = micro < args.grad_accum - 1 and hasattr(model, "no_sync")
-            with model.no_sync() if hold else contextlib.nullcontext():
-                loss, parts = losses(model, step, micro)
-                (loss / args.grad_accum).backward()
-            for name, value in {"loss": loss.detach(), **parts}.items():
-                sum_and_count = torch.stack([value.nansum(), (~value.isnan()).sum()])
-                sums[name] = sums.get(name, 0) + sum_and_count
-        norm = nn.utils.clip_grad_norm_(trained, args.grad_clip or math.inf)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        done, stop = step + 1, run.stopping()
-        logging = args.log_every and done % args.log_every == 0
-        saving = stop or done == steps or args.save_every and done % args.save_every == 0
-        # All processes see the same norm, so they stop together. CUDA looks only where it has to wait anyway.
-        if (logging or saving or run.device.type != "cuda") and not torch.isfinite(norm):
-            last = common.latest_checkpoint(folder / "ckpt")
-            raise UserError(f"loss or gradient is not finite at step {done}: the last good checkpoint is "
-                            f"{last or 'none'}; go on from there with a lower --lr")
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        decay = min(args.ema_decay, (1 + step) / (10 + step))
-        with torch.no_grad():
-            torch._foreach_lerp_(averages, [p.detach() for p in trained], 1 - decay)
-        if logging:
-            means = {name: common.all_mean(pair).tolist() for name, pair in sums.items()}
-            log.row(done, **{name: total / count for name, (total, count) in means.items() if count},
-                    lr=optimizer.param_groups[0]["lr"], grad_norm=norm.item(),
-                    seconds_per_step=(time.time() - clock) / (done - logged))
-            clock, logged, sums = time.time(), done, {}
-        log.bar.update()
-        if saving:                               # before validation: what fails there loses nothing
-            weights, moments = common.gather_state(model, optimizer, trained_only=trained_only)
-            with common.swapped(trained, averages):
-                averaged, _ = common.gather_state(model, trained_only=trained_only)
-            if run.rank == 0:
-                state = {"model": weights, "ema": averaged, "optimizer": moments, **more}
-                common.save_checkpoint(folder / "ckpt", done, state,
-                                       {"script": SCRIPT, "args": public_flags(args)}, args.keep_last)
-            run.barrier()
-        if stop:
-            raise UserError(f"stopped by SIGTERM after step {done}, which is saved: the same command goes on")
-        if args.eval_every and (done % args.eval_every == 0 or done == steps):
-            with common.swapped(trained, averages), torch.no_grad():
-                model.eval()
-                log.row(done, **validate(model))
-            clock = time.time()
-    run.heed_sigterm(False)
-    log.bar.close()
-    with torch.no_grad():
-        for p, average in zip(trained, averages):
-            p.copy_(average)
-# end shared:fit
 
 
 # ---- train ----------------------------------------------------------------------------------------------
 
-def draw_batch(args, run, clips, step, micro):
-    """Windows, levels and noise of a micro-batch, a function of (seed, step) and of a sample's place in the
-    whole batch. Which loss, and where it begins, is the same for all of a step: FSDP needs equal calls."""
-    seed = common.seed_all(args.seed, 1, step)
-    kinds = {"window": ("randint", len(clips.rows)), "drop": ("rand",), "context": ("rand",),
-             "u": ("rand", (args.frames - 1) // 4 // args.chunk_latents),
-             **{name: ("randint", 2 ** 62) for name in ("noise", "past_noise", "rollout")}}
-    numbers = common.draw(kinds, seed, args.batch_size, run.rank, run.world, micro, args.grad_accum)
-    silent = (numbers["drop"] < args.cfg_drop).nonzero().flatten().tolist()
-    batch = clips.get(numbers["window"].tolist(), run.device, silent)
-    one = batch["latents"][:1]
-    for name in ("noise", "past_noise", "rollout"):
-        numbers[name] = torch.cat([vidar.fixed_noise(one, n) for n in numbers[name].tolist()])
-    coin, start, rolled = torch.rand(3, generator=torch.Generator().manual_seed(seed + 1)).tolist()
-    numbers = {name: value.to(run.device) for name, value in numbers.items()}
-    selves = step >= args.self_forcing_after and coin < args.self_forcing
-    return batch, {**numbers, "selves": selves, "start": start, "rolled": rolled}
+def draw_batch(args, run, windows, step, micro, grad_accum):
+    """-> batch, values for CausalModel.forward. Which loss, and where it begins, is the same in all of a
+    step: FSDP needs equal calls on all processes."""
+    spec = {"window": ("randint", len(windows.rows)), "u": ("rand", (args.frames - 1) // 4),
+            "drop": ("rand",), "noise": ("randint", 2 ** 62), "rollout_noise": ("randint", 2 ** 62)}
+    values, seed = vidar.sample_numbers(args, run, spec, 1, step, micro, grad_accum, args.batch_size)
+    unconditional = (values["drop"] < args.cfg_drop).nonzero().flatten().tolist()
+    batch = vidar.collate(windows, values["window"].tolist(), args, run.device, unconditional)
+    for name in ("noise", "rollout_noise"):
+        values[name] = vidar.noise_like(batch["latents"], values[name])
+    coin, start, length = torch.rand(3, generator=torch.Generator().manual_seed(seed + 1)).tolist()
+    use_self_forcing = step >= args.self_forcing_after and coin < args.self_forcing
+    return batch, {**values, "u": values["u"].to(run.device), "use_self_forcing": use_self_forcing,
+                   "rollout_start": start, "rollout_length": length}
 
 
-def validate(args, run, model, clips):
-    """Teacher-forced loss of held-out windows at level u = 0.5, with a clean past -> {"val_loss": number}."""
-    values = []
-    for i in range(len(clips.rows)):
-        batch = clips.get([i], run.device)
-        noise = vidar.fixed_noise(batch["latents"], i)
-        u = torch.full((1, (args.frames - 1) // 4 // args.chunk_latents), .5, device=run.device)
-        numbers = {"selves": False, "u": u, "context": u[:, 0] * 0, "noise": noise, "past_noise": noise}
-        with run.autocast():
-            values.append(model(batch, numbers)[1]["flow_loss"].item())
-    return {"val_loss": float(np.mean(values))}
+def train(args, run, checkpoint, splits):
+    """Trains stage 2 from --vidar's weights; final/ then has what load_policy() needs, and vidarc.pt."""
+    folder = vidar.cache_folder(args, splits)
+    idm = vidar.load_idm(args.idm, vidar.idm_config(args)).to(run.device)
+    vidar.build_cache(args, run, splits, folder, ["windows"], idm)
+    windows = {split: vidar.Cache(sorted(folder.glob(f"{split}_*.windows"))) for split in ("train", "val")}
+    final = Path(args.output_dir, "final")
+    if run.rank == 0:
+        common.write_json(Path(args.output_dir, "args.json"), {**vars(args), **common.provenance()})
+    model = CausalModel(load_dit(args, run.device).requires_grad_(True), args)
 
+    def loss_fn(net, step, micro, grad_accum):
+        return net(*draw_batch(args, run, windows["train"], step, micro, grad_accum))
 
-def train(args, run, model, data, found):
-    """-> CausalModel with the averaged weights, which are exported; whole on each process."""
-    folder = Path(args.output_dir)
+    def val_fn(net):                             # teacher-forced, at u = 0.5
+        chosen = vidar.spread(len(windows["val"].rows), 8)
+        batch = vidar.collate(windows["val"], chosen, args, run.device)
+        u = torch.full((len(chosen), batch["latents"].shape[2] - 1), .5, device=run.device)
+        noise = vidar.noise_like(batch["latents"], chosen)
+        values = {"use_self_forcing": False, "u": u, "noise": noise}
+        return {"val_loss": net(batch, values)[1]["flow_loss"].item()}
 
-    def losses(model, step, micro):
-        batch = draw_batch(args, run, data["train"], step, micro)
-        with run.autocast():
-            return model(*batch)
-
-    fit(args, run, folder, model, losses, lambda model: validate(args, run, model, data["val"]), found,
-        args.max_steps, args.lr)
-    export(args, run, model, folder)
-    if args.fsdp:                                # for evaluation each process has a whole model
-        weights, _ = common.gather_state(model, everywhere=True)
-        model = make_model(args, run, begin=False)
-        common.restore_state(model, weights, source="this run")
-    return model
+    stage = argparse.Namespace(folder=".", steps=args.max_steps, lr=args.lr, warmup_steps=args.warmup_steps,
+                               weight_decay=args.weight_decay, ema_decay=args.ema_decay,
+                               batch_size=args.batch_size)
+    net = vidar.train(args, run, SCRIPT, stage, model, loss_fn, val_fn, checkpoint)
+    if not vidar.is_finished(stage, checkpoint) or not (final / "vidarc.safetensors").is_file():
+        vidar.save_transformer(args, run, final / SCRIPT, net)
+        if run.rank == 0:
+            shutil.copy(args.idm, final / "idm.pt")
+            if args.model == "tiny":
+                shutil.copy(folder / "codec.safetensors", final)
+    common.barrier()
 
 
 def dry_run(args):
-    """Prints what stage 2 costs, from the meta device: nothing is allocated, nothing is read."""
-    run, B = argparse.Namespace(device=torch.device("meta")), args.batch_size
-    own = argparse.Namespace(**{**vars(args), "random_init": True, "attention": "loop"})
-    gpus, _ = vidar.MACHINES.get(args.preset, (1, 0))
-    world = int(os.environ.get("WORLD_SIZE", gpus))
-    side = vidar.codec_side(args)
+    """Prints parameters, FLOPs and memory of a teacher-forced step, on the meta device, and of the cache."""
+    flags = argparse.Namespace(**{**vars(args), "random_init": True})
     with torch.device("meta"):
-        model = make_model(own, run)
-        config, (H, W) = model.dit.config, vidar.video_size(args)
-        z = torch.randn(B, config.in_channels, (args.frames - 1) // 4 + 1, H // side, W // side)
-        batch = {"latents": z, "valid": torch.ones(B, z.shape[2], dtype=torch.bool), "arm": z[:, :1],
-                 "text": torch.randn(B, args.text_length, config.text_dim)}
-        numbers = {"selves": False, "noise": z, "past_noise": z, "context": torch.rand(B),
-                   "u": torch.rand(B, (args.frames - 1) // 4 // args.chunk_latents)}
+        model = CausalModel(load_dit(flags, "meta"), args).train()
+        if args.grad_checkpoint:
+            model.dit.enable_gradient_checkpointing()
+        config, batch = model.dit.config, vidar.example_batch(args, model.dit.config)
+        z = batch["latents"]
+        values = {"use_self_forcing": False, "noise": z, "u": torch.rand(len(z), z.shape[2] - 1)}
 
         def loss():
             with torch.autocast("cpu", torch.bfloat16, enabled=args.model != "tiny"):
-                return model(batch, numbers)[0]
+                return model(batch, values)[0]
 
-        tokens = z[0, 0].numel() // 4
-        print(common.dry_run_report("stage 2, teacher-forced", model, loss, B, 2 * tokens, world, args.fsdp))
-    latents, D = 1 + args.kv_cache_length // 4, config.num_attention_heads * config.attention_head_dim
-    bytes_ = 2 * config.num_layers * D * (4 if args.model == "tiny" else 2) * tokens // z.shape[2]
-    branches = 2 if args.cfg != 1 and args.cfg_cache == "separate" else 1
-    print(f"  KV cache: {bytes_ / 2 ** 20:.1f} MiB a latent, {branches} x {latents} latents "
-          f"{branches * latents * bytes_ / 2 ** 30:.2f} GiB; in self-forcing up to {B * z.shape[2]} latents, "
-          f"{B * z.shape[2] * bytes_ / 2 ** 30:.2f} GiB")
+        tokens, world = z[0, 0].numel() // 4, int(os.environ.get("WORLD_SIZE", 1))
+        print(common.dry_run_report("causal model", model, loss, len(z), 2 * tokens, world, args.fsdp))
+    width = config.num_attention_heads * config.attention_head_dim
+    latent = 2 * config.num_layers * width * (tokens // z.shape[2]) * (4 if args.model == "tiny" else 2)
+    total = latent * window_latents(args) * (1 if args.guidance_scale == 1 else 2)
+    print(f"  KV cache: {latent / 2 ** 20:.1f} MiB per latent frame, {total / 2 ** 30:.2f} GiB for a window")
 
 
 # ---- main -----------------------------------------------------------------------------------------------
 
-def work(args):
-    folder = Path(args.output_dir)
-    only = args.sample or args.eval
-    found = None if args.dry_run else common.find_checkpoint(
-        folder / "ckpt", SCRIPT, args.resume, train=not only)
-    if found:
-        adopt(args, found[2]["args"], ("preset", *MODEL_FLAGS), str(found[0]))
-    check_args(args)
+def need_stage1(args):
+    """Checks --vidar and --idm. Runs vidar.py where they are those of its tiny preset and missing."""
+    for name in ("vidar", "idm"):
+        path = getattr(args, name)
+        if not path or not Path(path).is_file():
+            if path != PRESETS["tiny"][name] or args.model != "tiny":
+                raise UserError(f"--{name}: no file {path}: hf download Xiang-cd/vidar --local-dir "
+                                f"checkpoints/vidar, or train it with python vidar.py")
+            if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+                raise UserError("stage 1 is trained by one process: first python vidar.py --preset tiny")
+            flags = ["--preset", "tiny", "--data_dir", args.data_dir, "--device", args.device,
+                     "--dtype", args.dtype]
+            print(f"no {path}: first stage 1: python vidar.py {' '.join(flags)}", flush=True)
+            if vidar.main(flags):
+                raise UserError("stage 1 failed")
+
+
+def run_script(argv):
+    args, checkpoint, why_preset = parse_args(argv)
     if args.dry_run:
         return dry_run(args)
-    run = Run(args)
-    args.weights = f"{args.weights_from} shape, RANDOM weights" if args.random_init else str(args.vidar)
-    if args.model == "tiny":
-        args.weights = "tiny ones that the runs train, on a LINEAR codec instead of a VAE"
+    if args.serve:
+        policy = load_policy(args.output_dir, args.device)
+        print(f"serving {args.output_dir} on port {args.serve}", flush=True)
+        with make_server(policy, args.serve) as server:
+            return server.serve_forever()
+    run, inference_only = vidar.setup(args), args.sample or args.eval
+    common.announce(SCRIPT, args, why_preset, run, checkpoint)
+    common.simulate_missing_data("vidar", args.data_dir, default=PRESETS["tiny"]["data_dir"])
+    splits = robot_data.load_splits(args.data_dir)
+    final = Path(args.output_dir, "final")
+    if not (inference_only and checkpoint):
+        if not args.random_init:
+            need_stage1(args)
+            vidar.check_weights(args)
+        train(args, run, checkpoint, splits)
+    path = checkpoint.path if inference_only and checkpoint else common.latest_checkpoint(
+        Path(args.output_dir, "ckpt"))
+    dit = load_dit(argparse.Namespace(**{**vars(args), "random_init": True}))
+    weights = {name.removeprefix("dit."): value
+               for name, value in common.load_weights(path / "ema.safetensors").items()}
+    policy = make_policy(args, run, common.load_for_inference(dit, weights, path), final)
+    files = evaluate(args, run, policy, splits) if args.eval or not inference_only else []
+    if args.sample or not inference_only:
+        files += sample(args, run, policy, splits)
     if run.rank == 0:
-        there = "" if Path(args.data_dir).exists() else " (not there yet)"
-        going_on = f", going on from {found[0]}" if found else ""
-        print(f"{SCRIPT}: preset {args.preset} ({args.why_preset}), data {args.data_dir}{there}, weights "
-              f"{args.weights}{going_on}, {run.world} x {run.device.type} {str(run.dtype)[6:]}", flush=True)
-    if only and not found:
-        if "output_dir" in args.given:
-            raise UserError(f"no checkpoint in {folder}/ckpt: first python {SCRIPT}.py --output_dir {folder}")
-        if run.rank == 0:
-            print(f"no checkpoint in {folder}/ckpt: training preset {args.preset} first"
-                  + (", about 9 minutes on 2 cores" if args.preset == "tiny" else ""))
-    parts, data, idm = prepare(args, run, found)
-    if run.rank == 0 and not (only and found):
-        common.write_json(folder / "args.json", {**public_flags(args), **common.provenance()})
-    model = make_model(args, run, begin=not found).to(run.device)
-    if found and (only or found[2]["step"] >= args.max_steps):
-        common.restore_state(model, found[1]["ema"], source=str(found[0]), trained_only=True)
-    else:
-        model = train(args, run, model, data, found)
-    written = []
-    if args.eval or not only:
-        evaluate(args, run, model, idm, parts, data)
-        written = [f"{folder}/eval.json", f"{folder}/curves.png"]
-    if args.sample or not only:
-        written += sample(args, run, model, idm, parts, data)
-    if run.rank == 0:
-        common.show_results(folder, written, args.tensorboard, args.wandb)
-        print("wrote " + ", ".join(written))
-    run.barrier()
-    run.close()
+        common.show_results(args.output_dir, files, args.tensorboard, args.wandb)
+        print("wrote " + ", ".join(files))
+    common.shutdown()
 
 
 def main(argv=None):
-    return common.one_line_errors(f"{SCRIPT}.py", lambda: work(parse_args(argv)))
+    return common.one_line_errors(f"{SCRIPT}.py", lambda: run_script(argv))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,178 @@
+"""episodes.py: reads the data sets of vidar.py and vidarc.py, and checks them.
+
+Run         python data/vidar/episodes.py DATA       # checks a data set and prints what it holds
+Layout      DATA/manifest.json                      {"fps": 10, "episodes": [{"id": "ep_0001", ...}, ...]}
+            DATA/episodes/ep_0001/video.mp4         T frames: the mosaic of the cameras at 10 fps
+            DATA/episodes/ep_0001/actions.npy       (T, 14): the joint positions that frame t shows
+            DATA/episodes/ep_0001/instruction.txt   UTF-8
+            DATA/episodes/ep_0001/mask.npz          where the arms are known: bits of T H W
+            In a row of the manifest "random_poses": true marks an episode without a task, and "views" names
+            the cameras of the mosaic.
+"""
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))       # the root of the repository
+import common  # noqa: E402
+from common import UserError  # noqa: E402
+
+FPS = 10
+ACTION_DIM = 14
+VIEWS = ("fixed rear", "movable left arm", "movable right arm")
+
+
+@dataclass
+class Episode:
+    """An episode of a data set. random_poses: it shows no task, only poses for the inverse dynamics model.
+    views: cameras of the mosaic."""
+    folder: Path
+    actions: np.ndarray                          # (T, 14) float32
+    instruction: str
+    random_poses: bool
+    views: tuple
+
+    @property
+    def has_mask(self) -> bool:
+        return (self.folder / "mask.npz").is_file()
+
+
+def read_manifest(data_dir) -> dict:
+    """manifest.json; a bare list stands for {"episodes": list}. UserError if it is missing or malformed."""
+    path = Path(data_dir) / "manifest.json"
+    if not path.is_file():
+        raise UserError(f"no data set in {data_dir}: python data/vidar/prepare.py makes or converts one")
+    try:
+        manifest = json.loads(common.read_text(path))
+        manifest = manifest if isinstance(manifest, dict) else {"episodes": manifest}
+        ids = [str(row["id"]) for row in manifest["episodes"]]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f'{path} must hold "episodes", a list in which each has an "id"') from error
+    if manifest.get("fps", FPS) != FPS:
+        raise UserError(f"{path} has {manifest['fps']} fps, not {FPS}: convert it with data/vidar/prepare.py")
+    if len(set(ids)) < len(ids):
+        raise UserError(f"{path} names an episode twice")
+    return manifest
+
+
+def open_episode(data_dir, row) -> Episode:
+    """A row of the manifest -> Episode. UserError, naming the file, for what is missing or malformed."""
+    folder = Path(data_dir) / "episodes" / str(row["id"])
+    for name in ("video.mp4", "actions.npy", "instruction.txt"):
+        if not (folder / name).is_file():
+            raise UserError(f"episode {row['id']} of {data_dir} has no file {folder / name}")
+    try:
+        actions = np.load(folder / "actions.npy").astype(np.float32)
+    except (ValueError, OSError, EOFError, TypeError) as error:
+        raise UserError(f"{folder}/actions.npy cannot be read: {common.reason(error)}") from error
+    if actions.ndim != 2 or actions.shape[1] != ACTION_DIM or not len(actions):
+        raise UserError(f"{folder}/actions.npy: actions are {actions.shape}, not (T, {ACTION_DIM})")
+    if not np.isfinite(actions).all():
+        frame = np.isfinite(actions).all(1).argmin()
+        raise UserError(f"{folder}/actions.npy: action of frame {frame} is NaN or infinite")
+    instruction = common.read_text(folder / "instruction.txt").strip()
+    views = tuple(row.get("views") or VIEWS)
+    return Episode(folder, actions, instruction, bool(row.get("random_poses")), views)
+
+
+def load_splits(data_dir) -> dict[str, list[Episode]]:
+    """-> {"train", "val", "test": episodes}, tasks before random poses. Of ten of a kind the 6th is for
+    validation and the 10th for tests; of fewer than ten the middle one and the last."""
+    episodes = [open_episode(data_dir, row) for row in read_manifest(data_dir)["episodes"]]
+    splits = {"train": [], "val": [], "test": []}
+    for random_poses in (False, True):
+        chosen = [episode for episode in episodes if episode.random_poses == random_poses]
+        if not random_poses and len(chosen) < 3:
+            raise UserError(f"{data_dir}: {len(chosen)} episodes with a task cannot be split into train, val "
+                            f"and test")
+        turn = min(10, len(chosen))
+        held_out = {turn - 1: "test", turn // 2: "val"} if turn > 2 else {}
+        for i, episode in enumerate(chosen):
+            splits[held_out.get(i % turn, "train")].append(episode)
+    return splits
+
+
+def tasks(episodes) -> list[Episode]:
+    """The episodes that show a task."""
+    return [episode for episode in episodes if not episode.random_poses]
+
+
+def read_episode(episode, size):
+    """-> frames T 3 H W uint8, resized to `size` (H, W), and arm masks T H W bool or None. UserError where
+    the video cannot be read or does not belong to the actions."""
+    frames = common.read_video(episode.folder / "video.mp4")
+    if len(frames) != len(episode.actions):
+        raise UserError(f"{episode.folder}/video.mp4 has {len(frames)} frames, its actions are "
+                        f"{len(episode.actions)}")
+    if frames.shape[-2:] != tuple(size):         # stretches, as 720 rows to 736 in the official data
+        frames = F.interpolate(frames, tuple(size), mode="bicubic", antialias=True)
+    if not episode.has_mask:
+        return frames, None
+    packed = np.load(episode.folder / "mask.npz")
+    masks = np.unpackbits(packed["bits"], count=packed["shape"].prod()).reshape(packed["shape"])
+    return frames, resize(torch.from_numpy(masks)[:, None].float(), size)[:, 0] >= .5
+
+
+def resize(images, size):
+    """n C H W -> n C h w, anti-aliased, aspect not kept."""
+    if images.shape[-2:] == tuple(size):
+        return images
+    return F.interpolate(images, tuple(size), mode="bilinear", antialias=True)
+
+
+def cut_window(episode, start, length):
+    """-> numbers of the frames of a window, and which are valid: past the end the last frame repeats."""
+    clock = start + np.arange(length)
+    return clock.clip(max=len(episode.actions) - 1), torch.from_numpy(clock < len(episode.actions))
+
+
+def load_window(episode, frames, size):
+    """An episode's first window -> video T 3 H W in [0, 1], actions T 14, valid T bool, arm masks T H W bool
+    or None."""
+    chosen, valid = cut_window(episode, 0, frames)
+    video, masks = read_episode(episode, size)
+    actions = torch.from_numpy(episode.actions[chosen])
+    return video[chosen] / 255, actions, valid, None if masks is None else masks[chosen]
+
+
+def make_prompt(instruction, head_view, views=VIEWS) -> str:
+    """What the text encoder is given: the instruction behind upstream's description of style, cameras and
+    robot. head_view: "rear", "front", "high", or "none" for the instruction alone. A text that has the
+    description stays as it is."""
+    task = instruction.strip()
+    if head_view == "none" or "performing the following task:" in task:
+        return task
+    cameras = [f"a {view} camera" for view in (f"fixed {head_view}", *views[1:])]
+    listed = ", and ".join([", ".join(cameras[:-1]), cameras[-1]] if len(cameras) > 1 else cameras)
+    count = ("one view", "two views", "three views")[len(cameras) - 1]
+    if head_view != "front":                     # upstream leaves the instructions of its front camera alone
+        task = task[:1].lower() + task[1:]
+    return (f"The whole scene is in a realistic, industrial art style with {count}: {listed}. "
+            f"The aloha robot is currently performing the following task: {task}")
+
+
+def check(argv):
+    parser = argparse.ArgumentParser(prog="episodes.py", description=__doc__.split("\n")[0])
+    parser.add_argument("data", metavar="DATA", help="folder of the data set")
+    splits = load_splits(parser.parse_args(argv).data)
+    for split, episodes in splits.items():
+        actions = np.concatenate([episode.actions for episode in episodes])
+        print(f"{split}: {len(episodes)} episodes, {len(tasks(episodes))} with a task, {len(actions)} frames")
+        for episode in episodes:
+            read_episode(episode, (32, 32))
+        for joint, (low, high) in enumerate(zip(actions.min(0), actions.max(0))):
+            print(f"    action {joint:2}: {low:8.3f} to {high:8.3f}")
+
+
+def main(argv=None):
+    return common.one_line_errors("episodes.py", lambda: check(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
