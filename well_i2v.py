@@ -1,25 +1,25 @@
 """well_i2v.py: an image-to-video diffusion model, fine-tuned to forecast simulations of The Well.
 
-Reference   LIX-shape-analysis/video_for_science, on Wan2.2-I2V-A14B (arXiv:2503.20314) and The Well
-            (arXiv:2412.00568), with LoRA (arXiv:2106.09685) on both experts, one after the other.
+Reference   LIX-shape-analysis/video_for_science, on Wan2.2-I2V-A14B (arXiv:2503.20314), The Well
+            (arXiv:2412.00568) and LoRA (arXiv:2106.09685) of both experts, one after the other.
 Equations   fields <-> [-1, 1] <-> video frames                            -> FieldMap, LearnedAdapter
             input = [x_s 16, mask 4, VAE(given frame, then grey) 16]       -> condition
             x_s = (1 - s) z + s eps; loss |v - (eps - z)|^2                -> add_noise, Expert
             s = shift u / (1 + (shift - 1) u); s >= 0.9: high-noise expert -> shift_sigma, draw_sigma
             dx/ds = v from s = 1 to 0, by UniPC                            -> integrate
-            forecast = given fields + decoded change, repaired             -> Decoder
             VRMSE = sqrt(mean (x - y)^2 / (var y + 1e-7)), over space      -> vrmse
 Run         python well_i2v.py                       # simulate, train, evaluate: MINUTES min on 2 CPU cores
             torchrun --nproc_per_node=4 well_i2v.py --lora_rank 32
             python well_i2v.py --sample --num_samples 2                    # or --eval
-            python well_i2v.py --mode unet --output_dir runs/unet          # the rival; or convlstm, adapter
+            python well_i2v.py --mode unet --output_dir runs/unet          # a baseline; or convlstm, adapter
             torchrun --nproc_per_node=4 well_i2v.py --preset i2v_a14b --data_dir data/the_well
-Data        data/well_i2v/prepare.py simulates, downloads The Well, and writes your own fields in its format.
-Shapes      B batch  T frames  C fields  H W their grid, axes as in the file (here x periodic, y open)
-            H' W' video  F latent frames  h w latent grid  L text tokens  D width  S ensemble members.
-            Fields are B T C H W in physical units, videos B T' 3 H' W' in [-1, 1], latents B 16 F h w.
+Data        data/well_i2v/prepare.py simulates, downloads The Well, and writes your fields in its format.
+Shapes      B batch  T frames  C fields  H W their grid  H' W' video  F latent frames  h w latent grid
+            L text tokens  D width  S members. Fields are B T C H W in physical units, videos B T' 3 H' W' in
+            [-1, 1], latents B 16 F h w. Mapped fields are B T C H W in about [-1, 1].
 """
 import argparse
+import contextlib
 import functools
 import json
 import math
@@ -35,7 +35,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import common
 from common import UserError, at_least, expand_to
@@ -51,11 +50,11 @@ FIRST_TARGET = 4                         # The Well's rollouts are given 4 frame
 
 PRESETS = {
     "tiny": dict(
-        model="tiny", data_dir=f"data/{SCRIPT}/simulated", adapter="tile", frame_repeat=4, augment=True,
-        text_length=64, base_steps=900, base_lr=2e-3, max_steps=300, lr=1e-3, lora_rank=32,
-        lora_targets=",".join(LORA_TARGETS), decoder_steps=300, shift=8.0, batch_size=4, warmup_steps=50,
-        ema_decay=0.99, num_inference_steps=2, members=2, eval_windows=32, rollout_frames=30,
-        sample_frames=16, eval_every=300, save_every=300),
+        model="tiny", data_dir=f"data/{SCRIPT}/simulated", adapter="tile", frame_repeat=4,
+        text_length=64, base_steps=700, base_lr=2e-3, max_steps=200, lr=1e-3, adapter_lr=3e-3,
+        lora_targets=",".join(LORA_TARGETS), decoder_steps=350, shift=8.0, batch_size=4, warmup_steps=50,
+        ema_decay=0.99, num_inference_steps=2, members=1, eval_windows=32, rollout_frames=30,
+        sample_frames=16, eval_every=350, save_every=350),
     # The reference project's configuration: 20 epochs of 6,696 windows, batch 1 on each of 4 GPUs.
     "i2v_a14b": dict(data_dir="data/the_well", lr=1e-5, batch_size=1, max_steps=33480, grad_checkpoint=True,
                      save_every=500, eval_every=1000),
@@ -72,19 +71,16 @@ TINY = {
                      "num_heads": 2},
 }
 # These shape the weights or give them their meaning: a checkpoint's values hold.
-MODEL_FLAGS = ("model", "mode", "n_in", "n_out", "adapter", "video_size", "frame_repeat", "adapter_width",
-               "lora_rank", "lora_targets", "decoder_steps", "unet_width", "text_length")
+MODEL_FLAGS = ("model", "mode", "n_in", "n_out", "adapter", "video_size", "frame_repeat", "width",
+               "lora_rank", "lora_targets", "decoder_steps", "text_length")
 
 
 def build_parser():
     parser = common.Parser(SCRIPT, PRESETS, __doc__.split("\n")[0])
     add = parser.add_argument_group("data").add_argument
-    add("--dataset", default=DATASET, help="folder below data_dir/datasets, where there are several sets")
+    add("--dataset", default=DATASET, help="name of the set, where data_dir or data_dir/datasets has several")
     add("--n_in", type=at_least(1), default=1, help="given frames; --mode convlstm takes 4k + 1")
     add("--n_out", type=at_least(1), default=8, help="frames of a forecast")
-    add("--augment", action=argparse.BooleanOptionalAction, default=False,
-        help="shift training windows along periodic axes at random; latents are then not kept in memory")
-    add("--prompt", default="", help="text of all files, before their scalars (default: the set's name)")
     add = parser.add_argument_group("model").add_argument
     add("--mode", choices=["native", "convlstm", "adapter", "unet"], default="native",
         help="native: Wan's image-to-video diffusion; convlstm, adapter: older modes; unet: a baseline")
@@ -94,23 +90,18 @@ def build_parser():
     add("--random_init", action="store_true", help="random weights in Wan's shape, to measure speed")
     add("--adapter", choices=["learned", "tile"], default="learned",
         help="fields to 3 channels: learned layers, or three fields per panel of a larger frame")
-    add("--adapter_width", type=at_least(1), default=64, help="channels of the learned adapter")
     add("--video_size", default="", metavar="H,W", help="of a panel, in multiples of 16 (default: the grid)")
     add("--frame_repeat", type=at_least(1), default=1, help="video frames per frame; the VAE packs 4 in one")
     add("--lora_rank", type=at_least(1), default=32, help="rank and alpha of LoRA")
     add("--lora_targets", default="to_q,to_k,to_v,to_out.0", help="modules; also ffn.net.0.proj,ffn.net.2")
-    add("--decoder_width", type=at_least(4), default=16, help="channels of the decoder that repairs forecasts")
-    add("--unet_width", type=at_least(4), default=24, help="channels of --mode unet")
+    add("--width", type=at_least(4), default=32, help="channels of adapter, decoder and --mode unet")
     add("--text_length", type=at_least(1), default=512, help="tokens of a prompt, padding included")
-    add = parser.add_argument_group("stages and loss").add_argument
+    add = parser.add_argument_group("stages").add_argument
     add("--adapter_steps", type=at_least(0), default=2000, help="optimizer steps of the learned adapter")
-    add("--adapter_lr", type=at_least(0, float), default=2e-4, help="peak learning rate of the adapter")
+    add("--adapter_lr", type=at_least(0, float), default=2e-4, help="peak rate of adapter and decoder")
     add("--base_steps", type=at_least(0), default=0, help="optimizer steps of the tiny base")
     add("--base_lr", type=at_least(0, float), default=1e-3, help="peak learning rate of the tiny base")
     add("--decoder_steps", type=at_least(0), default=0, help="optimizer steps of the decoder (0: none)")
-    add("--decoder_lr", type=at_least(0, float), default=2e-3, help="peak learning rate of the decoder")
-    add("--recon_weight", type=at_least(0, float), default=0.5, help="weight of fields through adapter and VAE")
-    add("--adapter_weight", type=at_least(0, float), default=0.1, help="weight of fields through the adapter")
     add("--shift", type=at_least(1e-3, float), default=5.0, help="shift of Wan's noise schedule")
     add = parser.add_argument_group("sampling and evaluation").add_argument
     add("--num_inference_steps", type=at_least(1), default=30, help="steps of the sampler")
@@ -128,7 +119,7 @@ def parse_args(argv=None):
     args, checkpoint, why_preset = common.parse_args(
         build_parser(), argv, MODEL_FLAGS, get_data=f"python data/{SCRIPT}/prepare.py --download")
     for name, T in (("n_in", args.n_in), ("n_in + n_out", args.n_in + args.n_out)):
-        if args.frame_repeat * (T - 1) % 4 and args.mode != "unet":
+        if args.frame_repeat * (T - 1) % 4:
             raise UserError(f"{name} = {T} frames with --frame_repeat {args.frame_repeat} make "
                             f"{1 + args.frame_repeat * (T - 1)} video frames: Wan's VAE takes 4k + 1")
     if args.mode in ("native", "unet") and args.n_in != 1:
@@ -148,73 +139,15 @@ def parse_args(argv=None):
     return args, checkpoint, why_preset
 
 
-def video_size(args, grid):
-    """--video_size, by default the fields' grid. UserError for what the VAE and the experts cannot take."""
-    size = args.video_size.split(",") if args.video_size else grid
-    if len(size) != 2 or not all(str(n).isdigit() and int(n) > 0 and int(n) % 16 == 0 for n in size):
-        raise UserError(f"video frames must be multiples of 16, not {','.join(map(str, size))}: give "
-                        f"--video_size H,W")
-    return int(size[0]), int(size[1])
-
-
-# ---- model: convolutions --------------------------------------------------------------------------------
-
-class Conv(nn.Conv2d):
-    """A 3x3 convolution that wraps around periodic axes and repeats the edge of others."""
-    def __init__(self, c_in, c_out, periodic=(False, False)):
-        super().__init__(c_in, c_out, 3)
-        self.modes = ["circular" if axis else "replicate" for axis in periodic]
-
-    def forward(self, x):
-        x = F.pad(x, (0, 0, 1, 1), mode=self.modes[0])
-        return super().forward(F.pad(x, (1, 1, 0, 0), mode=self.modes[1]))
-
-
-class ConvBlock(nn.Module):
-    def __init__(self, c_in, c_out, periodic):
-        super().__init__()
-        self.conv1, self.conv2 = Conv(c_in, c_out, periodic), Conv(c_out, c_out, periodic)
-        self.norm = nn.GroupNorm(4, c_out)
-        self.skip = nn.Conv2d(c_in, c_out, 1)
-
-    def forward(self, x):
-        return self.skip(x) + self.conv2(F.silu(self.norm(self.conv1(x))))
-
-
-class UNet(nn.Module):
-    """A plain residual U-Net, B c_in H W -> B c_out H W, zero at first. H and W: multiples of 2 ** levels."""
-    def __init__(self, c_in, c_out, width, periodic, levels=3):
-        super().__init__()
-        widths = [width * 2 ** i for i in range(levels + 1)]
-        self.first = Conv(c_in, width, periodic)
-        self.down = nn.ModuleList(ConvBlock(a, b, periodic) for a, b in zip([width, *widths], widths[:-1]))
-        self.middle = ConvBlock(widths[-2], widths[-1], periodic)
-        self.up = nn.ModuleList(ConvBlock(a + b, b, periodic) for a, b in zip(widths[:0:-1], widths[-2::-1]))
-        self.last = Conv(width, c_out, periodic)
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
-
-    def forward(self, x):
-        skips, x = [], self.first(x)
-        for block in self.down:
-            skips.append(block(x))
-            x = F.avg_pool2d(skips[-1], 2)
-        x = self.middle(x)
-        for block in self.up:
-            x = F.interpolate(x, scale_factor=2)
-            x = block(torch.cat([x, skips.pop()], dim=1))
-        return self.last(F.silu(x))
-
-
 # ---- model: fields <-> video ----------------------------------------------------------------------------
 
 class FieldMap(nn.Module):
-    """Fields in physical units <-> about [-1, 1]: affine after asinh((x - m) / (1.5 s)), with mean m and
-    standard deviation s, per field, of the window's first frame.
+    """Fields in physical units <-> mapped fields in about [-1, 1]: affine after asinh((x - m) / (1.5 s)), with
+    mean m and standard deviation s, per field, of the window's first frame.
 
-    VRMSE divides by a frame's own deviation, and the radiative layer's pressure deviates by .01 at first and
-    by .08 later, around a mean that drifts: on one scale for all frames most of them would be flat. The
-    bounds are the training set's 0.1 and 99.9 percentiles with 15 % of room, because the VAE clamps at +-1.
+    VRMSE divides by a frame's own deviation, and that of pressure grows from .01 to .08 while its mean drifts:
+    on one scale for all frames most would be flat. The bounds are the training set's 0.1 and 99.9 percentiles
+    with 15 % of room, because the VAE clamps at +-1.
     """
     def __init__(self, C):
         super().__init__()
@@ -232,11 +165,11 @@ class FieldMap(nn.Module):
         self.mid.zero_()
         self.half_range.fill_(1)
         self.scale.copy_(fields.std((-2, -1)).flatten(0, 1).median(0).values.clamp(min=1e-12)[:, None, None])
-        y = self.forward(fields, fields[:, :1]).transpose(0, 2).flatten(1)
-        low, high = (torch.from_numpy(q).float() for q in np.quantile(y.numpy(), (0.001, 0.999), axis=1))
-        self.mid.copy_(((low + high) / 2)[:, None, None])
-        self.half_range.copy_(((high - low) / 2 * 1.15).clamp(min=1e-6)[:, None, None])
-        self.std.copy_(y.std(1)[:, None, None] / self.half_range).clamp_(min=1e-3)
+        y = self(fields, fields[:, :1]).transpose(0, 2).flatten(1)             # C n
+        low, high = torch.from_numpy(np.quantile(y.numpy(), (0.001, 0.999), axis=1)).float()[..., None, None]
+        self.mid.copy_((low + high) / 2)
+        self.half_range.copy_(((high - low) / 2 * 1.15).clamp(min=1e-6))
+        self.std.copy_((y.std(1)[:, None, None] / self.half_range).clamp(min=1e-3))
 
     def forward(self, x, first):
         """x: B T C H W, first: B 1 C H W, the first frames of these windows."""
@@ -248,8 +181,12 @@ class FieldMap(nn.Module):
         return mean + deviation * (y * self.half_range + self.mid).sinh()
 
     def error(self, y, target):
-        """Mean squared error of mapped fields B T C H W, in units of each field's variance."""
+        """Mean squared error of mapped fields, in units of each field's variance."""
         return ((y - target) / self.std).square().mean()
+
+    def relative_error(self, y, target):
+        """Mean over samples, frames and fields of the root of that error: what VRMSE averages."""
+        return (((y - target) / self.std).square().mean((-2, -1)) + 1e-6).sqrt().mean()
 
 
 def resize(x, size):
@@ -260,16 +197,20 @@ def resize(x, size):
     return y.unflatten(0, x.shape[:2])
 
 
-class Adapter(nn.Module):
-    """C mapped fields <-> 3 channels of a video, frame by frame. Subclasses have encode and decode.
+class TileAdapter(nn.Module):
+    """C fields <-> 3 channels of a video, frame by frame: three fields per panel, panels side by side along
+    the short axis, unused channels 0.
 
-    names: of the fields; grid: H, W; panel: H', W' of the video that 3 channels make; repeat: video frames
-    per frame after the first, because the VAE packs 4 frames in one latent.
+    names: of the fields; grid: H, W; panel: H', W' of a panel; repeat: video frames per frame after the
+    first, because the VAE packs 4 frames in one latent.
     """
-    def __init__(self, names, grid, panel, repeat):
+    def __init__(self, names, grid, panel, repeat, panels=None):
         super().__init__()
         self.names, self.grid, self.panel, self.repeat = list(names), tuple(grid), tuple(panel), repeat
-        self.video_size = self.panel
+        self.panels = panels or math.ceil(len(names) / 3)
+        self.axis = -2 if panel[0] <= panel[1] else -1
+        self.video_size = list(panel)
+        self.video_size[self.axis] *= self.panels
         self.map = FieldMap(len(names))
 
     def fit(self, fields):
@@ -279,104 +220,189 @@ class Adapter(nn.Module):
     def video_frames(self, T):
         return 1 + self.repeat * (T - 1)
 
+    def latent_frames(self, T):
+        return (self.video_frames(T) + 3) // 4
+
+    def encode(self, y):
+        """Mapped fields -> B T 3 H' W'."""
+        y = F.pad(resize(y, self.panel), (0, 0, 0, 0, 0, 3 * self.panels - y.shape[2]))
+        return torch.cat(y.split(3, dim=2), dim=self.axis)
+
+    def decode(self, x):
+        """Inverse of encode."""
+        y = torch.cat(x.chunk(self.panels, dim=self.axis), dim=2)
+        return resize(y[:, :, :len(self.names)], self.grid)
+
     def to_video(self, fields):
-        """Fields B T C H W of a window -> video B T' 3 H' W', in [-1, 1] except for outliers."""
+        """A window of fields -> video B T' 3 H' W', in [-1, 1] except for outliers."""
         x = self.encode(self.map(fields, fields[:, :1]))
         return torch.cat([x[:, :1], x[:, 1:].repeat_interleave(self.repeat, dim=1)], dim=1)
 
     def to_mapped(self, video):
-        """Video B T' 3 H' W' -> mapped fields B T C H W."""
+        """Video B T' 3 H' W' -> mapped fields."""
         later = video[:, 1:]
         if self.repeat > 1 and later.shape[1]:
             later = later.unflatten(1, (-1, self.repeat)).mean(2)
         return self.decode(torch.cat([video[:, :1], later], dim=1))
 
 
-class TileAdapter(Adapter):
-    """Three fields per panel, panels side by side along the short axis; unused channels are 0."""
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        self.panels = math.ceil(len(self.names) / 3)
-        self.axis = -2 if self.panel[0] <= self.panel[1] else -1
-        size = list(self.panel)
-        size[self.axis] *= self.panels
-        self.video_size = tuple(size)
-
-    def encode(self, y):
-        y = F.pad(resize(y, self.panel), (0, 0, 0, 0, 0, 3 * self.panels - y.shape[2]))
-        return torch.cat(y.split(3, dim=2), dim=self.axis)
-
-    def decode(self, x):
-        y = torch.cat(x.chunk(self.panels, dim=self.axis), dim=2)
-        return resize(y[:, :, :len(self.names)], self.grid)
-
-
-class LearnedAdapter(Adapter):
+class LearnedAdapter(TileAdapter):
     """The reference project's channel adapter (C <-> 3) and spatial adapter (grid <-> video), learned.
 
-    It starts as the 3 principal components of the mapped fields, and bicubic interpolation, with their
-    least-squares inverse; convolutions beside them are 0 at first. There is no norm, because a GroupNorm over
-    the frame would remove what the values mean.
+    It starts as the principal components of the mapped fields and bicubic interpolation; convolutions beside
+    them are 0 at first. There is no norm: a GroupNorm over the frame would remove what the values mean.
     """
     def __init__(self, names, grid, panel, repeat, width):
-        super().__init__(names, grid, panel, repeat)
+        super().__init__(names, grid, panel, repeat, panels=1)
         C = len(names)
-        for name, shape in {"mix": (3, C), "shift": (3,), "unmix": (C, 3), "unshift": (C,)}.items():
-            self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
-        self.encode_fields, self.encode_video = self.branch(C, 3, width), self.branch(3, 3, width // 2)
-        self.decode_video, self.decode_fields = self.branch(3, 3, width // 2), self.branch(3, C, width)
-
-    @staticmethod
-    def branch(c_in, c_out, width):
-        net = nn.Sequential(Conv(c_in, max(1, width)), nn.SiLU(), Conv(max(1, width), c_out))
-        nn.init.zeros_(net[-1].weight)
-        nn.init.zeros_(net[-1].bias)
-        return net
+        self.mix, self.unmix = nn.Parameter(torch.zeros(3, C)), nn.Parameter(torch.zeros(C, 3))
+        channels = {"encode_fields": (C, 3), "encode_video": (3, 3), "decode_video": (3, 3),
+                    "decode_fields": (3, C)}
+        self.branches = nn.ModuleDict({name: nn.Sequential(
+            Conv(c_in, width), nn.SiLU(), Conv(width, c_out)) for name, (c_in, c_out) in channels.items()})
+        for branch in self.branches.values():
+            nn.init.zeros_(branch[2].weight)
+            nn.init.zeros_(branch[2].bias)
 
     @torch.no_grad()
     def fit(self, fields):
         super().fit(fields)
-        y = self.map(fields, fields[:, :1]).transpose(0, 2).flatten(1).T.double()        # n C
-        mean, std = y.mean(0), y.std(0).clamp(min=1e-6)
-        _, _, components = torch.linalg.svd((y - mean) / std, full_matrices=False)
-        V = F.pad(components[:3], (0, 0, 0, max(0, 3 - len(components))))      # orthonormal rows
-        u = (((y - mean) / std) @ V.T).numpy()
-        low, high = (torch.from_numpy(q) for q in np.quantile(u, (0.001, 0.999), axis=0))
-        mid, half_range = (low + high) / 2, ((high - low) / 2 * 1.15).clamp(min=1e-6)
-        self.mix.copy_(V / std / half_range[:, None])
-        self.shift.copy_(-(V @ (mean / std) + mid) / half_range)
-        self.unmix.copy_(std[:, None] * V.T * half_range)
-        self.unshift.copy_(mean + std * (V.T @ mid))
+        y = self.map(fields, fields[:, :1]).transpose(0, 2).flatten(1)         # C n
+        _, components = torch.linalg.eigh(y @ y.T)
+        V = F.pad(components.T.flip(0)[:3], (0, 0, 0, max(0, 3 - len(y))))     # orthonormal rows
+        reach = torch.from_numpy(np.quantile((V @ y).abs().numpy(), 0.998, axis=1)).float().clamp(min=1e-6)
+        self.mix.copy_(V / reach[:, None])
+        self.unmix.copy_(V.T * reach)
+
+    def add_branch(self, name, y, x):
+        return y + self.branches[name](x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
     def encode(self, y):
-        framewise = lambda net, x: net(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-        x = torch.einsum("dc,btchw->btdhw", self.mix, y) + self.shift[:, None, None]
-        x = resize(x + framewise(self.encode_fields, y), self.panel)
-        return x + framewise(self.encode_video, x)
+        x = self.add_branch("encode_fields", torch.einsum("dc,btchw->btdhw", self.mix, y), y)
+        x = resize(x, self.panel)
+        return self.add_branch("encode_video", x, x)
 
     def decode(self, x):
-        framewise = lambda net, x: net(x.flatten(0, 1)).unflatten(0, x.shape[:2])
-        x = resize(x + framewise(self.decode_video, x), self.grid)
-        y = torch.einsum("cd,btdhw->btchw", self.unmix, x) + self.unshift[:, None, None]
-        return y + framewise(self.decode_fields, x)
+        x = resize(self.add_branch("decode_video", x, x), self.grid)
+        return self.add_branch("decode_fields", torch.einsum("cd,btdhw->btchw", self.unmix, x), x)
+
+    def forward(self, fields, vae):
+        """The reference project's reconstruction loss (weight 0.5, through the VAE with gradient) and cycle
+        loss (0.1, through the adapter alone). A predictor's loss does not train the adapter: a target that
+        it can move collapses."""
+        video, target = self.to_video(fields), self.map(fields, fields[:, :1])
+        decoded = common.wan_decode(vae, common.wan_encode(vae, video))
+        terms = {"recon_loss": self.map.error(self.to_mapped(decoded), target),
+                 "cycle_loss": self.map.error(self.to_mapped(video), target),
+                 "range_loss": F.relu(video.abs() - 1).square().mean()}        # the VAE clamps at +-1
+        return 0.5 * terms["recon_loss"] + 0.1 * terms["cycle_loss"] + terms["range_loss"], terms
 
 
-class Decoder(nn.Module):
-    """The last part of the inverse adapter: repairs decoded forecasts with the help of the given frame.
+# ---- model: convolutional networks ----------------------------------------------------------------------
 
-    Adapter and VAE lose small scales, and a forecast's last frame is not its first: a small U-Net sees both,
-    in mapped units, and adds to the forecast what the given frame still tells about it.
-    """
-    def __init__(self, C, width, periodic):
+class Conv(nn.Conv2d):
+    """A 3x3 convolution that wraps around periodic axes and repeats the edge of others."""
+    def __init__(self, c_in, c_out, periodic=(False, False)):
+        super().__init__(c_in, c_out, 3)
+        self.modes = ["circular" if axis else "replicate" for axis in periodic]
+
+    def forward(self, x):
+        x = F.pad(x, (0, 0, 1, 1), mode=self.modes[0])
+        return super().forward(F.pad(x, (1, 1, 0, 0), mode=self.modes[1]))
+
+
+class ConvBlock(nn.Module):
+    """A residual block, B c_in H W -> B c_out H W."""
+    def __init__(self, c_in, c_out, periodic):
         super().__init__()
-        self.net = UNet(2 * C + 1, C, width, periodic, levels=2)
+        self.conv1 = Conv(c_in, c_out, periodic)
+        self.norm = nn.GroupNorm(4, c_out)
+        self.conv2 = Conv(c_out, c_out, periodic)
+        self.skip = nn.Conv2d(c_in, c_out, 1)
 
-    def forward(self, forecast, given):
-        """forecast B T C H W, given B 1 C H W -> B T C H W."""
-        B, T, C, H, W = forecast.shape
-        lead = torch.linspace(0, 1, T, device=forecast.device).view(1, T, 1, 1, 1).expand(B, T, 1, H, W)
+    def forward(self, x):
+        return self.skip(x) + self.conv2(F.silu(self.norm(self.conv1(x))))
+
+
+class UNet(nn.Module):
+    """A plain residual U-Net on patches of 2 x 2, B c_in H W -> B c_out H W, zero at first. H and W are
+    multiples of 8."""
+    def __init__(self, c_in, c_out, width, periodic, autocast):
+        super().__init__()
+        self.autocast = autocast
+        self.first = Conv(4 * c_in, width, periodic)
+        self.down = nn.ModuleList([ConvBlock(width, width, periodic), ConvBlock(width, 2 * width, periodic)])
+        self.middle = ConvBlock(2 * width, 4 * width, periodic)
+        self.up = nn.ModuleList([ConvBlock(6 * width, 2 * width, periodic), ConvBlock(3 * width, width, periodic)])
+        self.last = Conv(width, 4 * c_out, periodic)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def change(self, x):
+        with self.autocast():
+            skips, x = [], self.first(F.pixel_unshuffle(x, 2))
+            for block in self.down:
+                skips.append(block(x))
+                x = F.avg_pool2d(skips[-1], 2)
+            x = self.middle(x)
+            for block in self.up:
+                x = block(torch.cat([F.interpolate(x, scale_factor=2), skips.pop()], dim=1))
+            return F.pixel_shuffle(self.last(F.silu(x)), 2).float()
+
+
+class Decoder(UNet):
+    """The last part of the inverse adapter, trained on the path of inference: it repairs forecasts.
+
+    Adapter and VAE lose small scales. A small U-Net sees the decoded forecast and the given frame, as mapped
+    fields, and adds to the forecast what the given frame still tells about it. In --mode unet, a baseline as
+    in The Well, the forecast that it repairs is the given frame.
+    """
+    def repair(self, forecast, given, lead):
+        """forecast B T C H W, given B 1 C H W, lead B T: frames since the given one -> B T C H W."""
+        lead = expand_to(lead / 8, forecast).expand_as(forecast[:, :, :1])
         x = torch.cat([forecast, given.expand_as(forecast), lead], dim=2)
-        return forecast + self.net(x.flatten(0, 1)).unflatten(0, (B, T))
+        return forecast + self.change(x.flatten(0, 1)).unflatten(0, forecast.shape[:2])
+
+    def forward(self, forecast, given, lead, target, field_map):
+        return field_map.relative_error(self.repair(forecast, given, lead), target), {}
+
+
+class ConvLSTM(nn.Module):
+    """The reference project's predictor of latents, 645,777 parameters: two cells over a 3x3 convolution;
+    latent n + 1 = latent n + 0.1 (learned) times the head's output."""
+    def __init__(self, z=16, hidden=64):
+        super().__init__()
+        self.inp = nn.Conv2d(z, hidden, 3, padding=1)
+        self.cells = nn.ModuleList(nn.Conv2d(2 * hidden, 4 * hidden, 3, padding=1) for _ in range(2))
+        self.head = nn.Sequential(nn.Conv2d(hidden, hidden, 3, padding=1), nn.GELU(),
+                                  nn.Conv2d(hidden, z, 3, padding=1))
+        self.scale = nn.Parameter(torch.tensor(0.1))
+
+    def extend(self, z, given):
+        """z B 16 F h w, of which the first `given` frames count -> with the others forecast."""
+        state = [[torch.zeros_like(self.inp(z[:, :, 0]))] * 2 for _ in self.cells]
+        frames = list(z[:, :, :given].unbind(2))
+        for n in range(z.shape[2] - 1):
+            y = self.inp(frames[n])
+            for k, cell in enumerate(self.cells):
+                h, c = state[k]
+                i, f, o, g = cell(torch.cat([y, h], dim=1)).chunk(4, dim=1)
+                c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+                y = o.sigmoid() * c.tanh()
+                state[k] = [y, c]
+            if n >= given - 1:
+                frames.append(frames[n] + self.scale * self.head(y))
+        return torch.stack(frames, dim=2)
+
+    def forward(self, fields, adapter, vae, given):
+        """Losses of 2 on latents and 1 on fields, which are decoded with gradient."""
+        with torch.no_grad():
+            z = common.wan_encode(vae, adapter.to_video(fields))
+        forecast = self.extend(z, given)
+        y, target = adapter.to_mapped(common.wan_decode(vae, forecast)), adapter.map(fields, fields[:, :1])
+        terms = {"latent_loss": F.mse_loss(forecast[:, :, given:], z[:, :, given:]),
+                 "physics_loss": adapter.map.error(y, target)}
+        return 2 * terms["latent_loss"] + terms["physics_loss"], terms
 
 
 # ---- model: condition and experts -----------------------------------------------------------------------
@@ -394,18 +420,11 @@ def condition(vae, first, frames):
     return torch.cat([mask, z], dim=1)
 
 
-def decode(vae, z):
-    """common.wan_decode without its clamp to +-1, for training: beyond a clamp there is no gradient."""
-    mean, std = common.latent_scale(vae, z.device)
-    return vae.decode((z.float() * std + mean).to(vae.dtype)).sample.float().transpose(1, 2)
-
-
 class Expert(nn.Module):
-    """One of Wan's two transformers, as a velocity and, in training, as its flow-matching loss."""
-    def __init__(self, transformer, autocast=None):
+    """One of Wan's two transformers."""
+    def __init__(self, transformer, autocast=contextlib.nullcontext):
         super().__init__()
-        self.transformer = transformer
-        self.autocast = autocast or functools.partial(torch.autocast, "cpu", enabled=False)
+        self.transformer, self.autocast = transformer, autocast
 
     def velocity(self, x, cond, t, text):
         """x B 16 F h w, cond B 20 F h w, t B in 0..1000, text B L D -> B 16 F h w, fp32."""
@@ -430,27 +449,23 @@ def load_part(args, part, device, side="high"):
                            device=device, random_init=args.random_init or tiny, expert=TRANSFORMERS[side])
 
 
-def load_expert(args, side, device, autocast=None, lora=True):
-    """An expert, "high" or "low", frozen under a LoRA in fp32: in bf16 most steps of a small learning rate
-    round to nothing. Tiny experts start from the base, which all of `base` trains (lora=False)."""
-    dit = load_part(args, "transformer", device, side)
-    expert = Expert(dit, autocast)
+def load_expert(args, stage, device, autocast=contextlib.nullcontext):
+    """The expert "high" or "low", frozen under a LoRA in fp32: in bf16 most steps of a small learning rate
+    round to nothing. "base" is what both tiny experts start from, trained whole; they are fp32."""
+    side, tiny = "low" if stage == "low" else "high", args.model == "tiny"
+    expert = Expert(load_part(args, "transformer", device, side), contextlib.nullcontext if tiny else autocast)
+    if stage == "base":
+        return expert.requires_grad_(True)
     base = common.find_checkpoint(Path(args.output_dir, "base/ckpt"), SCRIPT, "auto")
-    if args.model == "tiny" and base and lora:
+    if base:
         common.restore_state(expert, base.state["ema"], source=str(base.path))
-    dit.requires_grad_(not lora)
-    if lora:
-        add_lora(dit, args)
-    return expert
-
-
-def add_lora(dit, args):
     from peft import LoraConfig
-    dit.add_adapter(LoraConfig(r=args.lora_rank, lora_alpha=args.lora_rank,
-                               target_modules=args.lora_targets.split(",")))
-    for p in dit.parameters():
+    expert.requires_grad_(False).transformer.add_adapter(LoraConfig(
+        r=args.lora_rank, lora_alpha=args.lora_rank, target_modules=args.lora_targets.split(",")))
+    for p in expert.parameters():
         if p.requires_grad:
             p.data = p.data.float()
+    return expert
 
 
 # ---- objective ------------------------------------------------------------------------------------------
@@ -465,113 +480,16 @@ def unshift_sigma(sigma, shift):
     return sigma / (shift - (shift - 1) * sigma)
 
 
-def draw_sigma(u, side, shift):
-    """Uniform u B in [0, 1) -> sigma B of the schedule, in the part of an expert: "high", "low" or "base"."""
+def draw_sigma(u, stage, shift):
+    """Uniform u B in [0, 1) -> sigma B of the schedule, in the part of the expert that a stage trains."""
     edge = unshift_sigma(BOUNDARY, shift)
-    low, high = {"high": (edge, 1), "low": (0, edge), "base": (0, 1)}[side]
+    low, high = {"high": (edge, 1), "low": (0, edge), "base": (0, 1)}[stage]
     return shift_sigma(low + (high - low) * u, shift)
 
 
 def add_noise(z, noise, sigma):
     """x_sigma = (1 - sigma) z + sigma eps; the velocity to learn is eps - z."""
     return torch.lerp(z, noise, expand_to(sigma, z))
-
-
-class AdapterTraining(nn.Module):
-    """Stage 0 and --mode adapter: fields through the adapter, and through adapter and VAE, and back."""
-    def __init__(self, adapter, vae, args):
-        super().__init__()
-        self.adapter, self.args = adapter, args
-        self.frozen = {"vae": vae}               # in a dict, so that it is neither wrapped nor saved
-
-    def forward(self, fields):
-        """The reference project's reconstruction and cycle losses, with gradient through the VAE, and what
-        leaves [-1, 1], where the VAE clamps."""
-        video, target = self.adapter.to_video(fields), self.adapter.map(fields, fields[:, :1])
-        vae, error = self.frozen["vae"], self.adapter.map.error
-        decoded = decode(vae, common.wan_encode(vae, video))
-        terms = {"recon_loss": error(self.adapter.to_mapped(decoded), target),
-                 "cycle_loss": error(self.adapter.to_mapped(video), target),
-                 "range_loss": F.relu(video.abs() - 1).square().mean()}
-        loss = (self.args.recon_weight * terms["recon_loss"] + terms["range_loss"]
-                + self.args.adapter_weight * terms["cycle_loss"])
-        return loss, terms
-
-
-class DecoderTraining(nn.Module):
-    """The decoder on the path of inference: what it makes of forecasts of training windows."""
-    def __init__(self, decoder, std):
-        super().__init__()
-        self.decoder = decoder
-        self.register_buffer("std", std, persistent=False)
-
-    def forward(self, forecast, given, target):
-        """Mapped fields -> mean over frames and fields of the root of the mean squared error, as VRMSE."""
-        error = ((self.decoder(forecast, given) - target) / self.std).square().mean((-2, -1))
-        return (error + 1e-6).sqrt().mean(), {}
-
-
-class ConvLSTM(nn.Module):
-    """The reference project's predictor, 645,777 parameters: latents B 16 F h w -> the next `steps` of them.
-
-    Two cells over a 3x3 convolution; latent n + 1 = latent n + 0.1 (learned) times the head's output.
-    """
-    def __init__(self, z=16, hidden=64):
-        super().__init__()
-        self.inp = nn.Conv2d(z, hidden, 3, padding=1)
-        self.cells = nn.ModuleList(nn.Conv2d(2 * hidden, 4 * hidden, 3, padding=1) for _ in range(2))
-        self.head = nn.Sequential(nn.Conv2d(hidden, hidden, 3, padding=1), nn.GELU(),
-                                  nn.Conv2d(hidden, z, 3, padding=1))
-        self.scale = nn.Parameter(torch.tensor(0.1))
-
-    def forward(self, z, steps):
-        state = [[torch.zeros_like(self.inp(z[:, :, 0]))] * 2 for _ in self.cells]
-        out = []
-        for n in range(z.shape[2] + steps - 1):
-            last = z[:, :, n] if n < z.shape[2] else out[-1]
-            y = self.inp(last)
-            for k, cell in enumerate(self.cells):
-                h, c = state[k]
-                i, f, o, g = cell(torch.cat([y, h], dim=1)).chunk(4, dim=1)
-                c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-                y = o.sigmoid() * c.tanh()
-                state[k] = [y, c]
-            if n >= z.shape[2] - 1:
-                out.append(last + self.scale * self.head(y))
-        return torch.stack(out, dim=2)
-
-
-class ConvLSTMTraining(nn.Module):
-    """Losses of --mode convlstm: 2 on latents, 1 on fields decoded with gradient."""
-    def __init__(self, net, adapter, vae, given):
-        super().__init__()
-        self.net, self.given = net, given
-        self.frozen = {"vae": vae, "adapter": adapter}
-
-    def forward(self, fields):
-        vae, adapter = self.frozen["vae"], self.frozen["adapter"]
-        with torch.no_grad():                    # a target that the loss can move collapses to a constant
-            z = common.wan_encode(vae, adapter.to_video(fields))
-        future = self.net(z[:, :, :self.given], z.shape[2] - self.given)
-        y = adapter.to_mapped(decode(vae, torch.cat([z[:, :, :self.given], future], dim=2)))
-        terms = {"latent_loss": F.mse_loss(future, z[:, :, self.given:]),
-                 "physics_loss": adapter.map.error(y, adapter.map(fields, fields[:, :1]))}
-        return 2 * terms["latent_loss"] + terms["physics_loss"], terms
-
-
-class UNetTraining(nn.Module):
-    """--mode unet: the change from each frame of a window to the next one, in the earlier frame's units."""
-    def __init__(self, net, field_map):
-        super().__init__()
-        self.net = net
-        self.frozen = {"map": field_map}
-
-    def forward(self, fields):
-        field_map = self.frozen["map"]
-        now, after = fields[:, :-1].flatten(0, 1)[:, None], fields[:, 1:].flatten(0, 1)[:, None]
-        x, target = field_map(now, now)[:, 0], field_map(after, now)[:, 0]
-        error = ((x + self.net(x) - target) / field_map.std).square().mean((-2, -1))
-        return (error + 1e-6).sqrt().mean(), {}
 
 
 # ---- sampler and forecasts ------------------------------------------------------------------------------
@@ -588,25 +506,21 @@ def integrate(velocity, x, steps, shift):
     return x
 
 
-def mix_seed(*numbers):
-    """Integers -> one seed, without touching the global generators."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
-
-
 def seeded_noise(like, seeds):
-    """Normal noise in the shape of `like`: a sample's depends on its own seed, not on batch or device."""
-    normal = lambda seed: torch.randn(like.shape[1:], generator=torch.Generator().manual_seed(seed))
-    return torch.stack([normal(seed) for seed in seeds]).to(like.device)
+    """Normal noise in the shape of `like`: a sample's depends on its own seed, a tuple of integers, not on
+    batch or device."""
+    noise = []
+    for seed in seeds:
+        mixed = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1)
+        noise.append(torch.randn(like.shape[1:], generator=torch.Generator().manual_seed(mixed)))
+    return torch.stack(noise).to(like.device)
 
 
 class Forecaster:
-    """n_in given frames of fields -> the next n_out, by one of the modes: adapter, VAE and what predicts.
-
-    model: what forecasts latents or fields: {"high", "low"} experts, a ConvLSTM, a UNet, or None, for which
-    the forecast is persistence. decoder: Decoder or None.
-    """
-    def __init__(self, args, adapter, vae, model=None, decoder=None):
-        self.args, self.adapter, self.vae, self.model, self.decoder = args, adapter, vae, model, decoder
+    """n_in given frames -> the next n_out: adapter, VAE, and networks {stage: module} of a mode."""
+    def __init__(self, args, adapter, vae, networks):
+        self.args, self.adapter, self.vae, self.networks = args, adapter, vae, networks
+        self.device = adapter.map.mid.device
 
     @torch.no_grad()
     def encode(self, fields):
@@ -614,69 +528,52 @@ class Forecaster:
         video = self.adapter.to_video(fields)
         return common.wan_encode(self.vae, video), condition(self.vae, video[:, 0], video.shape[1])
 
-    def expert(self, t):
-        """The expert for a time step, as WanImageToVideoPipeline chooses it. --offload swaps them."""
-        side = "high" if t >= 1000 * BOUNDARY else "low"
-        if self.args.offload:
-            other = self.model["low" if side == "high" else "high"]
-            device = self.adapter.map.mid.device
-            if next(other.parameters()).device == device != torch.device("cpu"):
-                other.to("cpu")
-            self.model[side].to(device)
-        return self.model[side]
+    def decode(self, z):
+        """Latents -> mapped fields of the n_out last frames, not repaired."""
+        return self.adapter.to_mapped(common.wan_decode(self.vae, z))[:, -self.args.n_out:]
 
     @torch.no_grad()
     def sample_latents(self, cond, noise, text):
         """cond B 20 F h w, noise B 16 F h w, text B L D -> latents B 16 F h w."""
-        def velocity(x, t):
-            return self.expert(t).velocity(x, cond, torch.full((len(x),), t, device=x.device), text)
+        def velocity(x, t):                      # by the expert that WanImageToVideoPipeline chooses
+            side, other = ("high", "low") if t >= 1000 * BOUNDARY else ("low", "high")
+            if self.args.offload:
+                self.networks[other].to("cpu")
+                self.networks[side].to(self.device)
+            return self.networks[side].velocity(x, cond, torch.full((len(x),), t, device=x.device), text)
+
         z = integrate(velocity, noise, self.args.num_inference_steps, self.args.shift)
         z[:, :, 0] = cond[:, 4:, 0]              # the given frame's own latents, which need no guess
         return z
 
-    def decode(self, z):
-        """Latents -> mapped fields of the n_out forecast frames, without the decoder."""
-        return self.adapter.to_mapped(common.wan_decode(self.vae, z))[:, -self.args.n_out:]
-
     @torch.no_grad()
     def predict(self, history, text=None, seeds=None):
-        """history B n_in C H W in physical units, text B L D, seeds B integers -> B n_out C H W."""
-        args, first = self.args, history[:, :1]
-        if args.mode == "unet":
-            frames = [history[:, -1:]]
-            for _ in range(args.n_out):
-                x = self.adapter.map(frames[-1], frames[-1])
-                y = x + self.model(x[:, 0])[:, None]
-                frames.append(self.adapter.map.inverse(y, frames[-1]))
-            return torch.cat(frames[1:], dim=1)
-        window = torch.cat([history, history[:, -1:].expand(-1, args.n_out, -1, -1, -1)], dim=1)
-        z, cond = self.encode(window)            # of persistence
+        """history B n_in C H W in physical units, text B L D, seeds B tuples -> B n_out C H W."""
+        args, field_map, first = self.args, self.adapter.map, history[:, :1]
+        given = field_map(history[:, -1:], first)
+        z, cond = self.encode(torch.cat([history, history[:, -1:].expand(-1, args.n_out, -1, -1, -1)], 1))
         if args.mode == "convlstm":
-            given = (self.adapter.video_frames(args.n_in) + 3) // 4
-            z = torch.cat([z[:, :, :given], self.model(z[:, :, :given], z.shape[2] - given)], dim=2)
+            z = self.networks["convlstm"].extend(z, self.adapter.latent_frames(args.n_in))
         if args.mode == "native":
             z = self.sample_latents(cond, seeded_noise(z, seeds), text)
-        y = self.decode(z)
-        if self.decoder is not None:
-            y = self.decoder(y, self.adapter.map(history[:, -1:], first))
-        return self.adapter.map.inverse(y, first)
-
-    @torch.no_grad()
-    def reconstruct(self, fields):
-        """The n_out last frames of windows B T C H W through adapter and VAE: a bound without the decoder."""
-        y = self.decode(common.wan_encode(self.vae, self.adapter.to_video(fields)))
-        return self.adapter.map.inverse(y, fields[:, :1])
+        y = self.decode(z)                       # in --mode adapter, of persistence
+        if args.mode == "unet":
+            y = given.expand_as(y)
+        if "decoder" in self.networks:
+            lead = torch.arange(1, args.n_out + 1, device=self.device).expand(len(y), -1)
+            y = self.networks["decoder"].repair(y, given, lead)
+        return field_map.inverse(y, first)
 
 
 def rollout(model, history, steps, seeds, members=1, text=None):
     """Autoregression: a call sees the last frames, its own predictions among them. history B N C H W, seeds
-    one per window, text B L D -> B S T C H W, T = steps, S = members."""
+    a tuple per window, text B L D -> B S T C H W, T = steps, S = members."""
     B, N = history.shape[:2]
     frames = history.repeat_interleave(members, dim=0)
     text = None if text is None else text.repeat_interleave(members, dim=0)
     call = 0
     while frames.shape[1] < N + steps:
-        noise_seeds = [mix_seed(seed, member, call) for seed in seeds for member in range(members)]
+        noise_seeds = [(*seed, member, call) for seed in seeds for member in range(members)]
         frames = torch.cat([frames, model.predict(frames[:, -N:], text, noise_seeds)], dim=1)
         call += 1
     return frames[:, N:N + steps].unflatten(0, (B, members))
@@ -698,93 +595,75 @@ class WellFile(NamedTuple):
     left_out: list                               # fields and scalars that the model is not given
 
 
-def text_of(value):
-    """A string attribute of HDF5, which may be stored as bytes or as an array of one string."""
-    value = np.ravel(value)[0]
-    return value.decode() if isinstance(value, bytes) else str(value)
+def strings(value):
+    """A string attribute of HDF5, which may be stored as bytes or as an array -> list of str."""
+    return [name.decode() if isinstance(name, bytes) else str(name) for name in np.ravel(value)]
 
 
-def names_of(value):
-    return [text_of(name) for name in np.ravel(value)]
-
-
-def set_folder(root, dataset):
-    """The folder of a set, which has data/train: root, root/dataset or root/datasets/dataset."""
-    for folder in (Path(root), Path(root, dataset), Path(root, "datasets", dataset)):
-        if (folder / "data").is_dir():
-            return folder
-    raise UserError(f"no data set in {root} (looked for data/train, {dataset}/data and datasets/{dataset}/data): "
-                    f"python data/{SCRIPT}/prepare.py --download {dataset} --data_dir {root}")
-
-
-def open_split(root, dataset, split):
+def open_split(args, split):
     """-> [WellFile] of a split, by name. UserError if there is none, or if fields or grids differ."""
-    folder = set_folder(root, dataset) / "data" / split
+    root = Path(args.data_dir)
+    folders = [root, root / args.dataset, root / "datasets" / args.dataset]
+    folder = next((folder / "data" / split for folder in folders if (folder / "data").is_dir()), None)
+    if folder is None:
+        raise UserError(f"no data set in {root} (looked for data, {args.dataset}/data and datasets/"
+                        f"{args.dataset}/data): python data/{SCRIPT}/prepare.py --download --data_dir {root}")
     paths, _ = common.find_files(folder, (".hdf5", ".h5")) if folder.is_dir() else ([], None)
     if not paths:
         raise UserError(f"no .hdf5 files in {folder}: a set has data/train, data/valid and data/test")
-    files = [open_file(path) for path in paths]
-    for file in files[1:]:
+    files = []
+    for path in paths:
+        try:
+            with h5py.File(path) as file:
+                files.append(read_metadata(path, file))
+        except Exception as error:   # h5py raises KeyError, OSError, ValueError, ..., by what is damaged
+            raise UserError(f"{path} is not in The Well's 2-D format ({common.reason(error)}): write_well_file "
+                            f"of data/{SCRIPT}/prepare.py writes it") from error
         for name in ("grid", "names", "periodic"):
-            if getattr(file, name) != getattr(files[0], name):
-                raise UserError(f"{file.path} has {name} {getattr(file, name)}, but {files[0].path.name} "
+            if getattr(files[-1], name) != getattr(files[0], name):
+                raise UserError(f"{path} has {name} {getattr(files[-1], name)}, but {paths[0].name} "
                                 f"{getattr(files[0], name)}: a set has one {name}")
     return files
 
 
-def open_file(path):
-    """-> WellFile. UserError, naming the file, where it is not in The Well's format or not readable."""
-    try:
-        with h5py.File(path) as file:
-            return read_metadata(Path(path), file)
-    except UserError:
-        raise
-    except Exception as error:       # h5py raises KeyError, OSError, ValueError, ..., by what is damaged
-        raise UserError(f"{path} is not in The Well's 2-D format ({common.reason(error)}): write_well_file of "
-                        f"data/{SCRIPT}/prepare.py writes it") from error
-
-
 def read_metadata(path, file):
-    dims = names_of(file["dimensions"].attrs["spatial_dims"])
+    """An open h5py.File -> WellFile. ValueError where sizes contradict each other."""
+    dims = strings(file["dimensions"].attrs["spatial_dims"])
     if len(dims) != 2:
-        raise UserError(f"{path} has {len(dims)} spatial axes: only 2-D sets can be used")
+        raise ValueError(f"{len(dims)} spatial axes")
     grid = tuple(file["dimensions"][dim].shape[-1] for dim in dims)
-    trajectories = int(np.ravel(file.attrs["n_trajectories"])[0])
-    steps = file["dimensions/time"].shape[-1]
-    fields, names, left_out = [], [], []
+    trajectories, steps = int(np.ravel(file.attrs["n_trajectories"])[0]), file["dimensions/time"].shape[-1]
+    fields, names, left_out, scalars = [], [], [], {}
     for order, components in enumerate(([""], dims, [a + b for a in dims for b in dims])):
         group = f"t{order}_fields"
-        for name in names_of(file[group].attrs["field_names"]) if group in file else ():
-            stored = file[group][name]
-            varying = [bool(np.ravel(stored.attrs[f"{axis}_varying"])[0]) for axis in ("sample", "time")]
-            varying += [bool(axis) for axis in stored.attrs["dim_varying"]]
+        for name in strings(file[group].attrs["field_names"]) if group in file else ():
+            attrs, shape = file[group][name].attrs, file[group][name].shape
+            varying = [np.ravel(attrs["sample_varying"])[0], np.ravel(attrs["time_varying"])[0]]
+            varying += list(attrs["dim_varying"])
             sizes = [n for n, used in zip((trajectories, steps, *grid), varying) if used] + [2] * order
-            if stored.shape != tuple(sizes):
-                raise UserError(f"{path}: field {name} has shape {stored.shape}, but dimensions and attributes "
-                                f"make it {tuple(sizes)}")
+            if shape != tuple(sizes):
+                raise ValueError(f"field {name} has shape {shape}, its attributes say {tuple(sizes)}")
             if varying[1]:
                 fields.append((group, name, len(components)))
                 names += [f"{name}_{part}" if part else name for part in components]
             else:
                 left_out.append(f"field {name}, which is constant in time")
-    if not names:
-        raise UserError(f"{path} has no field that varies in time")
-    scalars = {}
-    for name in names_of(file["scalars"].attrs["field_names"]) if "scalars" in file else ():
-        stored = file["scalars"][name]
-        if np.ravel(stored.attrs.get("time_varying", False))[0]:
+    for name in strings(file["scalars"].attrs["field_names"]) if "scalars" in file else ():
+        values = np.ravel(file["scalars"][name][()]).astype(float)
+        if np.ravel(file["scalars"][name].attrs.get("time_varying", False))[0]:
             left_out.append(f"scalar {name}, which varies in time")
-            continue
-        values = np.ravel(stored[()]).astype(float)
-        if len(values) not in (1, trajectories):
-            raise UserError(f"{path}: scalar {name} has {len(values)} values for {trajectories} trajectories")
-        scalars[name] = [float(f"{value:.6g}") for value in np.resize(values, trajectories)]
+        elif len(values) not in (1, trajectories):
+            raise ValueError(f"scalar {name} has {len(values)} values for {trajectories} trajectories")
+        else:
+            scalars[name] = np.resize(values, trajectories).tolist()
+    if not names:
+        raise ValueError("no field varies in time")
     kinds = {dim: set() for dim in dims}
     for boundary in file.get("boundary_conditions", {}).values():
-        for dim in names_of(boundary.attrs["associated_dims"]):
-            kinds[dim].add(text_of(boundary.attrs["bc_type"]).upper())
-    periodic = tuple(kinds[dim] == {"PERIODIC"} for dim in dims)
-    dataset = text_of(file.attrs.get("dataset_name", path.stem))
+        for dim in strings(boundary.attrs["associated_dims"]):
+            kinds[dim].update(strings(boundary.attrs["bc_type"]))
+    periodic = tuple({kind.upper() for kind in kinds[dim]} == {"PERIODIC"} for dim in dims)
+    dataset, = strings(file.attrs.get("dataset_name", path.stem))
     return WellFile(path, dataset, fields, names, grid, periodic, trajectories, steps, scalars, left_out)
 
 
@@ -817,9 +696,10 @@ def list_windows(files, length, count=0):
     each file equally many and those evenly over its trajectories and starts."""
     rows = []
     for i, file in enumerate(files):
-        if file.steps < length:
+        starts = range(file.steps - length + 1)
+        if not starts:
             raise UserError(f"{file.path} has {file.steps} steps, too few for a window of {length}")
-        windows = [(i, k, start) for k in range(file.trajectories) for start in range(file.steps - length + 1)]
+        windows = [(i, k, start) for k in range(file.trajectories) for start in starts]
         share = len(windows)
         if count:
             share = min(count // len(files) + (i < count % len(files)), len(windows))
@@ -830,60 +710,55 @@ def list_windows(files, length, count=0):
 class Windows:
     """Windows of n_in + n_out frames of a split: all of them, or `count`, evenly chosen."""
     def __init__(self, args, split, count=0):
-        self.files = open_split(args.data_dir, args.dataset, split)
-        self.length = args.n_in + args.n_out
-        self.rows = list_windows(self.files, self.length, count)
-        self.names, self.grid, self.periodic = self.files[0][3:6]
-        self.text_length = args.text_length
-        words = (args.prompt or self.files[0].dataset.replace("_", " ")).strip()
-        self.prompts = [[", ".join([words, *(f"{name} {values[k]:g}" for name, values in file.scalars.items())])
-                         for k in range(file.trajectories)] for file in self.files]
+        self.files, self.args = open_split(args, split), args
+        self.rows = list_windows(self.files, args.n_in + args.n_out, count)
+        self.names, self.grid, self.periodic = self.files[0].names, self.files[0].grid, self.files[0].periodic
         self.texts = {}                          # prompt -> L D, of encode_prompts
 
     def fields(self, numbers, shifts=None):
-        """Windows -> B T C H W. shifts: B in [0, 1), by which periodic axes are rolled."""
+        """Windows -> B T C H W. shifts: B in [0, 1), by which periodic axes are rolled: no place is special."""
         windows = []
         for b, n in enumerate(numbers):
             i, trajectory, start = self.rows[n]
-            window = read_window(self.files[i], trajectory, start, self.length)
+            window = read_window(self.files[i], trajectory, start, self.args.n_in + self.args.n_out)
             for axis, periodic in enumerate(self.periodic if shifts is not None else ()):
-                if periodic:                     # a few cells further for the second axis
+                if periodic:                     # by another share of the second axis
                     share = shifts[b].item() * 7919 ** axis % 1
                     window = window.roll(int(share * self.grid[axis]), 2 + axis)
             windows.append(window)
         return torch.stack(windows)
 
-    def calibration(self):
-        """Fields of about 40 windows, evenly chosen, for statistics."""
-        return self.fields(range(0, len(self.rows), max(1, len(self.rows) // 40)))
+    def prompt(self, i, k):
+        """Of trajectory k of file i: the set's name and its scalars, as "shear flow, Reynolds 1e+05"."""
+        return ", ".join([self.files[i].dataset.replace("_", " "), *(f"{name} {x[k]:g}" for name, x in self.files[i].scalars.items())])
 
     def text(self, places, device):
-        """[(file, trajectory)] -> B L D, or None where no network reads text."""
-        texts = [self.texts.get(self.prompts[i][k]) for i, k in places]
-        return None if texts[0] is None else common.pad_text(texts, self.text_length).to(device)
+        """[(file, trajectory, ...)] -> B L D, or None where no network reads text."""
+        if not self.texts:
+            return None
+        texts = [self.texts[self.prompt(i, k)] for i, k, *_ in places]
+        return common.pad_text(texts, self.args.text_length).to(device)
 
 
-def encode_prompts(args, run, data):
-    """Gives each split the texts of its prompts. The encoder, which has 11 GB, is loaded and dropped."""
-    tokenizer = load_part(args, "tokenizer", run.device)
-    encoder = load_part(args, "text_encoder", run.device)
-    prompts = sorted({prompt for split in data.values() for file in split.prompts for prompt in file})
-    texts = [text.cpu() for text in common.encode_text(tokenizer, encoder, prompts, args.text_length)]
-    for split in data.values():
-        split.texts = dict(zip(prompts, texts))
-
-
-def open_data(args):
-    """-> {split: Windows}. UserError where splits do not fit together."""
-    data = {"train": Windows(args, "train"), "valid": Windows(args, "valid", 32), "test": Windows(args, "test")}
+def open_data(args, run):
+    """-> {split: Windows}, with texts encoded in --mode native: the encoder, which has 11 GB, is loaded and
+    dropped. UserError where splits do not fit together."""
+    data = {split: Windows(args, split, 32 if split == "valid" else 0) for split in ("train", "valid", "test")}
     train = data["train"]
-    for split in ("valid", "test"):
-        if (data[split].names, data[split].grid) != (train.names, train.grid):
-            raise UserError(f"{data[split].files[0].path} has other fields or another grid than split train")
+    for windows in data.values():
+        if (windows.names, windows.grid) != (train.names, train.grid):
+            raise UserError(f"{windows.files[0].path} has other fields or another grid than split train")
     counts = [f"{split}: {len(windows.rows)} windows" for split, windows in data.items()]
     common.print_once(f"{', '.join(train.names)} on {train.grid[0]} x {train.grid[1]}; {', '.join(counts)}")
     for left_out in train.files[0].left_out:
         common.print_once(f"left out: {left_out}")
+    if args.mode == "native":
+        parts = [load_part(args, part, run.device) for part in ("tokenizer", "text_encoder")]
+        prompts = sorted({windows.prompt(i, k) for windows in data.values()
+                          for i, file in enumerate(windows.files) for k in range(file.trajectories)})
+        texts = [text.cpu() for text in common.encode_text(*parts, prompts, args.text_length)]
+        for windows in data.values():
+            windows.texts = dict(zip(prompts, texts))
     return data
 
 
@@ -903,30 +778,6 @@ def vrmse(prediction, truth):
     return (error / (truth.std((-2, -1)) ** 2 + 1e-7)).sqrt()
 
 
-def baselines(past, truth):
-    """Forecasts without a model: {name: B T C H W}. past: B P C H W, frames up to the given one."""
-    lead = torch.arange(1, truth.shape[1] + 1, device=truth.device).view(-1, 1, 1, 1)
-    last = past[:, -1:]
-    return {"persistence": last.expand_as(truth),
-            "spatial mean": truth.mean((-2, -1), keepdim=True).expand_as(truth),
-            "linear extrapolation": last + lead * (last - past[:, -2:-1])}
-
-
-class lora_disabled:
-    """Within it the experts are the base."""
-    def __init__(self, model):
-        experts = model.model.values() if isinstance(model.model, dict) else ()
-        self.tuned = [expert.transformer for expert in experts if getattr(expert.transformer, "peft_config", 0)]
-
-    def __enter__(self):
-        for dit in self.tuned:
-            dit.disable_adapters()
-
-    def __exit__(self, *error):
-        for dit in self.tuned:
-            dit.enable_adapters()
-
-
 @torch.no_grad()
 def forecast_scores(args, run, model, test, starts, steps):
     """Forecasts of `steps` frames from starts [(file, trajectory, first target)] -> {method: VRMSE N T C}, on
@@ -936,20 +787,31 @@ def forecast_scores(args, run, model, test, starts, steps):
     share = list(range(run.rank, len(starts), run.world))
     for k in range(0, len(share), 8):
         numbers = share[k:k + 8]
+        places = [starts[n] for n in numbers]
         frames = torch.stack([read_window(test.files[i], trajectory, first - past, past + steps)
-                              for i, trajectory, first in (starts[n] for n in numbers)]).to(run.device)
+                              for i, trajectory, first in places]).to(run.device)
         history, truth = frames[:, past - args.n_in:past], frames[:, past:]
-        text = test.text([starts[n][:2] for n in numbers], run.device)
-        seeds = [mix_seed(args.seed, 2, n) for n in numbers]
-        samples = rollout(model, history, steps, seeds, members, text)
-        methods = {"model": samples.mean(1), **baselines(frames[:, :past], truth)}
+        forecast = functools.partial(rollout, model, history, steps, [(args.seed, n) for n in numbers],
+                                     members, test.text(places, run.device))
+        samples = forecast()
+        last, change = frames[:, past - 1:past], frames[:, past - 1:past] - frames[:, past - 2:past - 1]
+        lead = torch.arange(1, steps + 1, device=run.device).view(-1, 1, 1, 1)
+        methods = {"model": samples.mean(1), "persistence": last.expand_as(truth),
+                   "spatial mean": truth.mean((-2, -1), keepdim=True).expand_as(truth),
+                   "linear extrapolation": last + lead * change}
         if members > 1:
             methods["single sample"] = samples[:, 0]
         if args.mode == "native":
-            with lora_disabled(model):
-                methods["base without LoRA"] = rollout(model, history, steps, seeds, members, text).mean(1)
-        if steps == args.n_out and args.mode != "unet":
-            methods["reconstruction"] = model.reconstruct(frames[:, past - args.n_in:])
+            experts = [model.networks[side].transformer for side in TRANSFORMERS]
+            for dit in experts:
+                dit.disable_adapters()
+            methods["base without LoRA"] = forecast().mean(1)
+            for dit in experts:
+                dit.enable_adapters()
+        if steps == args.n_out:                  # what adapter and VAE make of the truth
+            window = frames[:, past - args.n_in:]
+            y = model.decode(model.encode(window)[0])
+            methods["reconstruction"] = model.adapter.map.inverse(y, window[:, :1])
         for name, prediction in methods.items():
             tables.setdefault(name, []).extend(zip(numbers, vrmse(prediction, truth).cpu()))
     return {name: torch.stack([row for _, row in sorted(rows, key=lambda row: row[0])])
@@ -959,42 +821,38 @@ def forecast_scores(args, run, model, test, starts, steps):
 def summarize(short, long, names):
     """VRMSE of windows N T C and of rollouts N T' C (or None) -> {metric: number}. "6:12" is steps 6 to 12,
     counted from 1."""
-    metrics = {"one_step": short[:, 0].mean().item(), "all_steps": short.mean().item()}
-    for c, name in enumerate(names):
-        metrics[f"one_step_{name}"] = short[:, 0, c].mean().item()
-    metrics |= common.horizon_means([{"vrmse": short.mean(2)}])
-    for first, last in ((6, 12), (13, 30)):
-        if long is not None and long.shape[1] >= last:
-            metrics[f"rollout_{first}:{last}"] = long[:, first - 1:last].mean().item()
+    metrics = {"one_step": short[:, 0].mean().item(), "all_steps": short.mean().item(),
+               **common.horizon_means([{"vrmse": short.mean(2)}])}
+    metrics |= {f"one_step_{name}": short[:, 0, c].mean().item() for c, name in enumerate(names)}
     if long is not None:
-        metrics |= {f"rollout_vrmse_h{t:02d}": value.item() for t, value in enumerate(long.mean((0, 2)), 1)}
+        metrics |= common.horizon_means([{"rollout_vrmse": long.mean(2)}])
+        metrics |= {f"rollout_{first}:{last}": long[:, first - 1:last].mean().item()
+                    for first, last in ((6, 12), (13, 30)) if long.shape[1] >= last}
     return metrics
 
 
 def evaluate(args, run, model, test):
     """VRMSE of windows and rollouts of the test split -> [eval.json, curves.png] on rank 0."""
-    began, past = time.time(), max(args.n_in, 2)
+    began, past, first = time.time(), max(args.n_in, 2), max(FIRST_TARGET, args.n_in)
     starts = [(i, k, start + past) for i, k, start in list_windows(
         test.files, past + args.n_out, args.eval_windows)]
     short = forecast_scores(args, run, model, test, starts, args.n_out)
-    first = max(FIRST_TARGET, args.n_in)
-    steps = min(args.rollout_frames, min(file.steps for file in test.files) - first)
     starts = [(i, k, first) for i, file in enumerate(test.files) for k in range(file.trajectories)]
+    steps = min(args.rollout_frames, min(file.steps for file in test.files) - first)
     long = forecast_scores(args, run, model, test, starts, steps) if steps > 0 else {}
     if run.rank:
         return []
     rows = {name: summarize(table, long.get(name), test.names) for name, table in short.items()}
-    results = rows.pop("model")
     columns = ["one_step", "all_steps", "rollout_6:12", "rollout_13:30"]
-    columns += [f"one_step_{name}" for name in test.names]
     print(f"VRMSE, mean over fields: held-out windows (all_steps: 1 to {args.n_out}) and rollouts whose first "
           f"target is frame {first}")
     weights = "tiny, trained by this run" if args.model == "tiny" else args.weights_from
-    stages = [name for _, name, _, _ in stage_plan(args)]
-    files = common.report(SCRIPT, args, weights, began, ("one_step", "persistence", True), results, rows,
-                          columns, ("vrmse", "rollout_vrmse"), stages)
+    files = common.report(
+        SCRIPT, args, weights, began, ("one_step", "persistence", True), rows.pop("model"), rows,
+        columns + [f"one_step_{name}" for name in test.names], ("vrmse", "rollout_vrmse"),
+        [folder for _, folder, _, _ in stage_plan(args)])
     if test.files[0].dataset == DATASET:
-        common.print_table({f"{name}, published": row for name, row in PUBLISHED.items()}, columns[:4])
+        common.print_table({f"{name}, published": row for name, row in PUBLISHED.items()}, columns)
         print("published: from 4 given frames, on the test split of the 128 x 384 data set")
     return files
 
@@ -1020,15 +878,15 @@ def sample(args, run, model, test):
     for i, k in [places[(2 * j + 1) * len(places) // (2 * count)] for j in range(count)]:
         first = max(args.n_in, test.files[i].steps // 2)
         steps = min(args.sample_frames, test.files[i].steps - first)
-        frames = read_window(test.files[i], k, first - args.n_in, args.n_in + steps).to(run.device)
-        seeds = [mix_seed(args.seed, 3, i, k)]
-        forecast = rollout(model, frames[None, :args.n_in], steps, seeds, 1, test.text([(i, k)], run.device))
-        forecast = torch.cat([frames[:args.n_in], forecast[0, 0]]).cpu()
-        stem, truth = Path(args.output_dir, "samples", f"{test.files[i].path.stem}_{k}"), frames.cpu()
+        truth = read_window(test.files[i], k, first - args.n_in, args.n_in + steps)
+        history = truth[None, :args.n_in].to(run.device)
+        forecast = rollout(model, history, steps, [(args.seed, i, k)], 1, test.text([(i, k)], run.device))
+        forecast = torch.cat([history[0], forecast[0, 0]]).cpu()
         panels = {}
         for c, name in enumerate(test.names):
-            panels |= {name: picture(truth[:, c], truth[:, c], name),
-                       f"{name}, forecast": picture(forecast[:, c], truth[:, c], name)}
+            panels[name] = picture(truth[:, c], truth[:, c], name)
+            panels[f"{name}, forecast"] = picture(forecast[:, c], truth[:, c], name)
+        stem = Path(args.output_dir, "samples", f"{test.files[i].path.stem}_{k}")
         labels = ["given"] * args.n_in + [f"t+{t}" for t in range(1, steps + 1)]
         scale = max(1, round(200 / truth.shape[-1]))
         files += common.write_panels(stem, panels, labels, args.n_in, 8, scale, columns=6)
@@ -1053,28 +911,26 @@ def setup(args):
     return argparse.Namespace(rank=rank, world=world, device=device, dtype=dtype, autocast=autocast)
 
 
-def wrap(model, args, run):
+def wrap(module, args, run):
     """FSDP2 with --fsdp, a block a unit, for the experts; otherwise DDP under torchrun."""
-    if isinstance(model, Expert):
-        if args.grad_checkpoint:
-            model.transformer.enable_gradient_checkpointing()
-        if args.compile:
-            for block in model.transformer.blocks:
-                block.compile()
-        if args.fsdp:
-            from torch.distributed.device_mesh import init_device_mesh
-            from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-            mesh = init_device_mesh(run.device.type, (run.world,))
-            policy = MixedPrecisionPolicy(param_dtype=run.dtype, reduce_dtype=torch.float32)
-            for block in model.transformer.blocks:
-                fully_shard(block, mesh=mesh, mp_policy=policy)
-            # By default the root stays gathered until a backward: a step after a validation would then
-            # compute with the EMA weights.
-            return fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    blocks = module.transformer.blocks if isinstance(module, Expert) else []
+    if blocks and args.grad_checkpoint:
+        module.transformer.enable_gradient_checkpointing()
+    for block in blocks if args.compile else ():
+        block.compile()
+    if blocks and args.fsdp:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+        shard = functools.partial(
+            fully_shard, mesh=init_device_mesh(run.device.type, (run.world,)), reshard_after_forward=True,
+            mp_policy=MixedPrecisionPolicy(param_dtype=run.dtype, reduce_dtype=torch.float32))
+        for block in blocks:
+            shard(block)
+        return shard(module)                     # resharded, so that EMA weights do not outlive a validation
     if run.world == 1:
-        return model
+        return module
     ids = [run.device] if run.device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(model, device_ids=ids, forward_sync_buffers=False)
+    return nn.parallel.DistributedDataParallel(module, device_ids=ids, forward_sync_buffers=False)
 
 
 # ---- train ----------------------------------------------------------------------------------------------
@@ -1087,31 +943,29 @@ def get_lr(step, peak, warmup, total):
     return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
-STAGES = ("adapter", "base", "high", "low", "decoder", "convlstm", "unet")
+STAGES = ("adapter", "base", "high", "low", "decoder", "convlstm")
 
 
-def train(args, run, stage, folder, model, spec, loss_fn, val_fn, steps, lr, checkpoint):
-    """Trains what requires grad of `model` up to `steps`, resuming from `checkpoint`; <folder>/ckpt then has
-    the last step, and `model` the EMA weights. spec: random values of a sample, for sample_global_batch.
-    loss_fn(model, values) -> loss, {name: term to log}. val_fn(model) -> {name: number}."""
-    net = wrap(model, args, run)
+def train(args, run, stage, folder, steps, lr, checkpoint):
+    """Trains what requires grad of a Stage's module up to `steps`, resuming from `checkpoint`; <folder>/ckpt
+    then has the last step, and the module the EMA weights."""
+    net = wrap(stage.module, args, run)
     params = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr, betas=(0.9, 0.98), weight_decay=args.weight_decay, fused=True)
     ema = common.EMA(params, args.ema_decay)
     start = common.load_run(checkpoint, net, optimizer, ema, trained_only=True)
     log = common.open_log(SCRIPT, folder.relative_to(args.output_dir), args, start, steps)
-    common.barrier()                             # rank 0 has removed rows beyond `start`
     should_stop = common.install_sigterm_handler()
     for step in range(start, steps):
         for group in optimizer.param_groups:
             group["lr"] = get_lr(step, lr, args.warmup_steps, steps)
         net.train()
-        seed = common.seed_all(args.seed, STAGES.index(stage), step)
+        seed = common.seed_all(args.seed, STAGES.index(stage.name), step)
         for micro in range(args.grad_accum):     # processes average gradients at the last micro-step only
-            values = common.sample_global_batch(spec, seed, args.batch_size, run.rank, run.world, micro,
+            values = common.sample_global_batch(stage.spec, seed, args.batch_size, run.rank, run.world, micro,
                                                 args.grad_accum, run.device)
             net.require_backward_grad_sync = micro == args.grad_accum - 1          # read by DDP
-            loss, terms = loss_fn(net, values)
+            loss, terms = stage.loss(net, values)
             (loss / args.grad_accum).backward()
             log.add(loss=loss, **terms)
         norm = nn.utils.clip_grad_norm_(params, args.grad_clip or math.inf)
@@ -1132,7 +986,7 @@ def train(args, run, stage, folder, model, spec, loss_fn, val_fn, steps, lr, che
             raise UserError(f"stopped by SIGTERM after step {done}, which is saved: the same command resumes")
         if args.eval_every and (done % args.eval_every == 0 or done == steps):
             with ema.applied(), torch.no_grad():
-                log.row(done, **val_fn(net.eval()))
+                log.row(done, **stage.validate(net.eval()))
             log.restart_clock()
     common.remove_sigterm_handler()
     log.bar.close()
@@ -1144,46 +998,60 @@ def train(args, run, stage, folder, model, spec, loss_fn, val_fn, steps, lr, che
 def stage_plan(args):
     """-> [(stage, its folder in output_dir, steps, peak learning rate)]; the last one's folder is the run.
     --max_steps are LoRA's: each expert's share is that of its noise levels in Wan's schedule."""
-    if args.mode in ("adapter", "unet"):
-        return [(args.mode, ".", args.max_steps, args.lr)]
-    learned = args.adapter == "learned" and args.adapter_steps > 0
-    plan = [("adapter", "adapter", args.adapter_steps, args.adapter_lr)] if learned else []
-    if args.mode == "convlstm":
-        return [*plan, ("convlstm", ".", args.max_steps, args.lr)]
-    if args.model == "tiny" and args.base_steps:
-        plan.append(("base", "base", args.base_steps, args.base_lr))
-    high = min(max(1, round(args.max_steps * (1 - unshift_sigma(BOUNDARY, args.shift)))), args.max_steps - 1)
-    plan += [("high", "high", max(1, high), args.lr), ("low", "low", max(1, args.max_steps - high), args.lr)]
-    if args.decoder_steps:
-        plan.append(("decoder", "decoder", args.decoder_steps, args.decoder_lr))
-    stage, _, steps, lr = plan[-1]
-    return [*plan[:-1], (stage, ".", steps, lr)]
+    high = round(args.max_steps * (1 - unshift_sigma(BOUNDARY, args.shift)))
+    steps = {"adapter": args.adapter_steps, "base": args.base_steps, "high": max(1, high),
+             "low": max(1, args.max_steps - high), "decoder": args.decoder_steps}
+    rates = {"adapter": args.adapter_lr, "base": args.base_lr, "decoder": args.adapter_lr}
+    stages = ["adapter"] if args.adapter == "learned" and args.mode in ("native", "convlstm") else []
+    if args.mode == "native":
+        stages += ["base"] if args.model == "tiny" else []
+        stages += ["high", "low", "decoder"]
+    else:
+        stages.append("decoder" if args.mode == "unet" else args.mode)
+        steps[stages[-1]], rates[stages[-1]] = args.max_steps, args.lr
+    stages = [stage for stage in stages if steps[stage]]
+    return [(stage, "." if stage == stages[-1] else stage, steps[stage], rates.get(stage, args.lr))
+            for stage in stages]
 
 
 def make_adapter(args, names, grid):
-    panel = video_size(args, grid) if args.mode != "unet" else grid
+    """UserError for video frames that the VAE and the experts cannot take."""
+    panel = args.video_size.split(",") if args.video_size else grid
+    if len(panel) != 2 or not all(str(n).isdigit() and int(n) > 0 and int(n) % 16 == 0 for n in panel):
+        raise UserError(f"video frames must be multiples of 16, not {','.join(map(str, panel))}: give "
+                        f"--video_size H,W")
+    panel = int(panel[0]), int(panel[1])
     if args.adapter == "tile":
         return TileAdapter(names, grid, panel, args.frame_repeat)
-    return LearnedAdapter(names, grid, panel, args.frame_repeat, args.adapter_width)
+    return LearnedAdapter(names, grid, panel, args.frame_repeat, args.width)
 
 
-def fit_adapter(args, run, train_set):
-    """Writes adapter/: the adapter before training, fitted to a few dozen windows, and for tiny runs a linear
+def fit_adapter(args, train_set):
+    """Writes adapter/: the adapter before training, fitted to about 40 windows, and for tiny runs a linear
     codec in place of the VAE, fitted to the same."""
     folder = Path(args.output_dir, "adapter")
-    if run.rank == 0 and not (folder / "adapter.json").is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.manual_seed(args.seed)
-        adapter, fields = make_adapter(args, train_set.names, train_set.grid), train_set.calibration()
-        adapter.fit(fields)
-        common.save_weights(folder / "adapter.safetensors", adapter.state_dict())
-        if args.model == "tiny" and args.mode != "unet":
-            with torch.no_grad():
-                codec = common.LinearCodec.fit(adapter.to_video(fields), TINY["transformer"]["out_channels"])
-            common.save_weights(folder / "codec.safetensors", codec.tensors)
-        common.write_json(folder / "adapter.json", {          # last: the folder is complete
-            "names": train_set.names, "grid": train_set.grid, "periodic": train_set.periodic})
-    common.barrier()
+    if (folder / "adapter.json").is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
+    adapter = make_adapter(args, train_set.names, train_set.grid)
+    fields = train_set.fields(range(0, len(train_set.rows), max(1, len(train_set.rows) // 40)))
+    adapter.fit(fields)
+    common.save_weights(folder / "adapter.safetensors", adapter.state_dict())
+    if args.model == "tiny":
+        with torch.no_grad():
+            codec = common.LinearCodec.fit(adapter.to_video(fields), TINY["transformer"]["out_channels"])
+        common.save_weights(folder / "codec.safetensors", codec.tensors)
+    common.write_json(folder / "adapter.json", {              # last: the folder is complete
+        "names": train_set.names, "grid": train_set.grid, "periodic": train_set.periodic})
+
+
+def stage_weights(args, stage):
+    """The EMA weights of a stage's newest checkpoint, or None."""
+    for name, folder, _, _ in stage_plan(args):
+        checkpoint = common.find_checkpoint(Path(args.output_dir, folder, "ckpt"), SCRIPT, "auto")
+        if name == stage and checkpoint:
+            return checkpoint.state["ema"]
 
 
 def load_adapter(args, device):
@@ -1191,62 +1059,42 @@ def load_adapter(args, device):
     folder = Path(args.output_dir, "adapter")
     meta = json.loads(common.read_text(folder / "adapter.json"))
     adapter = make_adapter(args, meta["names"], meta["grid"])
-    weights = common.load_weights(folder / "adapter.safetensors")
-    adapter = common.load_for_inference(adapter, weights, folder / "adapter.safetensors", device)
-    trained = stage_checkpoint(args, "adapter")
-    if trained:
-        weights = {name.removeprefix("adapter."): value for name, value in trained.state["ema"].items()}
-        common.restore_state(adapter, weights, source=str(trained.path))
-    if args.mode == "unet":
-        vae = None
-    elif args.model == "tiny":
-        vae = common.LinearCodec(common.load_weights(folder / "codec.safetensors"), device)
-    else:
-        vae = load_part(args, "vae", device).requires_grad_(False)
-    return adapter, vae, meta["periodic"]
+    weights = stage_weights(args, "adapter") or common.load_weights(folder / "adapter.safetensors")
+    adapter = common.load_for_inference(adapter, weights, folder, device)
+    if args.model != "tiny":
+        return adapter, load_part(args, "vae", device).requires_grad_(False), meta["periodic"]
+    return adapter, common.LinearCodec(common.load_weights(folder / "codec.safetensors"), device), meta["periodic"]
 
 
-def stage_checkpoint(args, stage):
-    """The newest Checkpoint of a stage of this run, or None."""
-    for name, folder, _, _ in stage_plan(args):
-        if name == stage:
-            return common.find_checkpoint(Path(args.output_dir, folder, "ckpt"), SCRIPT, "auto")
-
-
-def load_stage(args, stage, module):
-    """`module` with the EMA weights of a stage."""
-    checkpoint = stage_checkpoint(args, stage)
-    common.restore_state(module, checkpoint.state["ema"], source=str(checkpoint.path), trained_only=True)
-    return module.eval().requires_grad_(False)
-
-
-def load_forecaster(args, run, decoder=True):
-    """-> the Forecaster that the stages of a run made. decoder: False for the one before that stage."""
-    adapter, vae, periodic = load_adapter(args, run.device)
+def make_network(args, run, stage, adapter, vae, periodic):
+    """The network that a stage trains, before training, and what its forward takes after the data."""
     C = len(adapter.names)
-    if args.mode == "unet":
-        net = UNet(C, C, args.unet_width, periodic).to(run.device)
-        return Forecaster(args, adapter, vae, load_stage(args, "unet", UNetTraining(net, adapter.map)).net)
-    if args.mode == "convlstm":
-        net = ConvLSTM(vae.config.z_dim).to(run.device)
-        return Forecaster(args, adapter, vae, load_stage(args, "convlstm", ConvLSTMTraining(
-            net, adapter, vae, 0)).net)
-    if args.mode == "adapter":
-        return Forecaster(args, adapter, vae)
-    experts = {}
-    for side in TRANSFORMERS:
-        device = torch.device("cpu") if args.offload else run.device
-        experts[side] = load_stage(args, side, load_expert(args, side, device, run.autocast))
-    net = None
-    if decoder and args.decoder_steps:
-        net = Decoder(C, args.decoder_width, periodic).to(run.device)
-        net = load_stage(args, "decoder", DecoderTraining(net, adapter.map.std)).decoder
-    return Forecaster(args, adapter, vae, experts, net)
+    if stage == "adapter":
+        return adapter.requires_grad_(True), (vae,)
+    if stage == "convlstm":
+        return ConvLSTM(vae.config.z_dim).to(run.device), (adapter, vae, adapter.latent_frames(args.n_in))
+    if stage == "decoder":
+        return Decoder(2 * C + 1, C, args.width, periodic, run.autocast).to(run.device), (adapter.map,)
+    return load_expert(args, stage, run.device, run.autocast), ()
+
+
+def load_forecaster(args, run, before=None):
+    """-> the Forecaster that the stages of a run have made, or those before one of them."""
+    parts, networks = load_adapter(args, run.device), {}
+    for stage, *_ in stage_plan(args):
+        if stage == before:
+            break
+        if stage not in ("adapter", "base"):
+            networks[stage], _ = make_network(args, run, stage, *parts)
+            common.restore_state(networks[stage], stage_weights(args, stage), source=f"stage {stage}",
+                                 trained_only=True)
+            networks[stage].eval().requires_grad_(False).to("cpu" if args.offload else run.device)
+    return Forecaster(args, *parts[:2], networks)
 
 
 def load_model(folder: str, device: str = "cpu") -> Forecaster:
-    """The Forecaster of a finished run: predict(history, text) is in physical units."""
-    args, _, _ = parse_args(["--eval", "--output_dir", str(folder), "--device", device, "--dtype", "float32"])
+    """The Forecaster of a finished run, with EMA weights."""
+    args, _, _ = parse_args(["--eval", "--output_dir", str(folder), "--device", device])
     return load_forecaster(args, setup(args))
 
 
@@ -1254,70 +1102,48 @@ def load_model(folder: str, device: str = "cpu") -> Forecaster:
 def predict_fields(model: Forecaster, history: torch.Tensor, prompt: str, seed: int = 0) -> torch.Tensor:
     """history n_in C H W in physical units, channels as in the training set, prompt such as "turbulent
     radiative layer 2D, tcool 0.1" -> the next frames n_out C H W."""
-    args, device, text = model.args, model.adapter.map.mid.device, None
-    if args.mode == "native":
-        parts = [load_part(args, part, device) for part in ("tokenizer", "text_encoder")]
-        text = common.pad_text(common.encode_text(*parts, [prompt], args.text_length), args.text_length)
-    return model.predict(history[None].to(device), text, [seed])[0]
+    args = model.args
+    parts = [load_part(args, part, model.device) for part in ("tokenizer", "text_encoder")]
+    text = common.pad_text(common.encode_text(*parts, [prompt], args.text_length), args.text_length)
+    return model.predict(history[None].to(model.device), text, [(seed,)])[0]
 
 
 class Stage:
-    """What a stage trains, and its inputs: `inputs` turns windows and random values into the arguments of
-    `module`, in training and in validation."""
+    """The network that a stage trains, and what turns windows and random values into its inputs."""
     def __init__(self, args, run, name, data):
         self.args, self.run, self.name, self.data = args, run, name, data
-        self.spec = {"window": ("randint", len(data["train"].rows)), "shift": ("rand",)}
-        self.latents = {}                        # of windows, where they are not augmented
         adapter, vae, periodic = load_adapter(args, run.device)
-        C = len(adapter.names)
-        if name == "adapter":
-            self.module = AdapterTraining(adapter.requires_grad_(True), vae, args)
-        elif name == "convlstm":
-            net, given = ConvLSTM(vae.config.z_dim).to(run.device), (adapter.video_frames(args.n_in) + 3) // 4
-            self.module = ConvLSTMTraining(net, adapter, vae, given)
-        elif name == "unet":
-            net = UNet(C, C, args.unet_width, periodic)
-            self.module = UNetTraining(net.to(run.device), adapter.map)
-        else:
-            shape = latent_shape(args, adapter.video_size)
-            self.spec |= {"u": ("rand",), "noise": ("randn", *shape)}
-            self.forecaster = Forecaster(args, adapter, vae)
-            if name == "decoder":
-                self.forecaster = load_forecaster(args, run, decoder=False)
-                net = Decoder(C, args.decoder_width, periodic).to(run.device)
-                self.module = DecoderTraining(net, adapter.map.std)
-            else:
-                side = "low" if name == "low" else "high"
-                self.module = load_expert(args, side, run.device, run.autocast, lora=name != "base")
-
-    def encode(self, split, numbers, shifts):
-        """Latents and condition of windows, which stay in memory where nothing is random about them."""
-        if shifts is not None:
-            return self.forecaster.encode(split.fields(numbers, shifts).to(self.run.device))
-        for n in numbers:
-            if (id(split), n) not in self.latents:
-                z, cond = self.forecaster.encode(split.fields([n]).to(self.run.device))
-                self.latents[id(split), n] = z[0].cpu(), cond[0].cpu()
-        pairs = [self.latents[id(split), n] for n in numbers]
-        return [torch.stack(tensors).to(self.run.device) for tensors in zip(*pairs)]
+        self.module, self.context = make_network(args, run, name, adapter, vae, periodic)
+        self.model = Forecaster(args, adapter, vae, {})
+        if name == "decoder":
+            self.model = load_forecaster(args, run, before=name)
+        self.spec = {"window": ("randint", len(data["train"].rows)), "shift": ("rand",), "u": ("rand",),
+                     "noise": ("randn", *latent_shape(args, adapter))}
 
     def inputs(self, split, numbers, values, shifts=None):
-        args, device = self.args, self.run.device
-        if self.name in ("adapter", "convlstm", "unet"):
-            return (split.fields(numbers, shifts).to(device),)
-        text = split.text([split.rows[n][:2] for n in numbers], device)
+        """-> arguments of the module's forward."""
+        model, n_out = self.model, self.args.n_out
+        fields = split.fields(numbers, shifts).to(self.run.device)
+        if self.name in ("adapter", "convlstm"):
+            return fields, *self.context
+        text = split.text([split.rows[n] for n in numbers], self.run.device)
+        z, cond = model.encode(fields)
         if self.name != "decoder":
-            z, cond = self.encode(split, numbers, shifts)
-            return z, cond, text, draw_sigma(values["u"], self.name, args.shift), values["noise"]
-        fields, model = split.fields(numbers, shifts).to(device), self.forecaster
-        _, cond = model.encode(fields)
-        y = model.decode(model.sample_latents(cond, values["noise"], text))
+            return z, cond, text, draw_sigma(values["u"], self.name, self.args.shift), values["noise"]
         mapped = model.adapter.map(fields, fields[:, :1])
-        return y, mapped[:, args.n_in - 1:args.n_in], mapped[:, -args.n_out:]
+        given = mapped[:, -n_out - 1:-n_out]
+        if self.args.mode == "unet":
+            y = given.expand(-1, n_out, -1, -1, -1)
+        else:
+            y = model.decode(model.sample_latents(cond, values["noise"], text))
+        # The first frame of each forecast and another one: every frame costs a pass of the decoder.
+        other = (1 + values["u"] * (n_out - 1)).long().clamp(max=n_out - 1)
+        lead = torch.stack([torch.zeros_like(other), other], dim=1)
+        y, target = (torch.take_along_dim(x, expand_to(lead, x), 1) for x in (y, mapped[:, -n_out:]))
+        return y, given, lead + 1, target, *self.context
 
     def loss(self, net, values):
-        shifts = values["shift"] if self.args.augment else None
-        return net(*self.inputs(self.data["train"], values["window"].tolist(), values, shifts))
+        return net(*self.inputs(self.data["train"], values["window"].tolist(), values, values["shift"]))
 
     def validate(self, net):
         """The same windows, noise levels and noise at every validation."""
@@ -1331,86 +1157,65 @@ class Stage:
         return {f"val_{term}": value for term, value in terms.items()}
 
 
-def latent_shape(args, size):
-    """Latents of a window of video frames H', W': 16 F h w."""
-    frames = 1 + args.frame_repeat * (args.n_in + args.n_out - 1)
+def latent_shape(args, adapter):
+    """Latents of a window: channels, F, h, w."""
     channels = TINY["transformer"]["out_channels"] if args.model == "tiny" else 16
-    return channels, (frames + 3) // 4, size[0] // 8, size[1] // 8
-
-
-def export(args, stage, module, final):
-    """final/: files for use elsewhere. high/ and low/ hold the LoRA files that diffusers' pipelines load."""
-    final.mkdir(parents=True, exist_ok=True)
-    if stage in TRANSFORMERS:
-        (final / stage).mkdir(exist_ok=True)
-        common.save_lora(final / stage, module.transformer)
-    elif stage == "base":
-        module.transformer.save_pretrained(final / "base")
-    else:
-        common.save_weights(final / f"{stage}.safetensors", module.state_dict())
+    return channels, adapter.latent_frames(args.n_in + args.n_out), *(side // 8 for side in adapter.video_size)
 
 
 def train_stages(args, run, data, checkpoint):
-    """Trains the stages of the plan that are not complete, one after the other: one network at a time."""
+    """Trains the stages that are not complete, one after the other: one network at a time."""
+    root, resume = Path(args.output_dir), "none" if args.resume == "none" else "auto"
     if run.rank == 0:
-        common.write_json(Path(args.output_dir, "args.json"), {**vars(args), **common.provenance()})
-    fit_adapter(args, run, data["train"])
+        common.write_json(root / "args.json", {**vars(args), **common.provenance()})
+        fit_adapter(args, data["train"])
+    common.barrier()
     for name, folder, steps, lr in stage_plan(args):
-        resume = "none" if args.resume == "none" else "auto"
-        folder = Path(args.output_dir, folder)
-        found = checkpoint if folder == Path(args.output_dir) else common.find_checkpoint(
-            folder / "ckpt", SCRIPT, resume)
-        if found and found.meta["step"] >= steps:
+        found = checkpoint if folder == "." else common.find_checkpoint(root / folder / "ckpt", SCRIPT, resume)
+        if found and found.meta["step"] >= steps and (name not in TRANSFORMERS or (root / "final" / name).exists()):
             continue
         torch.manual_seed(args.seed)             # equal initial weights on all processes and after a restart
         stage = Stage(args, run, name, data)
-        train(args, run, name, folder, stage.module, stage.spec, stage.loss, stage.validate, steps, lr, found)
-        if run.rank == 0 and not args.fsdp:
-            export(args, name, stage.module, Path(args.output_dir, "final"))
+        train(args, run, stage, root / folder, steps, lr, found)
+        weights, _ = common.gather_state(stage.module, trained_only=True)
+        if run.rank == 0 and name in TRANSFORMERS:           # files that diffusers' pipelines load
+            common.save_lora(root / "final" / name, stage.module.transformer, {
+                key.removeprefix("transformer."): value for key, value in weights.items()})
         del stage
 
 
 # ---- main -----------------------------------------------------------------------------------------------
 
 def dry_run(args):
-    """Prints parameters, FLOPs and memory of each stage, on the meta device: no data, no allocation. The
-    fields are those of the radiative layer, 32 x 96 for tiny."""
+    """Prints parameters, FLOPs and memory of each stage for four fields on 128 x 384 (tiny: 32 x 96), on the
+    meta device: no data, no allocation."""
     B, tiny, world = args.batch_size, args.model == "tiny", int(os.environ.get("WORLD_SIZE", 1))
-    names, grid = ["density", "pressure", "velocity_x", "velocity_y"], (32, 96) if tiny else (128, 384)
-    flags = argparse.Namespace(**{**vars(args), "random_init": True, "output_dir": os.devnull})
+    args = argparse.Namespace(**{**vars(args), "random_init": True, "output_dir": os.devnull})
     autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16, enabled=not tiny)
+    run = argparse.Namespace(device="meta", autocast=autocast)
     with torch.device("meta"):
-        adapter = make_adapter(args, names, grid)
-        fields, shape = torch.randn(B, args.n_in + args.n_out, 4, *grid), latent_shape(args, adapter.video_size)
-        z = torch.randn(B, *shape)
-        for stage, _, _, _ in stage_plan(args):
-            tokens = 0
-            if stage in ("high", "low", "base"):
-                model = load_expert(flags, "high", "meta", autocast, lora=stage != "base")
+        grid = (32, 96) if tiny else (128, 384)
+        adapter = make_adapter(args, ["density", "pressure", "velocity_x", "velocity_y"], grid)
+        vae = None if tiny else load_part(args, "vae", "meta").requires_grad_(False)
+        fields, shape = torch.randn(B, args.n_in + args.n_out, 4, *grid), latent_shape(args, adapter)
+        for stage, *_ in stage_plan(args):
+            if tiny and stage in ("adapter", "convlstm"):
+                print(f"stage {stage}: no estimate, since tiny's codec is fitted to data")
+                continue
+            module, context = make_network(args, run, stage, adapter, vae, (True, False))
+            inputs, tokens = (fields, *context), 0
+            if stage == "decoder":
+                inputs = fields[:, 1:3], fields[:, :1], torch.ones(B, 2), fields[:, 1:3], *context
+            if isinstance(module, Expert):
+                tokens, z = math.prod(shape[1:]) // 4, torch.randn(B, *shape)
+                text = torch.randn(B, args.text_length, module.transformer.config.text_dim)
+                inputs = z, torch.randn(B, shape[0] + 4, *shape[1:]), text, torch.rand(B), z
                 if args.grad_checkpoint:
-                    model.transformer.enable_gradient_checkpointing()
-                cond = torch.randn(B, shape[0] + 4, *shape[1:])
-                text = torch.randn(B, args.text_length, model.transformer.config.text_dim)
-                inputs, tokens = (z, cond, text, torch.rand(B), z), math.prod(shape[1:]) // 4
-            elif stage == "adapter":
-                model, inputs = adapter, (fields,)
-                model.forward = lambda x: (adapter.map.error(adapter.to_mapped(adapter.to_video(x)), x), {})
-            elif stage == "convlstm":
-                model, inputs = ConvLSTM(), (z[:, :, :2], shape[1] - 2)
-            elif stage == "unet":
-                model, inputs = UNetTraining(UNet(4, 4, args.unet_width, (True, False)), adapter.map), (fields,)
-            else:
-                model = DecoderTraining(Decoder(4, args.decoder_width, (True, False)), adapter.map.std)
-                inputs = (fields[:, 1:], fields[:, :1], fields[:, 1:])
-
-            def loss():
-                output = model(*inputs)
-                return output[0] if isinstance(output, tuple) else output.sum()
-
-            print(common.dry_run_report(f"stage {stage}", model, loss, B, tokens, world,
+                    module.transformer.enable_gradient_checkpointing()
+            print(common.dry_run_report(f"stage {stage}", module, lambda: module(*inputs)[0], B, tokens, world,
                                         args.fsdp and tokens > 0))
-    if args.model != "tiny":
-        print("  beside it the VAE: 0.5 GB in fp32, without its activations")
+    if not tiny:
+        print("  beside it, 0.5 GB of VAE in fp32")
 
 
 def run_script(argv):
@@ -1421,9 +1226,7 @@ def run_script(argv):
     inference_only = args.sample or args.eval
     common.announce(SCRIPT, args, why_preset, run, checkpoint)
     common.simulate_missing_data(SCRIPT, args.data_dir, default=PRESETS["tiny"]["data_dir"])
-    data = open_data(args)
-    if args.mode == "native":
-        encode_prompts(args, run, data)
+    data = open_data(args, run)
     if run.rank == 0 and checkpoint:
         common.copy_stages(checkpoint, args.output_dir, ["adapter", "base", "high", "low"])
     common.barrier()
