@@ -41,6 +41,7 @@ from common import UserError, at_least, expand_to
 
 SCRIPT = "well_i2v"
 DATASET = "turbulent_radiative_layer_2D"
+SPLITS = ("train", "valid", "test")
 BOUNDARY = 0.9                           # sigma from which on Wan2.2-I2V-A14B uses its high-noise expert
 TRANSFORMERS = {"high": "transformer", "low": "transformer_2"}                 # names in diffusers' pipeline
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")       # Wan's names
@@ -53,7 +54,7 @@ PRESETS = {
         model="tiny", data_dir=f"data/{SCRIPT}/simulated", adapter="tile", frame_repeat=4,
         text_length=64, base_steps=700, base_lr=2e-3, max_steps=200, lr=1e-3, adapter_lr=3e-3,
         lora_targets=",".join(LORA_TARGETS), decoder_steps=350, shift=8.0, batch_size=4, warmup_steps=50,
-        ema_decay=0.99, num_inference_steps=2, members=1, eval_windows=32, rollout_frames=30,
+        ema_decay=0.99, num_inference_steps=2, members=1, eval_clips=32, rollout_frames=30,
         sample_frames=16, eval_every=350, save_every=350),
     # The reference project's configuration: 20 epochs of 6,696 windows, batch 1 on each of 4 GPUs.
     "i2v_a14b": dict(data_dir="data/the_well", lr=1e-5, batch_size=1, max_steps=33480, grad_checkpoint=True,
@@ -72,7 +73,7 @@ TINY = {
 }
 # These shape the weights or give them their meaning: a checkpoint's values hold.
 MODEL_FLAGS = ("model", "mode", "n_in", "n_out", "adapter", "video_size", "frame_repeat", "width",
-               "lora_rank", "lora_targets", "decoder_steps", "text_length")
+               "lora_rank", "lora_targets", "text_length")
 
 
 def build_parser():
@@ -107,7 +108,7 @@ def build_parser():
     add("--num_inference_steps", type=at_least(1), default=30, help="steps of the sampler")
     add("--offload", action="store_true", help="keep the expert that is not in use on the CPU")
     add("--members", type=at_least(1), default=4, help="samples of a forecast that --eval averages")
-    add("--eval_windows", type=at_least(1), default=90, help="held-out windows to forecast, evenly chosen")
+    add("--eval_clips", type=at_least(1), default=90, help="held-out windows to forecast, evenly chosen")
     add("--rollout_frames", type=at_least(0), default=97, help="frames of --eval's rollouts (0: none)")
     add("--num_samples", type=at_least(1), default=2, help="held-out trajectories to sample")
     add("--sample_frames", type=at_least(1), default=24, help="frames to sample")
@@ -118,22 +119,22 @@ def parse_args(argv=None):
     """-> flags, checkpoint or None, the reason for the preset."""
     args, checkpoint, why_preset = common.parse_args(
         build_parser(), argv, MODEL_FLAGS, get_data=f"python data/{SCRIPT}/prepare.py --download")
-    for name, T in (("n_in", args.n_in), ("n_in + n_out", args.n_in + args.n_out)):
-        if args.frame_repeat * (T - 1) % 4:
-            raise UserError(f"{name} = {T} frames with --frame_repeat {args.frame_repeat} make "
-                            f"{1 + args.frame_repeat * (T - 1)} video frames: Wan's VAE takes 4k + 1")
-    if args.mode in ("native", "unet") and args.n_in != 1:
-        raise UserError(f"--n_in {args.n_in}: --mode {args.mode} starts from one frame; convlstm from more")
-    for target in args.lora_targets.split(","):
-        if target not in LORA_TARGETS:
-            raise UserError(f"--lora_targets {target}: choose from {','.join(LORA_TARGETS)}")
-    if args.mode == "adapter" and args.adapter != "learned":
-        raise UserError("--mode adapter trains the adapter: it needs --adapter learned")
-    if (args.fsdp or args.compile) and args.mode != "native":
-        raise UserError(f"--fsdp and --compile are for Wan's experts: --mode {args.mode} is small")
     world = int(os.environ.get("WORLD_SIZE", 1))
-    if args.fsdp and world == 1:
-        raise UserError("--fsdp shards over processes: start it with torchrun --nproc_per_node=N")
+    wrong = {
+        f"--n_in {args.n_in}, --n_out {args.n_out}, --frame_repeat {args.frame_repeat}: Wan's VAE takes 4k "
+        f"+ 1 video frames": args.frame_repeat * (args.n_in - 1) % 4 or args.frame_repeat * args.n_out % 4,
+        f"--n_in {args.n_in}: --mode {args.mode} starts from one frame; --mode convlstm from more":
+            args.mode in ("native", "unet") and args.n_in > 1,
+        f"--lora_targets {args.lora_targets}: choose from {','.join(LORA_TARGETS)}":
+            set(args.lora_targets.split(",")) - set(LORA_TARGETS),
+        "--mode adapter trains the adapter: it needs --adapter learned":
+            args.mode == "adapter" and args.adapter != "learned",
+        f"--fsdp and --compile are for Wan's experts: --mode {args.mode} is small":
+            (args.fsdp or args.compile) and args.mode != "native",
+        "--fsdp shards over processes: start it with torchrun --nproc_per_node=N": args.fsdp and world == 1}
+    for message, is_wrong in wrong.items():
+        if is_wrong:
+            raise UserError(message)
     if args.preset == "tiny" and args.batch_size == PRESETS["tiny"]["batch_size"] and not checkpoint:
         args.batch_size = max(1, args.batch_size // world)       # processes on one machine share tiny's batch
     return args, checkpoint, why_preset
@@ -142,12 +143,12 @@ def parse_args(argv=None):
 # ---- model: fields <-> video ----------------------------------------------------------------------------
 
 class FieldMap(nn.Module):
-    """Fields in physical units <-> mapped fields in about [-1, 1]: affine after asinh((x - m) / (1.5 s)), with
-    mean m and standard deviation s, per field, of the window's first frame.
+    """Fields in physical units <-> mapped fields in about [-1, 1]: affine after asinh((x - m) / (1.5 s)),
+    with mean m and standard deviation s, per field, of the window's first frame.
 
-    VRMSE divides by a frame's own deviation, and that of pressure grows from .01 to .08 while its mean drifts:
-    on one scale for all frames most would be flat. The bounds are the training set's 0.1 and 99.9 percentiles
-    with 15 % of room, because the VAE clamps at +-1.
+    VRMSE divides by a frame's own deviation, and that of pressure grows from .01 to .08 while its mean
+    drifts: on one scale for all frames most would be flat. The bounds are the training set's 0.1 and 99.9
+    percentiles with 15 % of room, because the VAE clamps at +-1.
     """
     def __init__(self, C):
         super().__init__()
@@ -333,7 +334,8 @@ class UNet(nn.Module):
         self.first = Conv(4 * c_in, width, periodic)
         self.down = nn.ModuleList([ConvBlock(width, width, periodic), ConvBlock(width, 2 * width, periodic)])
         self.middle = ConvBlock(2 * width, 4 * width, periodic)
-        self.up = nn.ModuleList([ConvBlock(6 * width, 2 * width, periodic), ConvBlock(3 * width, width, periodic)])
+        self.up = nn.ModuleList([ConvBlock(6 * width, 2 * width, periodic),
+                                 ConvBlock(3 * width, width, periodic)])
         self.last = Conv(width, 4 * c_out, periodic)
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
@@ -453,7 +455,8 @@ def load_expert(args, stage, device, autocast=contextlib.nullcontext):
     """The expert "high" or "low", frozen under a LoRA in fp32: in bf16 most steps of a small learning rate
     round to nothing. "base" is what both tiny experts start from, trained whole; they are fp32."""
     side, tiny = "low" if stage == "low" else "high", args.model == "tiny"
-    expert = Expert(load_part(args, "transformer", device, side), contextlib.nullcontext if tiny else autocast)
+    dit = load_part(args, "transformer", device, side)
+    expert = Expert(dit, contextlib.nullcontext if tiny else autocast)
     if stage == "base":
         return expert.requires_grad_(True)
     base = common.find_checkpoint(Path(args.output_dir, "base/ckpt"), SCRIPT, "auto")
@@ -475,14 +478,14 @@ def shift_sigma(u, shift):
     return shift * u / (1 + (shift - 1) * u)
 
 
-def unshift_sigma(sigma, shift):
-    """Inverse of shift_sigma."""
-    return sigma / (shift - (shift - 1) * sigma)
+def high_share(shift):
+    """The share of the schedule in which sigma is at least BOUNDARY."""
+    return 1 - BOUNDARY / (shift - (shift - 1) * BOUNDARY)
 
 
 def draw_sigma(u, stage, shift):
     """Uniform u B in [0, 1) -> sigma B of the schedule, in the part of the expert that a stage trains."""
-    edge = unshift_sigma(BOUNDARY, shift)
+    edge = 1 - high_share(shift)
     low, high = {"high": (edge, 1), "low": (0, edge), "base": (0, 1)}[stage]
     return shift_sigma(low + (high - low) * u, shift)
 
@@ -617,8 +620,8 @@ def open_split(args, split):
             with h5py.File(path) as file:
                 files.append(read_metadata(path, file))
         except Exception as error:   # h5py raises KeyError, OSError, ValueError, ..., by what is damaged
-            raise UserError(f"{path} is not in The Well's 2-D format ({common.reason(error)}): write_well_file "
-                            f"of data/{SCRIPT}/prepare.py writes it") from error
+            raise UserError(f"{path} is not in The Well's 2-D format ({common.reason(error)}): "
+                            f"data/{SCRIPT}/prepare.py has write_well_file") from error
         for name in ("grid", "names", "periodic"):
             if getattr(files[-1], name) != getattr(files[0], name):
                 raise UserError(f"{path} has {name} {getattr(files[-1], name)}, but {paths[0].name} "
@@ -716,7 +719,7 @@ class Windows:
         self.texts = {}                          # prompt -> L D, of encode_prompts
 
     def fields(self, numbers, shifts=None):
-        """Windows -> B T C H W. shifts: B in [0, 1), by which periodic axes are rolled: no place is special."""
+        """Windows -> B T C H W. shifts: B in [0, 1), by which periodic axes are rolled."""
         windows = []
         for b, n in enumerate(numbers):
             i, trajectory, start = self.rows[n]
@@ -730,7 +733,8 @@ class Windows:
 
     def prompt(self, i, k):
         """Of trajectory k of file i: the set's name and its scalars, as "shear flow, Reynolds 1e+05"."""
-        return ", ".join([self.files[i].dataset.replace("_", " "), *(f"{name} {x[k]:g}" for name, x in self.files[i].scalars.items())])
+        scalars = [f"{name} {values[k]:g}" for name, values in self.files[i].scalars.items()]
+        return ", ".join([self.files[i].dataset.replace("_", " "), *scalars])
 
     def text(self, places, device):
         """[(file, trajectory, ...)] -> B L D, or None where no network reads text."""
@@ -743,7 +747,7 @@ class Windows:
 def open_data(args, run):
     """-> {split: Windows}, with texts encoded in --mode native: the encoder, which has 11 GB, is loaded and
     dropped. UserError where splits do not fit together."""
-    data = {split: Windows(args, split, 32 if split == "valid" else 0) for split in ("train", "valid", "test")}
+    data = {split: Windows(args, split, count) for split, count in zip(SPLITS, (0, 32, 0))}
     train = data["train"]
     for windows in data.values():
         if (windows.names, windows.grid) != (train.names, train.grid):
@@ -835,7 +839,7 @@ def evaluate(args, run, model, test):
     """VRMSE of windows and rollouts of the test split -> [eval.json, curves.png] on rank 0."""
     began, past, first = time.time(), max(args.n_in, 2), max(FIRST_TARGET, args.n_in)
     starts = [(i, k, start + past) for i, k, start in list_windows(
-        test.files, past + args.n_out, args.eval_windows)]
+        test.files, past + args.n_out, args.eval_clips)]
     short = forecast_scores(args, run, model, test, starts, args.n_out)
     starts = [(i, k, first) for i, file in enumerate(test.files) for k in range(file.trajectories)]
     steps = min(args.rollout_frames, min(file.steps for file in test.files) - first)
@@ -844,8 +848,8 @@ def evaluate(args, run, model, test):
         return []
     rows = {name: summarize(table, long.get(name), test.names) for name, table in short.items()}
     columns = ["one_step", "all_steps", "rollout_6:12", "rollout_13:30"]
-    print(f"VRMSE, mean over fields: held-out windows (all_steps: 1 to {args.n_out}) and rollouts whose first "
-          f"target is frame {first}")
+    print(f"VRMSE, mean over fields: held-out windows (all_steps: 1 to {args.n_out}) and rollouts from frame "
+          f"{first - 1}")
     weights = "tiny, trained by this run" if args.model == "tiny" else args.weights_from
     files = common.report(
         SCRIPT, args, weights, began, ("one_step", "persistence", True), rows.pop("model"), rows,
@@ -998,7 +1002,7 @@ def train(args, run, stage, folder, steps, lr, checkpoint):
 def stage_plan(args):
     """-> [(stage, its folder in output_dir, steps, peak learning rate)]; the last one's folder is the run.
     --max_steps are LoRA's: each expert's share is that of its noise levels in Wan's schedule."""
-    high = round(args.max_steps * (1 - unshift_sigma(BOUNDARY, args.shift)))
+    high = round(args.max_steps * high_share(args.shift))
     steps = {"adapter": args.adapter_steps, "base": args.base_steps, "high": max(1, high),
              "low": max(1, args.max_steps - high), "decoder": args.decoder_steps}
     rates = {"adapter": args.adapter_lr, "base": args.base_lr, "decoder": args.adapter_lr}
@@ -1030,20 +1034,19 @@ def fit_adapter(args, train_set):
     """Writes adapter/: the adapter before training, fitted to about 40 windows, and for tiny runs a linear
     codec in place of the VAE, fitted to the same."""
     folder = Path(args.output_dir, "adapter")
-    if (folder / "adapter.json").is_file():
+    if (folder / "adapter.safetensors").is_file():
         return
-    folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     adapter = make_adapter(args, train_set.names, train_set.grid)
     fields = train_set.fields(range(0, len(train_set.rows), max(1, len(train_set.rows) // 40)))
     adapter.fit(fields)
-    common.save_weights(folder / "adapter.safetensors", adapter.state_dict())
+    common.write_json(folder / "adapter.json", {
+        "names": train_set.names, "grid": train_set.grid, "periodic": train_set.periodic})
     if args.model == "tiny":
         with torch.no_grad():
             codec = common.LinearCodec.fit(adapter.to_video(fields), TINY["transformer"]["out_channels"])
         common.save_weights(folder / "codec.safetensors", codec.tensors)
-    common.write_json(folder / "adapter.json", {              # last: the folder is complete
-        "names": train_set.names, "grid": train_set.grid, "periodic": train_set.periodic})
+    common.save_weights(folder / "adapter.safetensors", adapter.state_dict())      # last: it is complete
 
 
 def stage_weights(args, stage):
@@ -1061,9 +1064,11 @@ def load_adapter(args, device):
     adapter = make_adapter(args, meta["names"], meta["grid"])
     weights = stage_weights(args, "adapter") or common.load_weights(folder / "adapter.safetensors")
     adapter = common.load_for_inference(adapter, weights, folder, device)
-    if args.model != "tiny":
-        return adapter, load_part(args, "vae", device).requires_grad_(False), meta["periodic"]
-    return adapter, common.LinearCodec(common.load_weights(folder / "codec.safetensors"), device), meta["periodic"]
+    if args.model == "tiny":
+        vae = common.LinearCodec(common.load_weights(folder / "codec.safetensors"), device)
+    else:
+        vae = load_part(args, "vae", device).requires_grad_(False)
+    return adapter, vae, meta["periodic"]
 
 
 def make_network(args, run, stage, adapter, vae, periodic):
@@ -1160,7 +1165,8 @@ class Stage:
 def latent_shape(args, adapter):
     """Latents of a window: channels, F, h, w."""
     channels = TINY["transformer"]["out_channels"] if args.model == "tiny" else 16
-    return channels, adapter.latent_frames(args.n_in + args.n_out), *(side // 8 for side in adapter.video_size)
+    height, width = adapter.video_size
+    return channels, adapter.latent_frames(args.n_in + args.n_out), height // 8, width // 8
 
 
 def train_stages(args, run, data, checkpoint):
@@ -1171,8 +1177,11 @@ def train_stages(args, run, data, checkpoint):
         fit_adapter(args, data["train"])
     common.barrier()
     for name, folder, steps, lr in stage_plan(args):
-        found = checkpoint if folder == "." else common.find_checkpoint(root / folder / "ckpt", SCRIPT, resume)
-        if found and found.meta["step"] >= steps and (name not in TRANSFORMERS or (root / "final" / name).exists()):
+        found = checkpoint
+        if folder != ".":
+            found = common.find_checkpoint(root / folder / "ckpt", SCRIPT, resume)
+        complete = found and found.meta["step"] >= steps
+        if complete and (name not in TRANSFORMERS or any((root / "final" / name).glob("*.safetensors"))):
             continue
         torch.manual_seed(args.seed)             # equal initial weights on all processes and after a restart
         stage = Stage(args, run, name, data)
@@ -1212,8 +1221,8 @@ def dry_run(args):
                 inputs = z, torch.randn(B, shape[0] + 4, *shape[1:]), text, torch.rand(B), z
                 if args.grad_checkpoint:
                     module.transformer.enable_gradient_checkpointing()
-            print(common.dry_run_report(f"stage {stage}", module, lambda: module(*inputs)[0], B, tokens, world,
-                                        args.fsdp and tokens > 0))
+            print(common.dry_run_report(f"stage {stage}", module, lambda: module(*inputs)[0], B, tokens,
+                                        world, args.fsdp and tokens > 0))
     if not tiny:
         print("  beside it, 0.5 GB of VAE in fp32")
 
