@@ -253,10 +253,10 @@ SCRIPTS = {
     "well_i2v": dict(
         tiny="--preset tiny --dtype float32 --adapter learned --adapter_steps 4 --width 8 --base_steps 4 "
              "--max_steps 8 --decoder_steps 4 --shift 9 --lora_rank 2 --batch_size 4 --lr 1 --base_lr .1 "
-             "--adapter_lr 1 --warmup_steps 1000 --log_every 1 --eval_every 2 --save_every 2 --keep_last 0 "
+             "--adapter_lr 0 --warmup_steps 1000 --log_every 1 --eval_every 2 --save_every 2 --keep_last 0 "
              "--num_inference_steps 2 --members 2 --eval_clips 4 --rollout_frames 12 --num_samples 1 "
              "--sample_frames 6 --frame_repeat 1",
-        set=["--nx", "16", "--frames", "16", "--spacing", ".08", "--train", "1", "--t_cools", "0.1,1"],
+        set=["--nx", "16", "--frames", "16", "--spacing", ".08", "--train", "1", "--t_cools", "0.1", "1"],
         prepare=lambda: well_prepare.main([*SCRIPTS["well_i2v"]["set"], "--data_dir",
                                            well.PRESETS["tiny"]["data_dir"]]),
         stages=("adapter", "base", "high", "low", "."), reuse="", steps="--decoder_steps", typed=False,
@@ -283,7 +283,7 @@ SCRIPTS = {
             ("--n_in 5", "--n_in 5: --mode native starts from one frame", None),
             ("--video_size 20,48", "multiples of 16, not 20,48", None),
             ("--video_size big", "multiples of 16, not big: give --video_size H,W", None),
-            ("--text_length 8", "text", None),
+            ("--text_length 8", "--text_length 8: a prompt has as many tokens or more", None),
             ("--lora_targets ff.net.2", "--lora_targets ff.net.2: choose from to_q", None),
             ("--mode adapter --adapter tile", "--mode adapter trains the adapter", None),
             ("--adapter pca", "invalid choice: 'pca'", None),
@@ -375,7 +375,7 @@ vidar.POSES = 8
 vidarc.DOCUMENT.clear()                          # what is timed is as small as the rest
 vidar.TINY["transformer"].update(num_attention_heads=2, attention_head_dim=24, ffn_dim=144, num_layers=3)
 well.PRESETS["tiny"]["batch_size"] = 3            # so that two processes do not share a batch of 4
-well.TINY["transformer"].update(num_attention_heads=2, attention_head_dim=24, ffn_dim=96, num_layers=2)
+well.TINY["transformer"].update(num_attention_heads=2, attention_head_dim=24, ffn_dim=144, num_layers=2)
 physics.TINY["transformer"].update(num_attention_heads=2, attention_head_dim=16, ffn_dim=64, num_layers=2)
 BAD_ANYWHERE = [
     ("--warm_strat 0.2", "unrecognized arguments: --warm_strat", None),
@@ -3413,15 +3413,19 @@ def test_well_convlstm_losses():
         torch.testing.assert_close(loss, 2 * terms["latent_loss"] + terms["physics_loss"])
 
 
-def test_well_decoder_starts_as_the_identity_and_respects_the_symmetry():
-    """Rolled along a periodic axis, in steps of its patches, it gives the rolled result."""
-    net = well.Decoder(9, 4, 8, (True, False), contextlib.nullcontext)
-    y, given, lead = torch.randn(2, 3, 4, 16, 32), torch.randn(2, 1, 4, 16, 32), torch.tensor([[1, 2, 8]] * 2)
-    assert torch.equal(net.repair(y, given, lead), y)
+def test_well_decoder_starts_as_a_mean_and_respects_the_symmetry():
+    """Rolled along a periodic axis, in steps of its patches, it gives the rolled result; each frame follows
+    the repaired one before."""
+    net = well.Decoder(4, 8, (True, False), contextlib.nullcontext)
+    y, before, lead = torch.randn(2, 4, 16, 32), torch.randn(2, 4, 16, 32), torch.tensor([5, 5])
+    assert torch.allclose(net.repair(y, before, lead), (y + before) / 2, atol=1e-6)    # sigmoid(0)
+    assert torch.equal(net.repair(None, before, lead), before)
     nn.init.normal_(net.last.weight, std=.1)
-    once, rolled = net.repair(y, given, lead), net.repair(y.roll(8, -2), given.roll(8, -2), lead)
+    once, rolled = net.repair(y, before, lead), net.repair(y.roll(8, -2), before.roll(8, -2), lead)
     torch.testing.assert_close(rolled, once.roll(8, -2), rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(net.repair(y, given, lead.flip(1)), once)
+    twice = net.repair(before, once, lead + 1)
+    field_map, forecast = well_adapter().map, torch.stack([y, before], dim=1)
+    assert net(forecast, before, lead, torch.stack([once, twice], dim=1), field_map)[0] < 2e-3
 
 
 def test_well_rollout_feeds_back_the_last_frames():

@@ -50,12 +50,14 @@ FIRST_TARGET = 4                         # The Well's rollouts are given 4 frame
 # ---- presets and flags ----------------------------------------------------------------------------------
 
 PRESETS = {
+    # One network call from pure noise forecasts the mean, which VRMSE rewards, so that high noise has most of
+    # the schedule.
     "tiny": dict(
-        model="tiny", data_dir=f"data/{SCRIPT}/simulated", adapter="tile", frame_repeat=4,
-        text_length=64, base_steps=700, base_lr=2e-3, max_steps=200, lr=1e-3, adapter_lr=3e-3,
-        lora_targets=",".join(LORA_TARGETS), decoder_steps=350, shift=8.0, batch_size=4, warmup_steps=50,
-        ema_decay=0.99, num_inference_steps=2, members=1, eval_clips=32, rollout_frames=30,
-        sample_frames=16, eval_every=350, save_every=350),
+        model="tiny", data_dir=f"data/{SCRIPT}/simulated", adapter="tile", frame_repeat=4, text_length=64,
+        base_steps=550, base_lr=2e-3, max_steps=130, lr=1e-3, lora_targets=",".join(LORA_TARGETS),
+        decoder_steps=600, adapter_lr=1e-3, shift=40.0, batch_size=4, warmup_steps=30, ema_decay=0.99,
+        num_inference_steps=1, members=1, eval_clips=32, rollout_frames=30, sample_frames=16, eval_every=300,
+        save_every=300),
     # The reference project's configuration: 20 epochs of 6,696 windows, batch 1 on each of 4 GPUs.
     "i2v_a14b": dict(data_dir="data/the_well", lr=1e-5, batch_size=1, max_steps=33480, grad_checkpoint=True,
                      save_every=500, eval_every=1000),
@@ -99,7 +101,7 @@ def build_parser():
     add("--text_length", type=at_least(1), default=512, help="tokens of a prompt, padding included")
     add = parser.add_argument_group("stages").add_argument
     add("--adapter_steps", type=at_least(0), default=2000, help="optimizer steps of the learned adapter")
-    add("--adapter_lr", type=at_least(0, float), default=2e-4, help="peak rate of adapter and decoder")
+    add("--adapter_lr", type=at_least(0, float), default=2e-4, help="that of adapter and decoder (0: --lr)")
     add("--base_steps", type=at_least(0), default=0, help="optimizer steps of the tiny base")
     add("--base_lr", type=at_least(0, float), default=1e-3, help="peak learning rate of the tiny base")
     add("--decoder_steps", type=at_least(0), default=0, help="optimizer steps of the decoder (0: none)")
@@ -355,18 +357,29 @@ class UNet(nn.Module):
 class Decoder(UNet):
     """The last part of the inverse adapter, trained on the path of inference: it repairs forecasts.
 
-    Adapter and VAE lose small scales. A small U-Net sees the decoded forecast and the given frame, as mapped
-    fields, and adds to the forecast what the given frame still tells about it. In --mode unet, a baseline as
-    in The Well, the forecast that it repairs is the given frame.
+    Adapter and VAE lose small scales, which the frame before has. A mean of both, whose weights depend on
+    field and lead time, is corrected by a small U-Net that sees both, as mapped fields: frame by frame, each
+    from the repaired one before. In --mode unet, a baseline as in The Well, there is no other forecast.
     """
-    def repair(self, forecast, given, lead):
-        """forecast B T C H W, given B 1 C H W, lead B T: frames since the given one -> B T C H W."""
-        lead = expand_to(lead / 8, forecast).expand_as(forecast[:, :, :1])
-        x = torch.cat([forecast, given.expand_as(forecast), lead], dim=2)
-        return forecast + self.change(x.flatten(0, 1)).unflatten(0, forecast.shape[:2])
+    def __init__(self, C, *arguments):
+        super().__init__(2 * C + 1, C, *arguments)
+        self.gate = nn.Parameter(torch.tensor([[-0.5], [0.1]]).repeat(1, C))
 
-    def forward(self, forecast, given, lead, target, field_map):
-        return field_map.relative_error(self.repair(forecast, given, lead), target), {}
+    def repair(self, forecast, before, lead):
+        """Decoded frame and repaired frame before it, B C H W or forecast None, lead B -> B C H W."""
+        forecast = before if forecast is None else forecast
+        lead = lead.float().view(-1, 1, 1, 1)
+        weight = torch.sigmoid(self.gate[0, :, None, None] + self.gate[1, :, None, None] * lead)
+        x = torch.cat([forecast, before, (lead / 8).expand_as(forecast[:, :1])], dim=1)
+        return before + weight * (forecast - before) + self.change(x)
+
+    def forward(self, forecast, before, lead, target, field_map):
+        """Frames lead, lead + 1, ... of a window: forecast, target B T C H W, before B C H W -> loss."""
+        frames = []
+        for t in range(target.shape[1]):
+            before = self.repair(None if forecast is None else forecast[:, t], before, lead + t)
+            frames.append(before)
+        return field_map.relative_error(torch.stack(frames, dim=1), target), {}
 
 
 class ConvLSTM(nn.Module):
@@ -459,9 +472,9 @@ def load_expert(args, stage, device, autocast=contextlib.nullcontext):
     expert = Expert(dit, contextlib.nullcontext if tiny else autocast)
     if stage == "base":
         return expert.requires_grad_(True)
-    base = common.find_checkpoint(Path(args.output_dir, "base/ckpt"), SCRIPT, "auto")
+    base = stage_weights(args, "base")
     if base:
-        common.restore_state(expert, base.state["ema"], source=str(base.path))
+        common.restore_state(expert, base, source="stage base")
     from peft import LoraConfig
     expert.requires_grad_(False).transformer.add_adapter(LoraConfig(
         r=args.lora_rank, lora_alpha=args.lora_rank, target_modules=args.lora_targets.split(",")))
@@ -553,18 +566,19 @@ class Forecaster:
     def predict(self, history, text=None, seeds=None):
         """history B n_in C H W in physical units, text B L D, seeds B tuples -> B n_out C H W."""
         args, field_map, first = self.args, self.adapter.map, history[:, :1]
-        given = field_map(history[:, -1:], first)
         z, cond = self.encode(torch.cat([history, history[:, -1:].expand(-1, args.n_out, -1, -1, -1)], 1))
         if args.mode == "convlstm":
             z = self.networks["convlstm"].extend(z, self.adapter.latent_frames(args.n_in))
         if args.mode == "native":
             z = self.sample_latents(cond, seeded_noise(z, seeds), text)
         y = self.decode(z)                       # in --mode adapter, of persistence
-        if args.mode == "unet":
-            y = given.expand_as(y)
         if "decoder" in self.networks:
-            lead = torch.arange(1, args.n_out + 1, device=self.device).expand(len(y), -1)
-            y = self.networks["decoder"].repair(y, given, lead)
+            frames = [field_map(history[:, -1:], first)[:, 0]]
+            for t in range(args.n_out):
+                forecast = None if args.mode == "unet" else y[:, t]
+                lead = torch.full((len(y),), t + 1, device=self.device)
+                frames.append(self.networks["decoder"].repair(forecast, frames[-1], lead))
+            y = torch.stack(frames[1:], dim=1)
         return field_map.inverse(y, first)
 
 
@@ -609,8 +623,8 @@ def open_split(args, split):
     folders = [root, root / args.dataset, root / "datasets" / args.dataset]
     folder = next((folder / "data" / split for folder in folders if (folder / "data").is_dir()), None)
     if folder is None:
-        raise UserError(f"no data set in {root} (looked for data, {args.dataset}/data and datasets/"
-                        f"{args.dataset}/data): python data/{SCRIPT}/prepare.py --download --data_dir {root}")
+        raise UserError(f"no data set in {' or '.join(f'{folder}/data' for folder in folders)}: "
+                        f"python data/{SCRIPT}/prepare.py --download --data_dir {root}")
     paths, _ = common.find_files(folder, (".hdf5", ".h5")) if folder.is_dir() else ([], None)
     if not paths:
         raise UserError(f"no .hdf5 files in {folder}: a set has data/train, data/valid and data/test")
@@ -622,10 +636,9 @@ def open_split(args, split):
         except Exception as error:   # h5py raises KeyError, OSError, ValueError, ..., by what is damaged
             raise UserError(f"{path} is not in The Well's 2-D format ({common.reason(error)}): "
                             f"data/{SCRIPT}/prepare.py has write_well_file") from error
-        for name in ("grid", "names", "periodic"):
-            if getattr(files[-1], name) != getattr(files[0], name):
-                raise UserError(f"{path} has {name} {getattr(files[-1], name)}, but {paths[0].name} "
-                                f"{getattr(files[0], name)}: a set has one {name}")
+        mine, first = ((file.names, file.grid, file.periodic) for file in (files[-1], files[0]))
+        if mine != first:
+            raise UserError(f"{path} has fields, grid and periodic axes {mine}, {paths[0].name} {first}")
     return files
 
 
@@ -753,14 +766,15 @@ def open_data(args, run):
         if (windows.names, windows.grid) != (train.names, train.grid):
             raise UserError(f"{windows.files[0].path} has other fields or another grid than split train")
     counts = [f"{split}: {len(windows.rows)} windows" for split, windows in data.items()]
-    common.print_once(f"{', '.join(train.names)} on {train.grid[0]} x {train.grid[1]}; {', '.join(counts)}")
-    for left_out in train.files[0].left_out:
-        common.print_once(f"left out: {left_out}")
+    left_out = [f"left out: {name}" for name in train.files[0].left_out]
+    common.print_once("; ".join([f"{', '.join(train.names)} on {train.grid}", *counts, *left_out]))
     if args.mode == "native":
         parts = [load_part(args, part, run.device) for part in ("tokenizer", "text_encoder")]
         prompts = sorted({windows.prompt(i, k) for windows in data.values()
                           for i, file in enumerate(windows.files) for k in range(file.trajectories)})
         texts = [text.cpu() for text in common.encode_text(*parts, prompts, args.text_length)]
+        if max(map(len, texts)) >= args.text_length:
+            raise UserError(f"--text_length {args.text_length}: a prompt has as many tokens or more")
         for windows in data.values():
             windows.texts = dict(zip(prompts, texts))
     return data
@@ -861,14 +875,14 @@ def evaluate(args, run, model, test):
     return files
 
 
-def picture(values, truth, name):
-    """T H W -> T 3 H W in [-1, 1], on a colour scale from the truth: symmetric for components of vectors."""
+def picture(values, truth):
+    """T H W -> T 3 H W in [-1, 1], on a colour scale from the truth, symmetric where that has both signs."""
     import matplotlib
     low, high = np.percentile(truth.numpy(), [0.1, 99.9])
-    if name.endswith(("_x", "_y")):
+    if low < 0 < high:
         low, high = -max(-low, high), max(-low, high)
-    colours = matplotlib.colormaps["PuOr_r" if low == -high else "viridis"]
-    rgb = colours(((values.numpy() - low) / max(high - low, 1e-12)).clip(0, 1))[..., :3]
+    rgb = matplotlib.colormaps["RdBu_r" if low < 0 < high else "viridis"](
+        ((values.numpy() - low) / max(high - low, 1e-12)).clip(0, 1))[..., :3]
     return torch.from_numpy(rgb).movedim(-1, 1).float() * 2 - 1
 
 
@@ -888,8 +902,8 @@ def sample(args, run, model, test):
         forecast = torch.cat([history[0], forecast[0, 0]]).cpu()
         panels = {}
         for c, name in enumerate(test.names):
-            panels[name] = picture(truth[:, c], truth[:, c], name)
-            panels[f"{name}, forecast"] = picture(forecast[:, c], truth[:, c], name)
+            panels[name] = picture(truth[:, c], truth[:, c])
+            panels[f"{name}, forecast"] = picture(forecast[:, c], truth[:, c])
         stem = Path(args.output_dir, "samples", f"{test.files[i].path.stem}_{k}")
         labels = ["given"] * args.n_in + [f"t+{t}" for t in range(1, steps + 1)]
         scale = max(1, round(200 / truth.shape[-1]))
@@ -920,8 +934,9 @@ def wrap(module, args, run):
     blocks = module.transformer.blocks if isinstance(module, Expert) else []
     if blocks and args.grad_checkpoint:
         module.transformer.enable_gradient_checkpointing()
-    for block in blocks if args.compile else ():
-        block.compile()
+    if blocks and args.compile:
+        for block in blocks:
+            block.compile()
     if blocks and args.fsdp:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -1005,7 +1020,8 @@ def stage_plan(args):
     high = round(args.max_steps * high_share(args.shift))
     steps = {"adapter": args.adapter_steps, "base": args.base_steps, "high": max(1, high),
              "low": max(1, args.max_steps - high), "decoder": args.decoder_steps}
-    rates = {"adapter": args.adapter_lr, "base": args.base_lr, "decoder": args.adapter_lr}
+    rates = {"base": args.base_lr, "adapter": args.adapter_lr or args.lr,
+             "decoder": args.adapter_lr or args.lr}
     stages = ["adapter"] if args.adapter == "learned" and args.mode in ("native", "convlstm") else []
     if args.mode == "native":
         stages += ["base"] if args.model == "tiny" else []
@@ -1051,10 +1067,9 @@ def fit_adapter(args, train_set):
 
 def stage_weights(args, stage):
     """The EMA weights of a stage's newest checkpoint, or None."""
-    for name, folder, _, _ in stage_plan(args):
-        checkpoint = common.find_checkpoint(Path(args.output_dir, folder, "ckpt"), SCRIPT, "auto")
-        if name == stage and checkpoint:
-            return checkpoint.state["ema"]
+    folder = {name: folder for name, folder, *_ in stage_plan(args)}.get(stage)
+    checkpoint = folder and common.find_checkpoint(Path(args.output_dir, folder, "ckpt"), SCRIPT, "auto")
+    return checkpoint.state["ema"] if checkpoint else None
 
 
 def load_adapter(args, device):
@@ -1079,7 +1094,7 @@ def make_network(args, run, stage, adapter, vae, periodic):
     if stage == "convlstm":
         return ConvLSTM(vae.config.z_dim).to(run.device), (adapter, vae, adapter.latent_frames(args.n_in))
     if stage == "decoder":
-        return Decoder(2 * C + 1, C, args.width, periodic, run.autocast).to(run.device), (adapter.map,)
+        return Decoder(C, args.width, periodic, run.autocast).to(run.device), (adapter.map,)
     return load_expert(args, stage, run.device, run.autocast), ()
 
 
@@ -1135,17 +1150,17 @@ class Stage:
         z, cond = model.encode(fields)
         if self.name != "decoder":
             return z, cond, text, draw_sigma(values["u"], self.name, self.args.shift), values["noise"]
-        mapped = model.adapter.map(fields, fields[:, :1])
-        given = mapped[:, -n_out - 1:-n_out]
-        if self.args.mode == "unet":
-            y = given.expand(-1, n_out, -1, -1, -1)
-        else:
+        mapped = model.adapter.map(fields, fields[:, :1])[:, -n_out - 1:]
+        y = None
+        if self.args.mode == "native":
             y = model.decode(model.sample_latents(cond, values["noise"], text))
-        # The first frame of each forecast and another one: every frame costs a pass of the decoder.
-        other = (1 + values["u"] * (n_out - 1)).long().clamp(max=n_out - 1)
-        lead = torch.stack([torch.zeros_like(other), other], dim=1)
-        y, target = (torch.take_along_dim(x, expand_to(lead, x), 1) for x in (y, mapped[:, -n_out:]))
-        return y, given, lead + 1, target, *self.context
+        # Up to four successive frames, from a random true one on: each costs a pass of the decoder.
+        unroll = min(4, n_out)
+        lead = 1 + (values["u"] * (n_out - unroll + 1)).long().clamp(max=n_out - unroll)
+        steps = lead[:, None] + torch.arange(unroll, device=lead.device)
+        take = lambda x, index: torch.take_along_dim(x, expand_to(index, x), 1)
+        return (y if y is None else take(y, steps - 1), take(mapped, lead[:, None] - 1)[:, 0], lead,
+                take(mapped, steps), *self.context)
 
     def loss(self, net, values):
         return net(*self.inputs(self.data["train"], values["window"].tolist(), values, values["shift"]))
@@ -1153,10 +1168,10 @@ class Stage:
     def validate(self, net):
         """The same windows, noise levels and noise at every validation."""
         valid, size, terms = self.data["valid"], self.args.batch_size, {}
-        for first in range(0, len(valid.rows), size):
-            numbers = range(first, min(first + size, len(valid.rows)))
-            values = common.sample_global_batch(self.spec, first, len(numbers), device=self.run.device)
-            loss, more = net(*self.inputs(valid, numbers, values))
+        drawn = common.sample_global_batch(self.spec, 0, len(valid.rows), device=self.run.device)
+        for numbers in torch.arange(len(valid.rows)).split(size):
+            values = {name: value[numbers[0]:numbers[-1] + 1] for name, value in drawn.items()}
+            loss, more = net(*self.inputs(valid, numbers.tolist(), values))
             for term, value in {"loss": loss, **more}.items():
                 terms[term] = terms.get(term, 0) + value.item() * len(numbers) / len(valid.rows)
         return {f"val_{term}": value for term, value in terms.items()}
@@ -1214,7 +1229,7 @@ def dry_run(args):
             module, context = make_network(args, run, stage, adapter, vae, (True, False))
             inputs, tokens = (fields, *context), 0
             if stage == "decoder":
-                inputs = fields[:, 1:3], fields[:, :1], torch.ones(B, 2), fields[:, 1:3], *context
+                inputs = fields[:, 1:3], fields[:, 0], torch.ones(B), fields[:, 1:3], *context
             if isinstance(module, Expert):
                 tokens, z = math.prod(shape[1:]) // 4, torch.randn(B, *shape)
                 text = torch.randn(B, args.text_length, module.transformer.config.text_dim)

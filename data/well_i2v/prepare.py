@@ -2,16 +2,13 @@
 
 Run         python data/well_i2v/prepare.py                                    # 20 runs on 32 x 96: 1 min
             python data/well_i2v/prepare.py --download --data_dir data/the_well          # 7 GB, can resume
-            python data/well_i2v/prepare.py --download shear_flow --data_dir data/the_well
-            python data/well_i2v/prepare.py --nx 128 --t_cools 0.03,0.10,0.32,1,3.16 --train 8 --data_dir DIR
+            python data/well_i2v/prepare.py --nx 128 --t_cools 0.03 0.1 0.32 1 3.16 --train 8 --data_dir DIR
 Writes      data_dir/data/{train,valid,test}/*.hdf5, with the attributes that the_well's WellDataset reads
-From Python write_well_file(path, fields, boundaries, scalars) for fields of your own; see README.md
 Equations   d(rho, rho u, E)/dt = -div F - cooling: 2-D Euler, MUSCL, HLLC, by axis -> solve
 """
 import argparse
 import math
 import os
-import re
 import shutil
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -34,38 +31,38 @@ SPACING = 1.597033                         # between the published set's 101 sna
 
 # ---- The Well's format ----------------------------------------------------------------------------------
 
-def write_well_file(path, fields, boundaries=("OPEN", "OPEN"), scalars={}, vectors={}, times=None,
+def put(group, name, data, time_varying=False, **attributes):
+    stored = group.create_dataset(name, data=data)
+    stored.attrs.update({"sample_varying": False, "time_varying": time_varying, **attributes})
+
+
+def write_well_file(path, fields, boundaries=("OPEN", "OPEN"), scalars=None, vectors=None, times=None,
                     dataset="", spacing=1.0):
     """Writes an HDF5 file in The Well's format, whole or not at all.
 
-    fields: {name: T H W, or N T H W of N trajectories}. vectors: {name: ... H W 2}, components along H, W.
-    boundaries: of the axes H and W, PERIODIC, OPEN or WALL. scalars: {name: number}. times: T. spacing: of
-    grid cells. ValueError where shapes differ.
+    fields: {name: T H W, or N T H W of N trajectories}. vectors: {name: ... H W 2}. boundaries: of H and W,
+    PERIODIC, OPEN or WALL. scalars: {name: number}. times: T. ValueError where shapes differ.
     """
-    arrays = [(0, name, np.asarray(array, np.float32)) for name, array in fields.items()]
-    arrays += [(1, name, np.asarray(array, np.float32)) for name, array in vectors.items()]
-    arrays = [(order, name, a if a.ndim == 4 + order else a[None]) for order, name, a in arrays]
-    shape = arrays[0][2].shape[:4]
-    for order, name, array in arrays:
-        if array.shape != shape + (2,) * order:
-            raise ValueError(f"{name} has shape {array.shape}, expected {shape + (2,) * order}")
-    N, T, H, W = shape
-    path, strings = Path(path), h5py.string_dtype()
+    path, strings, scalars = Path(path), h5py.string_dtype(), scalars or {}
+    groups = [{name: np.asarray(array, np.float32) for name, array in named.items()}
+              for named in (fields, vectors or {}, {})]            # by order of the tensors
+    for order, named in enumerate(groups):
+        groups[order] = {name: a if a.ndim == 4 + order else a[None] for name, a in named.items()}
+    shape = next(array.shape[:4] for named in groups for array in named.values())
+    for order, named in enumerate(groups):
+        for name, array in named.items():
+            if array.shape != shape + (2,) * order:
+                raise ValueError(f"{name} has shape {array.shape}, expected {shape + (2,) * order}")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".tmp_{path.name}")
-
-    def put(group, name, data, time_varying=False, **attributes):
-        stored = group.create_dataset(name, data=data)
-        stored.attrs.update({"sample_varying": False, "time_varying": time_varying, **attributes})
-
     with h5py.File(part, "w") as file:
         file.attrs.update({
             "dataset_name": dataset or path.stem, "grid_type": "cartesian", "n_spatial_dims": 2,
-            "n_trajectories": N, "simulation_parameters": np.array(list(scalars), strings), **scalars})
+            "n_trajectories": shape[0], "simulation_parameters": np.array(list(scalars), strings), **scalars})
         group = file.create_group("dimensions")
         group.attrs["spatial_dims"] = ["x", "y"]
-        put(group, "time", np.arange(T, dtype=np.float32) if times is None else np.float32(times), True)
-        for axis, kind, n in zip("xy", boundaries, (H, W)):
+        put(group, "time", np.float32(np.arange(shape[1]) if times is None else times), True)
+        for axis, kind, n in zip("xy", boundaries, shape[2:]):
             put(group, axis, np.float32((np.arange(n) + 0.5) * spacing))
             boundary = file.create_group(f"boundary_conditions/{axis}_{kind.lower()}")
             boundary.attrs.update({"associated_dims": [axis], "associated_fields": np.array([], strings),
@@ -75,17 +72,16 @@ def write_well_file(path, fields, boundaries=("OPEN", "OPEN"), scalars={}, vecto
         group.attrs["field_names"] = np.array(list(scalars), strings)
         for name, value in scalars.items():
             put(group, name, np.float32(value))
-        for order in range(3):
+        for order, named in enumerate(groups):
             group = file.create_group(f"t{order}_fields")
-            group.attrs["field_names"] = np.array([name for o, name, _ in arrays if o == order], strings)
-            for _, name, array in (entry for entry in arrays if entry[0] == order):
+            group.attrs["field_names"] = np.array(list(named), strings)
+            for name, array in named.items():
                 put(group, name, array, True, sample_varying=True, dim_varying=[True, True])
     part.replace(path)
 
 
 def download(dataset, root):
-    """Fetches a set of The Well from the Hugging Face hub into root/datasets/. Complete files stay, a broken
-    transfer resumes. UserError without a network, or for a set that does not exist."""
+    """Fetches a set of The Well from the Hugging Face hub into root/datasets/, or resumes that."""
     from huggingface_hub import snapshot_download
     folder, repo = Path(root) / "datasets" / dataset, f"polymathic-ai/{dataset}"
     try:
@@ -93,20 +89,16 @@ def download(dataset, root):
                           allow_patterns=["stats.yaml", *(f"data/{split}/*" for split in SPLITS)])
     except Exception as error:                     # the hub's own, httpx's or OSError, by what failed
         raise UserError(f"cannot download https://huggingface.co/datasets/{repo} ({common.reason(error)}): "
-                        f"with a network, hf download {repo} --repo-type dataset --local-dir "
-                        f"{folder}") from error
+                        f"hf download {repo} --repo-type dataset --local-dir {folder}") from error
     print(f"wrote {folder}")
 
 
 # ---- simulated radiative layer --------------------------------------------------------------------------
-# 2-D Euler with a cooling layer between hot dilute and cold dense gas (Fielding 2020), in The Well's units:
-# the box is 1 wide and 3 high, P = 1, hot rho = T = 1. Initial profile and cooling curve are this program's
-# choice; the moments are near the published ones. Conserved U: rho, rho u, rho v, E; primitive W: rho, u, v,
-# P; both 4 B nx ny, so that a component is contiguous.
+# A cooling layer between hot dilute and cold dense gas (Fielding 2020), in The Well's units: the box is 1
+# wide and 3 high, P = 1, hot rho = T = 1. Initial profile and cooling curve are this program's choice; the
+# moments are near the published ones. U: rho, rho u, rho v, E; W: rho, u, v, P; both 4 B nx ny.
 
-GAMMA = 5 / 3
-T_COLD, T_HOT = 0.01, 1.0
-
+GAMMA, T_COLD, T_HOT = 5 / 3, 0.01, 1.0
 
 def to_primitive(U, out=None):
     """U -> W, with floors of 1e-3 under density and pressure."""
@@ -126,11 +118,8 @@ def to_conserved(W):
 
 
 def padded_primitive(U, axis, boundary):
-    """U -> W with two ghost cells on each side of an axis: "periodic", "open" (zero gradient) or "reservoir".
-
-    A reservoir is open below, and above it has hot gas with P = 1 and v = 0: without it the box loses its
-    pressure to cooling, and with the velocity copied instead, sound is reflected and P is 1, not .95.
-    """
+    """U -> W with two ghost cells on each side of an axis: "periodic", "open" (zero gradient) or "reservoir",
+    which is open below and has hot gas at rest with P = 1 above: it keeps the pressure, and absorbs sound."""
     n, sizes = U.shape[axis], list(U.shape)
     sizes[axis] += 4
     W = U.new_empty(sizes)
@@ -146,12 +135,9 @@ def padded_primitive(U, axis, boundary):
 
 
 def face_states(W, axis, ratio):
-    """Padded W -> states left and right of each face half a step later, stacked: 2 4 B ... (MUSCL-Hancock).
-
-    ratio: dt / h. Half of a cell's monotonised-central slope is (a + b) / 4 of the differences a, b to both
-    neighbours, between 0 and the smaller of the two, and 0 where their signs differ. Density and pressure
-    stay above half the least of the cell and its neighbours.
-    """
+    """Padded W -> states left and right of each face half a step later, stacked: 2 4 B ... (MUSCL-Hancock
+    with monotonised-central slopes). ratio: dt / h. Density and pressure stay above half the least of the
+    cell and its neighbours."""
     n, m = axis - 1, W.shape[axis] - 2
     d = W.diff(dim=axis)
     a, b = d.narrow(axis, 0, m), d.narrow(axis, 1, m)
@@ -170,10 +156,8 @@ def face_states(W, axis, ratio):
 
 
 def hllc(states, n):
-    """Fluxes through faces from face_states, along velocity component n (1 or 2): 4 B ... (Toro 2009, 10.4).
-
-    On the upwind side of the contact wave, F + s (U* - U); s is 0 where the outer wave goes that way too.
-    """
+    """Fluxes through faces from face_states, along velocity component n (1 or 2): 4 B ... (Toro 2009, 10.4):
+    F + s (U* - U) on the upwind side of the contact wave; s is 0 where the outer wave is upwind, too."""
     t = 3 - n                                              # the transverse component
     rho, u, p = states[:, 0], states[:, n], states[:, 3]
     c = (p / rho).mul_(GAMMA).sqrt_()
@@ -204,8 +188,8 @@ def sweep(U, axis, dt, h, boundary):
 
 
 def cool(U, dt, t_cool):
-    """Radiative loss over dt, at constant density, in place: T falls as exp(-dt / t_cool w(T)), not below the
-    cold gas's. w is a Gaussian in ln T around .1, and 0 in both phases. Exact for w held over the step."""
+    """Radiative loss over dt, at constant density, in place: T falls as exp(-dt / t_cool w(T)). w is a
+    Gaussian in ln T around .1, and 0 in both phases. Exact for w held over the step."""
     W = to_primitive(U)
     T = W[3] / W[0]
     w = (T * 10).log_().square_().mul_(-1 / (2 * .3 ** 2)).exp_()
@@ -215,9 +199,8 @@ def cool(U, dt, t_cool):
 
 
 def initial_state(nx, seeds):
-    """-> U: 4 B nx 3nx, hot gas sliding over 100 times denser cold gas, with 8 sine waves of v at the
-    interface, whose amplitudes and phases each trajectory's seed draws. All sinks at .004, about as fast as
-    the cold layer grows: at rest it would fill the box, and its mean density be 42 and not 35."""
+    """-> U: 4 B nx 3nx, hot gas sliding over 100 times denser cold gas, with 8 random sine waves of v at the
+    interface. All sinks at .004, about as fast as the cold layer grows: at rest it would fill the box."""
     x, y = (torch.arange(nx) + .5) / nx - .5, (torch.arange(3 * nx) + .5) / nx - 1
     step, k, v = torch.tanh(y / .05), torch.arange(1, 9)[:, None], []
     for seed in seeds:
@@ -233,11 +216,10 @@ def initial_state(nx, seeds):
 
 @torch.no_grad()
 def solve(U, h, t_end, snapshots, t_cools=None, boundaries=("periodic", "reservoir"), cfl=.8):
-    """U: 4 B nx ny of cells of side h -> W at 0 .. t_end: B snapshots 4 nx ny, on the CPU.
+    """U: 4 B nx ny of cells of side h -> W at 0 .. t_end: B snapshots 4 nx ny.
 
-    The axes take turns in going first (Strang), which is second order and lets cfl be up to 1. Trajectories
-    take the same step: their fastest sound is the hot gas's anyway, and snapshots fall together. Without
-    t_cools (one per trajectory) nothing cools. UserError where the solution is lost.
+    The axes take turns (Strang), which is second order. Trajectories share time steps. Without t_cools, one
+    per trajectory, nothing cools. UserError where the solution diverges.
     """
     if t_cools is not None:
         t_cools = torch.tensor(t_cools, dtype=U.dtype, device=U.device).view(-1, 1, 1)
@@ -262,13 +244,12 @@ def solve(U, h, t_end, snapshots, t_cools=None, boundaries=("periodic", "reservo
 
 
 def simulate_group(folder, args, numbers):
-    """Simulates the trajectories of the cooling times `numbers`, all splits at once -> files of each split."""
+    """Simulates all trajectories of some cooling times -> files of each split."""
     torch.set_num_threads(1)                       # a process per group
-    counts = [args.train, 1, 1]
+    counts, t_end = [args.train, 1, 1], args.spacing * (args.frames - 1)
     seeds = [seed for number in numbers for seed in np.random.SeedSequence(
         [args.seed, number]).generate_state(sum(counts), np.uint32).tolist()]
     t_cools = [args.t_cools[number] for number in numbers for _ in range(sum(counts))]
-    t_end = args.spacing * (args.frames - 1)
     W = solve(initial_state(args.nx, seeds), 1 / args.nx, t_end, args.frames, t_cools)
     for number, trajectories in zip(numbers, W.split(sum(counts))):
         t_cool = args.t_cools[number]
@@ -282,47 +263,36 @@ def simulate_group(folder, args, numbers):
 
 def simulate(args):
     """Writes args.data_dir, which must be new. Two cooling times share a process, and its time steps."""
-    folder = Path(args.data_dir)
-    part = folder.with_name(folder.name + ".partial")
+    folder, part = Path(args.data_dir), Path(f"{args.data_dir}.partial")
+    if args.nx % 16:
+        raise UserError(f"--nx must be a multiple of 16, not {args.nx}")
     if folder.exists():
         raise UserError(f"{folder} exists: remove it, or choose another --data_dir")
     shutil.rmtree(part, ignore_errors=True)        # of an interrupted call
-    groups = [range(n, min(n + 2, len(args.t_cools))) for n in range(0, len(args.t_cools), 2)]
+    groups = np.array_split(range(len(args.t_cools)), math.ceil(len(args.t_cools) / 2))
     with ProcessPoolExecutor(min(os.cpu_count(), len(groups))) as pool:
-        jobs = [pool.submit(simulate_group, part, args, numbers) for numbers in groups]
+        jobs = [pool.submit(simulate_group, part, args, group.tolist()) for group in groups]
         for job in tqdm(jobs, "simulate", unit="group"):
             job.result()
-    common.write_json(part / "dataset_stats.json", {"source": "simulated", **{
-        name: getattr(args, name) for name in ("nx", "t_cools", "train", "frames", "spacing", "seed")}})
+    common.write_json(part / "dataset_stats.json", {"source": "simulated", **vars(args)})
     part.rename(folder)
     print(f"wrote {folder}")
-
-
-def cooling_times(text):
-    if not re.fullmatch(r"[\d.]+(,[\d.]+)*", text) or not all(float(t) > 0 for t in text.split(",")):
-        raise argparse.ArgumentTypeError(f"takes numbers above 0 such as 0.03,0.32,3.16, not {text}")
-    return [float(t) for t in text.split(",")]
-
-
-def side(text):
-    if not text.isdigit() or int(text) % 16 or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"must be a multiple of 16, not {text}")
-    return int(text)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Makes the data set of well_i2v.py.", allow_abbrev=False)
     add = parser.add_argument
-    add("--download", nargs="?", const=DATASET, metavar="SET", help=f"fetch a 2-D set of The Well ({DATASET})")
+    add("--download", nargs="?", const=DATASET, metavar="SET", help=f"a 2-D set of The Well ({DATASET})")
     add("--data_dir", default=str(HERE / "simulated"), help="folder to write")
-    add("--nx", type=side, default=32, help="cells in x; 3 times as many in y (32)")
-    add("--t_cools", type=cooling_times, default="0.03,0.10,0.32,3.16", help="cooling times, a file each")
+    add("--nx", type=at_least(16), default=32, help="cells in x, a multiple of 16; 3 times as many in y (32)")
+    add("--t_cools", type=at_least(1e-6, float), nargs="+", default=[0.03, 0.10, 0.32, 3.16],
+        help="cooling times, a file each (0.03 0.10 0.32 3.16)")
     add("--train", type=at_least(1), default=3, help="training runs of each cooling time; 1 to test on (3)")
     add("--frames", type=at_least(2), default=101, help="snapshots of a run (101)")
     add("--spacing", type=at_least(1e-3, float), default=SPACING, help=f"time between snapshots ({SPACING})")
     add("--seed", type=at_least(0), default=0, help="seed of the initial states (0)")
     args = parser.parse_args(argv)
-    work = (lambda: download(args.download, args.data_dir)) if args.download else (lambda: simulate(args))
+    work = lambda: download(args.download, args.data_dir) if args.download else simulate(args)
     return common.one_line_errors("prepare.py", work)
 
 
