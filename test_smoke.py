@@ -49,7 +49,6 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-import yaml
 from PIL import Image
 from torch import nn
 from torch.utils import backend_registration
@@ -77,6 +76,7 @@ def load_program(path):
 
 river_prepare = load_program(HERE / "data/river_smoke/prepare.py")
 cosmos_prepare = load_program(HERE / "data/cosmos_lite/prepare.py")
+well_prepare = load_program(HERE / "data/well_i2v/prepare.py")
 physics_prepare, physics_check, physics_clips = (
     load_program(HERE / f"data/sim_physics_heads/{name}.py") for name in ("prepare", "check", "clips"))
 VAE21 = {"base_dim": 4, "z_dim": 4, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2,
@@ -244,61 +244,45 @@ SCRIPTS = {
              None),
         ]),
     "well_i2v": dict(
-        tiny="--preset tiny --dtype float32 --sim_side 16 --sim_frames 16 --sim_spacing .08 --sim_train 1 "
-             "--sim_t_cools .1,1 --adapter learned --adapter_steps 4 --adapter_width 8 --base_steps 4 "
-             "--max_steps 4 --lora_rank 2 --batch_size 4 --lr 1 --base_lr .1 --adapter_lr 1 "
-             "--warmup_steps 1000 --log_every 1 --eval_every 2 --save_every 2 --keep_last 0 --steps 2 "
-             "--members 2 --eval_clips 4 --rollout_steps 12 --num_samples 1 --sample_frames 6 "
-             "--window_count 8 --augment 2 --frame_repeat 1 --shift 30",    # turns: low, high, high, high
-        stages=("adapter", "base", "."), reuse="", double="--batch_size 8", typed=False,
-        headline=("results/one_step", "results/all_steps", "results/rollout_6:12", "results/single_one_step",
-                  "results/spread_one_step", "baselines/persistence/one_step",
-                  "baselines/base_alone/one_step", "baselines/round_trip/one_step"),
+        tiny="--preset tiny --dtype float32 --adapter learned --adapter_steps 4 --width 8 --base_steps 4 "
+             "--max_steps 8 --decoder_steps 4 --shift 9 --lora_rank 2 --batch_size 4 --lr 1 --base_lr .1 "
+             "--adapter_lr 0 --warmup_steps 1000 --log_every 1 --eval_every 2 --save_every 2 --keep_last 0 "
+             "--num_inference_steps 2 --members 2 --eval_clips 4 --rollout_frames 12 --num_samples 1 "
+             "--sample_frames 6 --frame_repeat 1",
+        set=["--nx", "16", "--frames", "16", "--spacing", ".08", "--train", "1", "--t_cools", "0.1", "1"],
+        prepare=lambda: well_prepare.main([*SCRIPTS["well_i2v"]["set"], "--data_dir",
+                                           well.PRESETS["tiny"]["data_dir"]]),
+        stages=("adapter", "base", "high", "low", "."), reuse="", steps="--decoder_steps", typed=False,
+        double="--batch_size 8",
+        headline=("results/one_step", "results/all_steps", "results/rollout_6:12",
+                  "baselines/persistence/one_step", "baselines/base without LoRA/one_step",
+                  "baselines/single sample/all_steps", "baselines/reconstruction/one_step"),
         overfit=lambda: overfit_well(),
         bad=[
-            ("", "no turbulent_radiative_layer_2D in .*--download", lambda data, run: shutil.rmtree(
-                data / "datasets")),
+            ("", "no data set in .*prepare.py --download", lambda data, run: shutil.rmtree(data / "data")),
             ("", "no .hdf5 files in .*valid", lambda data, run: [
                 path.unlink() for path in data.rglob("valid/*.hdf5")]),
-            ("", "hdf5 is not as The Well publishes it .*pressure", lambda data, run: hdf5(
+            ("", "hdf5 is not in The Well's 2-D format .*pressure", lambda data, run: hdf5(
                 data, lambda file: file["t0_fields"].__delitem__("pressure"))),
-            ("", "hdf5 is not as The Well publishes it .*scalars", lambda data, run: hdf5(
-                data, lambda file: file.__delitem__("scalars"))),
-            ("", "has the grid|field .* is .*the file's dimensions make it", lambda data, run: hdf5(
+            ("", "hdf5 is not in The Well's 2-D format .*dimensions", lambda data, run: hdf5(
+                data, lambda file: file.__delitem__("dimensions"))),
+            ("", "field density has shape .*, its attributes say", lambda data, run: hdf5(
                 data, lambda file: file["dimensions"].__delitem__("x") or file["dimensions"].create_dataset(
                     "x", data=np.zeros(32)))),
             ("", "trajectory 0 has NaN or Inf at step [01]", lambda data, run: hdf5(data, put_nan)),
-            ("--n_out 16", "steps", None),
-            ("--n_out 7", "are 8 of video: Wan's VAE takes 4k [+] 1", None),
-            ("--mode convlstm --n_in 4", "n_in = 4 frames .* are 4 of video", None),
+            ("--n_out 16", "has 16 steps, too few for a window of 17", None),
+            ("--n_out 7", "--n_out 7, --frame_repeat 1: Wan's VAE takes 4k [+] 1 video frames", None),
+            ("--mode convlstm --n_in 4", "--n_in 4, .*: Wan's VAE takes 4k [+] 1", None),
             ("--n_in 5", "--n_in 5: --mode native starts from one frame", None),
-            ("--sim_side 40", "--sim_side must be a multiple of 16, not 40", None),
-            ("--video_size 20,48", "multiples of 16, not 20x48", None),
-            ("--video_size big", "--video_size takes H,W", None),
-            ("--video_size 0,48", "--video_size takes H,W", None),
-            ("--sim_t_cools .1,0", "--sim_t_cools takes numbers above 0", None),
-            ("--sim_spacing -1", "--sim_spacing must be above 0, not -1.0", None),
-            ("--text_length 8", "--text_length 8: a prompt has 8 tokens or more; raise it", None),
-            ("--lora_targets ff.net.2", "--lora_targets ff.net.2: no module .* it has to_q", None),
-            ("--field_maps cubic", "takes linear, asinh, log or window", None),
-            ("--field_maps velocity_x=log", "velocity_x falls to", None),
-            ("--adapter tile --joint", "--joint trains the adapter: --adapter learned, not tile", None),
+            ("--video_size 20,48", "multiples of 16, not 20,48", None),
+            ("--video_size big", "multiples of 16, not big: give --video_size H,W", None),
+            ("--text_length 8", "--text_length 8: a prompt has as many tokens or more", None),
+            ("--lora_targets ff.net.2", "--lora_targets ff.net.2: choose from to_q", None),
             ("--mode adapter --adapter tile", "--mode adapter trains the adapter", None),
-            ("--adapter_from {data}", "cannot read the adapter .*adapter.json", None),
-            ("--adapter_from {run}/final --adapter_width 16", "adapter.json has width 8, this run 16", None),
-            ("--adapter_from {run}/final", "adapter.safetensors does not fit this model", lambda data, run:
-                common.save_weights(run / "final/adapter.safetensors", {"mix": torch.zeros(3, 5)})),
             ("--adapter pca", "invalid choice: 'pca'", None),
-            ("--mode convlstm --n_in 5 --fsdp", "--fsdp is for Wan's experts", None),
-            ("--mode adapter --compile", "--compile is for Wan's experts: --mode adapter is small", None),
-            ("--lr nan", "--lr must not be negative", None),
-            ("--save_every -1", "--save_every must not be negative, but is -1", None),
-            ("--grad_clip nan", "--grad_clip must not be negative", None),
-            ("--ema_decay -.5", "--ema_decay must be in .0, 1., not -0.5", None),
-            ("--shift 0", "--shift must be above 0, not 0.0", None),
-            ("--seed -1", "seed", None),
-            ("--output_dir {run} --eval --lora_rank 4", "--lora_rank 4 does not fit .* trained with 2", None),
-            ("--model i2v_a14b --weights_from {data}", "cannot load Wan's .* from .*hf download", None),
+            ("--members 0", "argument --members: must be finite and at least 1", None),
+            ("--shift nan", "argument --shift: must be finite", None),
+            ("--mode convlstm --n_in 5 --fsdp", "--fsdp and --compile are for Wan's experts", None),
         ]),
     "vidar": dict(
         tiny="--preset tiny --dtype float32 --height 48 --width 32 --frames 9 --text_length 16 --max_steps 4 "
@@ -375,7 +359,8 @@ SCRIPTS = {
 }
 vidarc.HORIZON, vidarc.MOVED_AT = 12, 4
 vidar.TINY["transformer"].update(num_attention_heads=2, attention_head_dim=24, ffn_dim=144, num_layers=3)
-well.TINY["transformer"].update(num_attention_heads=2, attention_head_dim=24, ffn_dim=96, num_layers=2)
+well.PRESETS["tiny"]["batch_size"] = 3            # so that two processes do not share a batch of 4
+well.TINY["transformer"].update(num_attention_heads=2, attention_head_dim=24, ffn_dim=144, num_layers=2)
 physics.TINY["transformer"].update(num_attention_heads=2, attention_head_dim=16, ffn_dim=64, num_layers=2)
 BAD_ANYWHERE = [
     ("--warm_strat 0.2", "unrecognized arguments: --warm_strat", None),
@@ -1073,21 +1058,10 @@ def test_all_tensors_lie_on_the_device(script, base, tmp_path):
 
 # ---- the files as a whole -------------------------------------------------------------------------------
 
-def test_shared_blocks_are_identical():
-    blocks = {}
-    for script in [name for name in SCRIPTS if name in ("well_i2v",)]:
-        text = (HERE / f"{script}.py").read_text()
-        found = re.findall(r"# ---- shared:(\w+) .*?\n(.*?)# end shared:\1\n", text, re.DOTALL)
-        assert {name for name, _ in found} >= {"flags", "dist", "fit"}
-        for name, text in found:
-            assert blocks.setdefault(name, text) == text, f"shared:{name} of {script}.py differs"
-
-
 @pytest.mark.parametrize("name", ["shift_sigma"])
 def test_repeated_functions_are_identical(name):
     sources = [inspect.getsource(getattr(module, name)) for module in map(importlib.import_module, SCRIPTS)
-               if module is not well
-               and getattr(getattr(module, name, None), "__module__", "") == module.__name__]
+               if getattr(getattr(module, name, None), "__module__", "") == module.__name__]
     assert len(sources) > 1 and len(set(sources)) == 1
 
 
@@ -1158,7 +1132,7 @@ def test_readme_names_what_there_is():
     text += "\n" + (HERE / "docs/reproduction.md").read_text()
     tests, rows = set(re.findall(r"^def (test_\w+)", Path(__file__).read_text(), re.MULTILINE)), 0
     sources = {path.stem: path.read_text() for path in HERE.glob("*.py")}
-    for name in ("river_smoke", "cosmos_lite", "sim_physics_heads"):
+    for name in ("river_smoke", "cosmos_lite", "sim_physics_heads", "well_i2v"):
         sources[name] += "".join(path.read_text() for path in HERE.glob(f"data/{name}/*.py"))
     for line in text.splitlines():
         if line.startswith(("## ", "### ")):
@@ -1613,8 +1587,8 @@ def test_typed_flags():
 
 
 def test_every_number_has_a_bound():
-    for action in [action for module in (river, cosmos, physics, vidar, vidarc)
-                   for action in module.build_parser()._actions]:
+    for action in [action for script in SCRIPTS
+                   for action in importlib.import_module(script).build_parser()._actions]:
         if action.type is not None:
             assert action.type not in (int, float), action.dest
             with pytest.raises((argparse.ArgumentTypeError, ValueError)):
@@ -3576,22 +3550,19 @@ def test_split_and_clips():
             physics_clips.choose_clips([{"name": f"{i}", "steps": [0]} for i in range(count)], args)
 
 
-# ---- well_i2v.py: what it alone has to show --------------------------------------------------------------
+# ---- well_i2v.py ----------------------------------------------------------------------------------------
 
 NAMES = ["density", "pressure", "velocity_x", "velocity_y"]
 WELL_WAN = {**well.TINY, "vae": {"base_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1, "z_dim": 16,
-                                 "latents_mean": [.1 * i for i in range(16)],
-                                 "latents_std": [1.3 + .1 * i for i in range(16)]}}
+                                 "temperal_downsample": [False, True, True]}}
 
 
-def well_args(**change):
-    args = well.parse_args(["--preset", "tiny"])
-    vars(args).update({"lora_rank": 4, "steps": 4, "shift": 5., **change})
-    return args
+def well_args(*flags):
+    return well.parse_args(["--preset", "tiny", "--lora_rank", "4", "--frame_repeat", "1", *flags])[0]
 
 
 def well_fields(B=2, T=9, C=4, seed=0):
-    """Smooth fields B T C 16 32 with a contrast of 100 in the first, like the radiative layer's."""
+    """Smooth fields B T C 16 32 with a contrast of 100 in the first, as in the radiative layer."""
     coarse = torch.randn(B * T, C, 4, 6, generator=torch.Generator().manual_seed(seed))
     x = F.interpolate(coarse, (16, 32), mode="bicubic").unflatten(0, (B, T))
     x[:, :, 0] = 1 + 99 * torch.sigmoid(3 * x[:, :, 0])
@@ -3599,15 +3570,10 @@ def well_fields(B=2, T=9, C=4, seed=0):
     return x
 
 
-def well_adapter(kind="tile", C=4, maps="linear", **options):
-    names = (NAMES + ["e", "f", "g"])[:C]
-    adapter = well.Adapter(kind, names, (16, 32), well.parse_maps(maps, names), **options)
-    return adapter.fit(well_fields(C=C))
-
-
-def well_load(name):
-    torch.manual_seed(name == "transformer_2")
-    return common.load_wan("", part="transformer", config=WELL_WAN, random_init=True)
+def well_adapter(kind=well.TileAdapter, C=4, panel=(16, 32), repeat=1, **options):
+    adapter = kind((NAMES + ["e", "f", "g"])[:C], (16, 32), panel, repeat, **options)
+    adapter.fit(well_fields(C=C))
+    return adapter
 
 
 def well_vae():
@@ -3615,24 +3581,24 @@ def well_vae():
     return common.load_wan("", part="vae", config=WELL_WAN, random_init=True).requires_grad_(False)
 
 
-def well_native(args, vae=None, adapter=None, scalars=0, train="lora"):
-    adapter = adapter or well_adapter()
-    experts = well.make_experts(args, well_load, train, scalars)
-    model = well.NativeI2V(adapter, vae or well_vae(), experts, args, torch.zeros(1, 8, 32))
+def well_native(args, vae=None, adapter=None):
+    """A Forecaster with two random experts whose LoRA is not zero."""
+    experts = {side: well.load_expert(args, side, "cpu") for side in well.TRANSFORMERS}
     torch.manual_seed(3)
-    for name, p in model.named_parameters():
-        if "lora_B" in name:
-            p.data.normal_(std=.05)
-    return model
+    for expert in experts.values():
+        for name, p in expert.named_parameters():
+            if "lora_B" in name:
+                p.data.normal_(std=.05)
+    return well.Forecaster(args, adapter or well_adapter(), vae or well_vae(), experts)
 
 
 def overfit_well():
-    model = well_native(well_args(experts="low"), vae=object(), train="full")
+    expert = well.load_expert(well_args(), "base", "cpu")
     z, noise = torch.randn(2, 4, 16, 3, 4, 4, generator=torch.Generator().manual_seed(0))
-    batch = {"latents": z, "condition": F.pad(z, (0, 0, 0, 0, 0, 0, 0, 4)), "text": torch.randn(4, 8, 32)}
-    optimizer, losses = torch.optim.Adam(model.experts.parameters(), lr=5e-3), []
+    cond, text = F.pad(z, (0, 0, 0, 0, 0, 0, 0, 4)), torch.randn(4, 8, 32)
+    optimizer, losses = torch.optim.Adam(expert.parameters(), lr=5e-3), []
     for _ in range(120):
-        loss, _ = model(batch, torch.tensor([.2, .4, .6, .8]), noise, "low")
+        loss, _ = expert(z, cond, text, torch.tensor([.2, .4, .6, .8]), noise)
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
@@ -3640,50 +3606,46 @@ def overfit_well():
     return losses
 
 
-@pytest.mark.parametrize("C", [1, 2, 3, 4, 5, 7])
-def test_well_tile_gives_every_field_back(C):
-    for maps in ("linear", "asinh", "linear,density=log", "window"):
-        x, adapter = well_fields(C=C), well_adapter("tile", C, maps)
-        video = adapter.to_video(x)
-        assert video.shape == (2, 9, 3, -(-C // 3) * 16, 32) and video.abs().max() < 1.5
-        error = (adapter.to_fields(video, x[:, 0]) - x).flatten(3).abs().amax((0, 1, 3))
-        assert (error / x.flatten(3).std(dim=(0, 1, 3))).max() < 2e-5
-
-
-def test_well_window_maps_measure_in_the_first_frames_deviations():
-    """A window 1000 times fainter gives the same video, up to what a flat frame counts as."""
-    adapter, x = well_adapter(maps="window"), well_fields()
-    loud = x[:, :1].mean((-2, -1), keepdim=True) + 50 * (x - x[:, :1].mean((-2, -1), keepdim=True))
-    louder = x[:, :1].mean((-2, -1), keepdim=True) + 5000 * (x - x[:, :1].mean((-2, -1), keepdim=True))
-    assert torch.allclose(adapter.to_video(loud), adapter.to_video(louder), atol=2e-3)
-    flat = x[:, :1].mean((-2, -1), keepdim=True).expand_as(x)
-    assert torch.allclose(adapter.to_fields(adapter.to_video(flat), flat[:, 0]), flat, rtol=1e-5)
-    assert not torch.allclose(well_adapter().to_video(loud), well_adapter().to_video(louder), atol=1)
-
-
-def test_well_learned_begins_as_the_least_squares_map_and_all_of_it_learns():
-    linear, x = well_adapter("linear", video_size=(32, 64)), well_fields()
-    learned = well_adapter("learned", video_size=(32, 64), width=16)
-    assert torch.allclose(learned.to_video(x), linear.to_video(x), atol=1e-6)
-    back = linear.to_fields(linear.to_video(x), x[:, 0])
-    assert torch.allclose(learned.to_fields(learned.to_video(x), x[:, 0]), back, atol=1e-4)
-    assert torch.allclose(linear.to_video(back), linear.to_video(x), atol=1e-4)    # a projection
-    vae, few = well_vae(), x[:1, :1]
-    learned.error(well.decode(vae, common.wan_encode(vae, learned.to_video(few))), few).backward()
-    for name, p in learned.named_parameters():
-        if "." not in name or ".4." in name:     # below a layer of zeros nothing arrives at first
-            assert p.grad is not None and p.grad.abs().max() > 0, name
-
-
-def test_well_frames_and_pictures_come_back():
-    adapter, x = well_adapter(repeat=4), well_fields()
+@pytest.mark.parametrize("C", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("repeat", [1, 4])
+def test_well_tiles_give_every_field_back(C, repeat):
+    x, adapter = well_fields(C=C), well_adapter(C=C, repeat=repeat)
     video = adapter.to_video(x)
-    assert video.shape[1] == adapter.frames(9) == 33 and torch.equal(video[:, 1], video[:, 4])
-    video[:, 1:5] += torch.tensor([.1, -.1, .2, -.2])[:, None, None, None]         # their mean is 0
-    assert torch.allclose(adapter.to_fields(video, x[:, 0]), x, rtol=1e-4, atol=1e-4)
-    for new in ((32, 64), (48, 80)):
-        resize, picture = well.Resize((16, 32), new), torch.randn(2, 3, 16, 32)
-        assert torch.allclose(resize.inverse(resize(picture)), picture, atol=1e-5)
+    assert video.shape == (2, 1 + 8 * repeat, 3, -(-C // 3) * 16, 32) and video.abs().max() < 1.5
+    assert tuple(adapter.video_size) == tuple(video.shape[-2:])
+    back = adapter.map.inverse(adapter.to_mapped(video), x[:, :1])
+    error = (back - x).flatten(3).abs().amax((0, 1, 3)) / x.flatten(3).std(dim=(0, 1, 3))
+    assert error.max() < 2e-5
+
+
+def test_well_maps_are_relative_to_the_given_frame():
+    """A window 100 times fainter gives the same video, up to what a flat frame counts as."""
+    adapter, x = well_adapter(), well_fields()
+    mean = x[:, :1].mean((-2, -1), keepdim=True)
+    loud, louder = mean + 50 * (x - mean), mean + 5000 * (x - mean)
+    assert torch.allclose(adapter.to_video(loud), adapter.to_video(louder), atol=2e-3)
+    flat = mean.expand_as(x)
+    assert torch.allclose(adapter.map.inverse(adapter.map(flat, flat[:, :1]), flat[:, :1]), flat, rtol=1e-5)
+
+
+def test_well_learned_adapter_starts_as_least_squares_and_all_of_it_learns():
+    """Four fields of which the fourth is a sum of others fit into three channels, also enlarged."""
+    x = well_fields()
+    x[:, :, 3] = x[:, :, 2]
+    for panel in ((16, 32), (32, 64)):
+        adapter = well.LearnedAdapter(NAMES, (16, 32), panel, 1, 8)
+        adapter.fit(x)
+        video, target = adapter.to_video(x), adapter.map(x, x[:, :1])
+        assert video.shape[-2:] == panel and video.abs().max() < 1.6
+        error = adapter.map.error(adapter.to_mapped(video), target).item()
+        assert error < (1e-8 if panel == (16, 32) else 1e-3)
+    loss, terms = adapter(x[:1, :5], well_vae())
+    expected = .5 * terms["recon_loss"] + .1 * terms["cycle_loss"] + terms["range_loss"]
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    for name, p in adapter.named_parameters():
+        if ".0." not in name:                    # before a layer of zeros nothing arrives at first
+            assert p.grad.abs().max() > 0, name
 
 
 def test_well_vrmse_is_the_wells():
@@ -3697,296 +3659,194 @@ def test_well_vrmse_is_the_wells():
     assert well.vrmse(mean, y)[:, :, 0] == pytest.approx(np.sqrt(511 / 512), abs=1e-5)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("frames", [1, 5, 9])
-def test_well_condition_is_the_pipelines_to_the_last_bit(frames):
-    pipe, first = well_pipeline(well_native(well_args())), torch.rand(1, 3, 16, 32) * 2 - 1
-    _, theirs = pipe.prepare_latents(first, 1, 16, 16, 32, frames, torch.float32, "cpu")
-    assert torch.equal(well.condition(pipe.vae, first, frames), theirs)
-
-
-def well_pipeline(model):
+def well_pipeline(vae, high, low, shift):
     from diffusers import UniPCMultistepScheduler, WanImageToVideoPipeline
     pipe = WanImageToVideoPipeline(
-        tokenizer=None, text_encoder=None, vae=model.vae, transformer=model.experts.high.transformer,
-        transformer_2=model.experts.low.transformer, boundary_ratio=well.BOUNDARY, expand_timesteps=False,
-        scheduler=UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True,
-                                          flow_shift=model.args.shift))
+        tokenizer=None, text_encoder=None, vae=vae, transformer=high, transformer_2=low,
+        boundary_ratio=well.BOUNDARY, expand_timesteps=False, scheduler=UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("steps,cfg", [(1, 1.), (6, 3.)])
-def test_well_sampling_and_exports_are_the_pipelines(steps, cfg, tmp_path):
+@pytest.mark.parametrize("frames", [1, 5, 9])
+def test_well_condition_is_the_pipelines_to_the_bit(frames):
+    model, first = well_native(well_args()), torch.rand(1, 3, 16, 32) * 2 - 1
+    pipe = well_pipeline(model.vae, *(model.networks[side].transformer for side in ("high", "low")), 5.)
+    _, theirs = pipe.prepare_latents(first, 1, 16, 16, 32, frames, torch.float32, "cpu")
+    assert torch.equal(well.condition(model.vae, first, frames), theirs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("steps", [1, 6])
+def test_well_sampling_and_exports_are_the_pipelines(steps, tmp_path):
     """The same latents from diffusers' pipeline, also with the exported LoRA files of both experts in it."""
-    model = well_native(well_args(steps=steps, cfg=cfg, shift=3.), adapter=well_adapter("linear"))
+    args = well_args("--num_inference_steps", f"{steps}", "--shift", "3", "--offload")
+    model = well_native(args)
     text, first = torch.randn(1, 8, 32), torch.rand(1, 3, 16, 32) * 2 - 1
-    model.negative = torch.randn(1, 8, 32)
     cond, noise = well.condition(model.vae, first, 9), torch.randn(1, 16, 3, 2, 4)
-    for name in ("high", "low"):
-        common.save_lora(tmp_path / name, getattr(model.experts, name).transformer)
-    pipe = well_pipeline(well_native(model.args, vae=model.vae, train=""))
-    ask = lambda: pipe(image=first, prompt_embeds=text, negative_prompt_embeds=model.negative, height=16,
-                       width=32, num_frames=9, num_inference_steps=steps, guidance_scale=cfg, latents=noise,
-                       output_type="latent").frames
+    experts = [model.networks[side].transformer for side in ("high", "low")]
     ours = model.sample_latents(cond, noise, text)
-    with well.lora_off(model):
-        base = model.sample_latents(cond, noise, text)
-    assert torch.allclose(ask(), base, atol=1e-5) and not torch.allclose(base, ours, atol=1e-3)
+    for side, dit in zip(("high", "low"), experts):
+        common.save_lora(tmp_path / side, dit)
+        dit.disable_adapters()
+    base = model.sample_latents(cond, noise, text)
+    plain = [well.load_part(args, "transformer", "cpu", side) for side in ("high", "low")]
+    pipe = well_pipeline(model.vae, *plain, 3.)
+
+    def theirs():
+        z = pipe(image=first, prompt_embeds=text, negative_prompt_embeds=text, height=16, width=32,
+                 num_frames=9, num_inference_steps=steps, guidance_scale=1., latents=noise,
+                 output_type="latent").frames
+        return torch.cat([cond[:, 4:, :1], z[:, :, 1:]], dim=2)    # ours has the given frame's own latents
+
+    assert torch.allclose(theirs(), base, atol=1e-5) and not torch.allclose(base, ours, atol=1e-3)
     pipe.load_lora_weights(tmp_path / "high")
     pipe.load_lora_weights(tmp_path / "low", load_into_transformer_2=True)
-    assert torch.allclose(ask(), ours, atol=1e-5)
-    assert torch.equal(model.sample_latents(cond, noise, text), ours)              # LoRA is on again
+    assert torch.allclose(theirs(), ours, atol=1e-5)
 
 
 def test_well_trained_loras_load_into_the_pipeline(trained):
-    """The files of a whole run: final/high and final/low, on the base that it has trained."""
-    from diffusers import WanTransformer3DModel
+    """final/high and final/low of a whole run, on the base that it has trained."""
     run = trained("well_i2v").run
-    base = [WanTransformer3DModel.from_pretrained(run / "base/final") for _ in ("high", "low")]
-    plain, pipe = velocity(base[0]), pipeline(*base)
+    model = well.load_model(run)
+    base = [well.load_expert(well_args(), "base", "cpu") for _ in ("high", "low")]
+    weights = common.find_checkpoint(run / "base/ckpt", "well_i2v", "auto").state["ema"]
+    for expert in base:
+        common.restore_state(expert, weights)
+    pipe = pipeline(*(expert.transformer for expert in base))
+    plain = velocity(pipe.transformer)
     pipe.load_lora_weights(run / "final/high")
     pipe.load_lora_weights(run / "final/low", load_into_transformer_2=True)
-    high, low = velocity(pipe.transformer), velocity(pipe.transformer_2)
-    assert not torch.allclose(high, plain) and not torch.allclose(low, plain)
-    assert not torch.allclose(high, low)
+    for side, dit in (("high", pipe.transformer), ("low", pipe.transformer_2)):
+        assert not torch.allclose(velocity(dit), plain)
+        assert torch.allclose(velocity(dit), velocity(model.networks[side].transformer), atol=1e-5)
 
 
-@pytest.mark.parametrize("solver", ["euler", "unipc"])
-def test_well_oracle_velocity_recovers_x0(solver):
+def test_well_oracle_velocity_recovers_x0():
     x0, eps = torch.randn(2, 2, 16, 3, 4, 6)
-    for steps, start in itertools.product((1, 4, 30), (1., well.BOUNDARY)):
-        x = well.add_noise(x0, eps, torch.full((2,), start))
-        out = well.integrate(lambda x, sigma, t: (x - x0) / sigma, x, steps, 5., solver, start)
-        assert (out - x0).abs().max() < 1e-5
-
-
-def test_well_noise_levels_and_turns():
-    u = torch.rand(1000)
-    for shift, share in ((1., .1), (3., .25), (5., 5 / 14)):
-        assert torch.allclose(well.unshift_sigma(well.shift_sigma(u, shift), shift), u, atol=1e-5)
-        assert well.draw_sigma(u, "high", shift).min() >= .9 - 1e-6
-        assert well.draw_sigma(u, "low", shift).max() <= .9 + 1e-6
-        turns = [well.whose_turn(n, "both", shift) for n in range(1400)]
-        assert turns.count("high") / 1400 == pytest.approx(share, abs=1e-3)
-    bins = well.loss_by_sigma(torch.tensor([.1, .2, .95]), torch.tensor([1., 2, 3]))
-    assert list(bins) == [f"loss_sigma_{edge}" for edge in (0., .3, .6, .9)]
-    assert [value.nansum().item() for value in bins.values()] == [3, 0, 0, 3]
-    assert [value.isnan().sum().item() for value in bins.values()] == [1, 3, 3, 2]
-
-
-def test_well_batches_go_to_the_experts_by_noise_and_loras_where_asked():
-    model = well_native(well_args(experts="both"), scalars=1)
-    x, text, scalars = torch.randn(4, 36, 3, 2, 4), torch.randn(4, 8, 32), torch.rand(4, 1)
-    t = torch.tensor([950., 100, 900, 899])
-    whole = model.experts(x, t, text, scalars)
-    for i, name in enumerate(("high", "low", "high", "low")):
-        own = getattr(model.experts, name)(x[i:i + 1], t[i:i + 1], text[i:i + 1], scalars[i:i + 1])
-        assert torch.allclose(whole[i:i + 1], own, atol=1e-5)
-    for experts in ("both", "high", "low"):
-        model = well_native(well_args(experts=experts), vae=object(), scalars=1)
-        trained = {name for name, p in model.named_parameters() if p.requires_grad}
-        sides = {"high", "low"} if experts == "both" else {experts}
-        assert {name.split(".")[1] for name in trained} == sides
-        assert all("lora_" in name or ".token." in name for name in trained)
-
-
-def test_well_scalar_token_starts_silent():
-    token = well.ScalarToken(1, 32).fit(torch.tensor([[.03], [.3], [3.]]))
-    text, values = F.pad(torch.randn(2, 5, 32), (0, 0, 0, 3)), torch.tensor([[.03], [3.]])
-    assert torch.equal(token(text, values), text)
-    nn.init.normal_(token.net[2].weight)
-    out = token(text, values)
-    assert torch.equal(out[:, :-1], text[:, :-1]) and not torch.allclose(out[0, -1], out[1, -1])
-
-
-def test_well_real_shape_has_the_documents_counts():
-    load = lambda name: common.load_wan("", part="transformer", config="i2v_a14b", dtype=torch.bfloat16,
-                                        device="meta", random_init=True)
-    args = well.parse_args(["--preset", "i2v_a14b", "--experts", "low"])
-    with torch.device("meta"):
-        experts = well.make_experts(args, load)
-        total, trained = common.count_params(experts), common.count_params(experts, True)
-        assert trained == 104_857_600 and total - trained == 14_288_901_184
-        assert common.count_params(well.ConvLSTM()) == 645_777
-
-
-@pytest.mark.parametrize("mode", ["native", "low", "oneshot", "convlstm", "adapter"])
-def test_well_modes_train_predict_and_roll_out(mode):
-    args = well_args(steps=2, n_in=5 if mode == "convlstm" else 1,
-                     experts="low" if mode in ("low", "oneshot") else "both")
-    adapter, known = well_adapter("linear", ahead=8), {"text": torch.randn(2, 8, 32)}
-    codec, x = common.LinearCodec.fit(adapter.to_video(well_fields(4)), 16), well_fields(T=args.n_in + 8)
-    if mode in ("convlstm", "adapter"):
-        make, known = {"convlstm": well.ConvLSTMForecast, "adapter": well.AdapterOnly}[mode], {}
-        model = make(adapter, codec, args)
-        loss, _ = model({"fields": x})
-    elif mode == "oneshot":
-        model = well.OneShot(adapter, codec, well.make_experts(args, well_load), args)
-        loss, _ = model({"fields": x, **known})
-    else:
-        model = well_native(args, codec, adapter)
-        z = model.latents(x)
-        loss, _ = model({"fields": x, **known}, torch.tensor([.4, .5]), torch.randn_like(z), "low")
-    model.fit_detail(x)
-    assert loss.isfinite() and (adapter.detail[0] > 0).any()
-    far = well.rollout(model, x[:, :args.n_in], 11, [5, 6], samples=2, **known)
-    assert far.shape == (2, 2, 11, 4, 16, 32) and far.isfinite().all()
-    assert torch.equal(far, well.rollout(model, x[:, :args.n_in], 11, [5, 6], samples=2, **known))
-    assert torch.equal(far[:, 0], far[:, 1]) == (mode not in ("native", "low"))
-
-
-class Answers(nn.Module):
-    """In the place of a network: answers what it was given, and keeps what it was asked."""
-    def __init__(self, answer):
-        super().__init__()
-        self.answer = answer
-
-    def forward(self, *asked, **more):
-        self.asked = asked
-        return self.answer
+    for steps in (1, 2, 4, 30):
+        out = well.integrate(lambda x, t: eps - x0, eps, steps, 5.)
+        assert (out - x0).abs().max() < 1e-4
 
 
 def test_well_diffusion_target_is_the_velocity():
     """eps - z has no loss, its negative four times its own square, eps alone that of z."""
-    model, x = well_native(well_args(steps=2)), well_fields()
-    z = model.latents(x)
-    noise, sigma = torch.randn_like(z), torch.tensor([.3, .95])
-    batch = {"latents": z, "condition": model.condition(x[:, 0], 9), "text": torch.randn(2, 8, 32)}
-    velocity = noise - z
+    z, noise = torch.randn(2, 2, 16, 3, 4, 4)
+    cond, sigma, asked = torch.randn(2, 20, 3, 4, 4), torch.tensor([.3, .95]), []
+
+    class Oracle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.patch_embedding = nn.Linear(1, 1)
+
+        def forward(self, x, t, text, return_dict):
+            asked[:] = x, t
+            return (self.answer,)
+
+    oracle, velocity = Oracle(), noise - z
     for answer, loss in ((velocity, 0 * z), (-velocity, 4 * velocity ** 2), (noise, z ** 2)):
-        model.experts = Answers(answer)
-        assert torch.allclose(model(batch, sigma, noise)[0], loss.mean())
-    asked, t = model.experts.asked[:2]
+        oracle.answer = answer
+        got, _ = well.Expert(oracle)(z, cond, torch.zeros(2, 8, 32), sigma, noise)
+        assert torch.allclose(got, loss.mean())
     share = sigma.view(2, 1, 1, 1, 1)
-    assert torch.allclose(asked[:, :16], (1 - share) * z + share * noise, atol=1e-6)
-    assert torch.equal(asked[:, 16:], batch["condition"]) and torch.equal(t, 1000 * sigma)
+    assert torch.allclose(asked[0], torch.cat([(1 - share) * z + share * noise, cond], dim=1), atol=1e-6)
+    assert torch.equal(asked[1], 1000 * sigma)
 
 
-@pytest.mark.parametrize("mode", ["convlstm", "oneshot"])
-def test_well_older_modes_have_the_documents_losses(mode):
+def test_well_noise_levels():
+    u = torch.rand(1000)
+    for shift, share in ((1., .1), (3., .25), (5., 5 / 14)):
+        assert well.high_share(shift) == pytest.approx(share)
+        assert well.draw_sigma(u, "high", shift).min() >= .9 - 1e-6
+        assert well.draw_sigma(u, "low", shift).max() <= .9 + 1e-6
+        assert (well.draw_sigma(u, "base", shift) >= .9).float().mean() == pytest.approx(share, abs=.05)
+    plan = well.stage_plan(well_args("--shift", "5", "--max_steps", "1400"))
+    steps = {stage: steps for stage, _, steps, _ in plan}
+    assert (steps["high"], steps["low"]) == (500, 900)
+
+
+def test_well_real_shape_has_the_papers_counts():
+    args = well.parse_args(["--preset", "i2v_a14b", "--random_init", "--output_dir", "none"])[0]
+    with torch.device("meta"):
+        expert = well.load_expert(args, "high", "meta")
+        total, trained = common.count_params(expert), common.count_params(expert, True)
+        assert trained == 104_857_600 and total - trained == 14_288_901_184
+        net = well.ConvLSTM()
+    assert common.count_params(net) == 645_777
+
+
+def test_well_convlstm_losses():
     """True latents have no latent loss, and as physics loss what the codec loses; others 2 x the error."""
-    args = well_args(n_in=5 if mode == "convlstm" else 1, experts="low")
-    x, adapter = well_fields(T=args.n_in + 8), well_adapter("linear")
+    x, adapter, net = well_fields(T=13), well_adapter(), well.ConvLSTM()
     codec = common.LinearCodec.fit(adapter.to_video(well_fields(4)), 16)
-    oracle, batch = Answers(None), {"fields": x, "text": torch.randn(2, 8, 32)}
-    model = well.ConvLSTMForecast(adapter.requires_grad_(False), codec, args) if mode == "convlstm" else (
-        well.OneShot(adapter, codec, oracle, args))
-    z = model.latents(x)
-    start = model.given if mode == "convlstm" else 0               # from there on latents are guessed
-    if mode == "convlstm":
-        model.net = oracle
+    z = common.wan_encode(codec, adapter.to_video(x))
+    assert torch.equal(net.extend(z, 2)[:, :, :2], z[:, :, :2]) and net.extend(z, 2).shape == z.shape
     for off in (0., .5):
-        guess = z[:, :, start:] + off
-        oracle.answer = guess if mode == "convlstm" else model.latents(model.persistence(x[:, :1])) - guess
-        loss, parts = model(batch)
-        floor = adapter.error(well.decode(codec, torch.cat([z[:, :, :start], guess], dim=2)), x)
-        assert torch.allclose(parts["latent_loss"], torch.tensor(off ** 2), atol=1e-6)
-        assert torch.allclose(parts["physics_loss"], floor) and floor > 0
-        assert torch.allclose(loss, 2 * parts["latent_loss"] + floor)
+        forecast = z + off * (torch.arange(z.shape[2]) >= 2).float().view(1, 1, -1, 1, 1)
+        net.extend = lambda z, given: forecast
+        loss, terms = net(x, adapter, codec, 2)
+        y = adapter.to_mapped(common.wan_decode(codec, forecast))
+        assert torch.allclose(terms["latent_loss"], torch.tensor(off ** 2), atol=1e-6)
+        torch.testing.assert_close(terms["physics_loss"], adapter.map.error(y, adapter.map(x, x[:, :1])))
+        torch.testing.assert_close(loss, 2 * terms["latent_loss"] + terms["physics_loss"])
 
 
-def test_well_joint_training_adds_the_documents_losses_and_spares_the_target():
-    model = well_native(well_args(), adapter=well_adapter("learned"))
-    x, text = well_fields(), torch.randn(2, 8, 32)
-    z = model.latents(x)
-    sigma, noise = torch.tensor([.2, .5]), torch.randn_like(z)
-    loss, parts = model({"fields": x, "text": text}, sigma, noise, "low")
-    weights = {"diffusion_loss": 1, "recon_loss": .5, "cycle_loss": .1, "range_loss": 1}
-    expected = sum(weight * parts[name].item() for name, weight in weights.items())
-    assert loss.item() == pytest.approx(expected, rel=1e-5)
-    cached = {"latents": z, "condition": model.condition(x[:, 0], 9), "text": text}
-    alone, only = model(cached, sigma, noise, "low")
-    assert only["diffusion_loss"] == parts["diffusion_loss"]
-    alone.backward()
-    assert all(p.grad is None for p in model.adapter.parameters())
+def test_well_decoder_starts_as_a_mean_and_respects_the_symmetry():
+    """Rolled along a periodic axis, in steps of its patches, it gives the rolled result; each frame follows
+    the repaired one before."""
+    net = well.Decoder(4, 8, (True, False), contextlib.nullcontext)
+    y, before, lead = torch.randn(2, 4, 16, 32), torch.randn(2, 4, 16, 32), torch.tensor([5, 5])
+    assert torch.allclose(net.repair(y, before, lead), (y + before) / 2, atol=1e-6)    # sigmoid(0)
+    assert torch.equal(net.repair(None, before, lead), before)
+    nn.init.normal_(net.last.weight, std=.1)
+    once, rolled = net.repair(y, before, lead), net.repair(y.roll(8, -2), before.roll(8, -2), lead)
+    torch.testing.assert_close(rolled, once.roll(8, -2), rtol=1e-4, atol=1e-4)
+    twice = net.repair(before, once, lead + 1)
+    field_map, forecast = well_adapter().map, torch.stack([y, before], dim=1)
+    assert net(forecast, before, lead, torch.stack([once, twice], dim=1), field_map)[0] < 2e-3
 
 
 def test_well_rollout_feeds_back_the_last_frames():
     class Counter:
         seen = []
 
-        def predict(self, history, seeds, step):
+        def predict(self, history, text, seeds):
             self.seen.append((history[:, :, 0, 0, 0].tolist(), seeds))
-            return history[:, -1:] + step.reshape(-1, 1, 1, 1, 1) * torch.arange(1, 5).reshape(4, 1, 1, 1)
+            last = history[:, -1:]
+            return torch.cat([last + k * text.view(-1, 1, 1, 1, 1) for k in range(1, 5)], dim=1)
 
-    start = torch.tensor([[0., 1], [10, 11]]).reshape(2, 2, 1, 1, 1)
-    out = well.rollout(Counter(), start, 6, [1, 2], samples=2, step=torch.tensor([1., 2]))
-    assert out[0, 0].flatten().tolist() == [2, 3, 4, 5, 6, 7]
-    assert out[1, 1].flatten().tolist() == [13, 15, 17, 19, 21, 23]
-    assert Counter.seen[1][0] == [[4, 5], [4, 5], [17, 19], [17, 19]]
-    assert len({seed for _, seeds in Counter.seen for seed in seeds}) == 8
-
-
-def test_well_optimizer_resumes_before_an_experts_first_turn():
-    def made():
-        model = well_native(well_args(experts="both"), vae=object())
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2, fused=True)
-        well.fill_moments(optimizer)
-        return model, optimizer
-
-    def step(model, optimizer, expert):
-        z = torch.randn(2, 16, 3, 2, 4, generator=torch.Generator().manual_seed(0))
-        batch = {"latents": z, "condition": F.pad(z, (0, 0, 0, 0, 0, 0, 0, 4)), "text": torch.ones(2, 8, 32)}
-        model(batch, well.draw_sigma(torch.tensor([.3, .6]), expert, 5.), z.flip(1), expert)[0].backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    (a, of_a), (b, of_b) = made(), made()
-    step(a, of_a, "low")
-    weights, moments = copy.deepcopy(common.gather_state(a, of_a, trained_only=True))
-    common.restore_state(b, weights, of_b, moments, "test", trained_only=True)
-    for expert in ("high", "low"):
-        before = {name: p.detach().clone() for name, p in a.named_parameters()}
-        step(a, of_a, expert)
-        step(b, of_b, expert)
-        moved = {name.split(".")[1] for name, p in a.named_parameters() if not torch.equal(p, before[name])}
-        assert moved == {expert}                                   # AdamW leaves the other alone
-    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+    start = torch.zeros(2, 2, 1, 1, 1)
+    start[:, 1] = 10
+    model = Counter()
+    out = well.rollout(model, start, 6, [(1,), (2,)], 2, torch.tensor([1., 2.]))
+    assert out.shape == (2, 2, 6, 1, 1, 1)
+    assert out[0, 0].flatten().tolist() == [11, 12, 13, 14, 15, 16]
+    assert out[1, 1].flatten().tolist() == [12, 14, 16, 18, 20, 22]
+    assert model.seen[1][0] == [[13, 14], [13, 14], [16, 18], [16, 18]]
+    assert len({seed for _, seeds in model.seen for seed in seeds}) == 8          # each draws its own noise
 
 
-def test_well_cache_is_made_anew_for_another_adapter(trained, tmp_path, capsys):
-    data = shutil.copytree(trained("well_i2v").data, tmp_path / "data")
-    index = data / "cache/index.json"
-    before = index.read_text()
-    assert launch("well_i2v", f"--data_dir {data} --output_dir {tmp_path}/run --adapter tile") == 0
-    assert "made of other data or another adapter" in capsys.readouterr().out and index.read_text() != before
-
-
-@pytest.mark.parametrize("flags", [
-    "--mode convlstm --n_in 5", "--mode adapter", "--mode oneshot --base_steps 0", "--joint",
-    "--experts low --adapter tile --carry_detail --base_steps 2"])
+@pytest.mark.parametrize("flags", ["--mode convlstm --n_in 5", "--mode adapter", "--mode unet --adapter tile",
+                                   "--adapter tile --decoder_steps 0 --offload --max_steps 2"])
 def test_well_other_modes_run(flags, trained, tmp_path):
-    run = tmp_path / "run"
-    flags = f"--max_steps 2 --adapter_steps 2 {flags}"
-    flags = f"--data_dir {trained('well_i2v').data} --output_dir {run} {flags}"
-    assert launch("well_i2v", flags, full=True) == 0
-    assert np.isfinite(json.loads((run / "eval.json").read_text())["headline"]["value"])
+    data = trained("well_i2v").data
+    assert launch("well_i2v", f"--data_dir {data} --output_dir {tmp_path}/run {flags}", full=True) == 0
+    report = json.loads((tmp_path / "run/eval.json").read_text())
+    assert np.isfinite(report["headline"]["value"]) and "reconstruction" in report["baselines"]
+
+
+def test_well_python_interface(trained):
+    run = trained("well_i2v").run
+    file, = [f for f in well.open_split(well_args("--data_dir", str(trained("well_i2v").data)), "test")
+             if f.scalars["tcool"] == [pytest.approx(.1)]]
+    history = well.read_window(file, 0, 3, 1)
+    forecast = well.predict_fields(well.load_model(run), history, "simulated radiative layer, tcool 0.1")
+    assert forecast.shape == (8, 4, 16, 48) and forecast.isfinite().all()
 
 
 # ---- well_i2v.py: data ----
-
-WELL_SET = dict(nx=16, t_cools=(.1, 1.), trajectories=(2, 1, 1), t_end=2 * well.SPACING, snapshots=13,
-                processes=1)
-
-
-@pytest.fixture(scope="session")
-def simulated_set(tmp_path_factory):
-    root = tmp_path_factory.mktemp("well")
-    well.simulate(root, **WELL_SET)
-    return root
-
-
-@pytest.fixture
-def set_copy(simulated_set, tmp_path):
-    shutil.copytree(simulated_set, tmp_path / "copy")
-    return tmp_path / "copy"
-
-
-def train_file(root):
-    return well.open_set(root, well.DATASET, "train")[0].path
-
 
 def sod(x, t, gamma=5 / 3):
     """Exact density of Sod's tube (1, 0, 1 | .125, 0, .1), diaphragm at 0."""
@@ -4021,7 +3881,8 @@ def test_well_sod(axis):
         one = torch.ones_like(x)
         W = torch.stack([torch.where(x < 0, 1., .125), 0 * one, 0 * one, torch.where(x < 0, 1., .1)])
         W = W[:, None, :, None].expand(-1, 1, -1, 4) if axis == 2 else W[:, None, None].expand(-1, 1, 4, -1)
-        got = well.solve(well.to_conserved(W), 1 / n, .2, 2, boundaries=("open", "open"))[0, -1]
+        U = well_prepare.to_conserved(W)
+        got = well_prepare.solve(U, 1 / n, .2, 2, boundaries=("open", "open"))[0, -1]
         rho = got[0, :, 2] if axis == 2 else got[0, 2]
         errors.append(np.abs(rho.numpy() - sod(x.numpy(), .2)).mean())
         assert got[3 - axis + 1].abs().max() < 1e-12               # nothing moves across
@@ -4040,9 +3901,9 @@ def waves(n=32):
 
 
 def test_well_conservation_in_a_periodic_box():
-    U = well.to_conserved(waves())
-    frames = well.solve(U, 1 / 32, .5, 2, boundaries=("periodic", "periodic"))
-    after = well.to_conserved(frames[0, -1][:, None])
+    U = well_prepare.to_conserved(waves())
+    frames = well_prepare.solve(U, 1 / 32, .5, 2, boundaries=("periodic", "periodic"))
+    after = well_prepare.to_conserved(frames[0, -1][:, None])
     assert (frames[0, -1] - frames[0, 0]).abs().max() > .05                       # it moved
     torch.testing.assert_close(after.sum((1, 2, 3)), U.sum((1, 2, 3)), rtol=0, atol=1e-10)
 
@@ -4050,217 +3911,162 @@ def test_well_conservation_in_a_periodic_box():
 def test_well_cooling_is_the_exact_exponential():
     T = torch.tensor([.1, .1 * math.exp(.3), .005, .0101, .985, .0103], dtype=torch.float64)
     W = torch.stack([torch.full_like(T, 2.), .1 + 0 * T, 0 * T, 2 * T]).view(4, 1, 6, 1)
-    U = well.to_conserved(W)
-    well.cool(U, .05, torch.tensor(.1, dtype=torch.float64).view(1, 1, 1))
-    got = well.to_primitive(U)
+    U = well_prepare.to_conserved(W)
+    well_prepare.cool(U, .05, torch.tensor(.1, dtype=torch.float64).view(1, 1, 1))
+    got = well_prepare.to_primitive(U)
     after = (got[3] / got[0]).flatten()
     assert after[0].item() == pytest.approx(.1 * math.exp(-.5), rel=1e-12)
     assert after[1].item() == pytest.approx(T[1].item() * math.exp(-.5 * math.exp(-.5)), rel=1e-12)
     torch.testing.assert_close(after[2:5], T[2:5])                                # both phases keep theirs
-    assert well.T_COLD <= after[5].item() < .0103
+    assert well_prepare.T_COLD <= after[5].item() < .0103
     torch.testing.assert_close(got[:3], W[:3])
 
 
-def test_well_other_2d_sets(tmp_path):
-    """Another set's layout: tensors, one constant in y and shared by trajectories; what stays is left out."""
-    path = tmp_path / "data/train/a.hdf5"
-    path.parent.mkdir(parents=True)
-    rng = np.random.default_rng(0)
+def write_well(path, dims=2, text=str, scalars=(("nu", (), 0, 0),), boundary="WALL", trajectories=3, steps=5):
+    """A file of another set: a tensor, a vector that is constant in y and shared by trajectories, a constant
+    field, scalars (name, shape, sample_varying, time_varying), and strings as bytes or str."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rng, arrays = np.random.default_rng(0), {}
+    names = lambda values: [text(value) for value in values] if values else np.array([], h5py.string_dtype())
     with h5py.File(path, "w") as f:
-        f.attrs.update({"n_trajectories": 3, "n_spatial_dims": 2})
-        f.create_group("scalars").attrs["field_names"] = np.array([], h5py.string_dtype())
-        f.create_group("boundary_conditions")
-        for name, n in (("time", 5), ("x", 16), ("y", 32)):
+        f.attrs.update({"n_trajectories": trajectories, "dataset_name": text("some_set")})
+        for name, n in (("time", steps), ("x", 16), ("y", 32)):
             f[f"dimensions/{name}"] = np.arange(float(n))
-        f["dimensions"].attrs["spatial_dims"] = ["x", "y"]
-        stored = {"t0_fields": {"a": ((3, 5, 16, 32), 1, 1, (1, 1)), "k": ((16,), 0, 0, (1, 0))},
-                  "t1_fields": {"b": ((5, 16, 2), 0, 1, (1, 0))},
-                  "t2_fields": {"D": ((3, 5, 16, 32, 2, 2), 1, 1, (1, 1))}}
+        f["dimensions"].attrs["spatial_dims"] = names(("x", "y", "z")[:dims])
+        f.create_group("scalars").attrs["field_names"] = names([name for name, *_ in scalars])
+        for name, shape, sample, time in scalars:
+            f[f"scalars/{name}"] = rng.random(shape)
+            f[f"scalars/{name}"].attrs.update(sample_varying=bool(sample), time_varying=bool(time))
+            arrays[name] = f[f"scalars/{name}"][()]
+        for axis in "xy":
+            group = f.create_group(f"boundary_conditions/{axis}")
+            kind = "PERIODIC" if axis == "y" else boundary
+            group.attrs.update(associated_dims=names([axis]), bc_type=text(kind))
+        stored = {"t0_fields": {"a": ((trajectories, steps, 16, 32), 1, 1, (1, 1)),
+                                "k": ((16,), 0, 0, (1, 0))},
+                  "t1_fields": {"b": ((steps, 16, 2), 0, 1, (1, 0))},
+                  "t2_fields": {"D": ((trajectories, steps, 16, 32, 2, 2), 1, 1, (1, 1))}}
         for group, fields in stored.items():
-            f.create_group(group).attrs["field_names"] = list(fields)
-            for name, (shape, sample, time, dims) in fields.items():
-                d = f[group].create_dataset(name, data=rng.random(shape))
-                d.attrs.update({"sample_varying": bool(sample), "time_varying": bool(time),
-                                "dim_varying": np.array(dims, bool)})
-        keys = ("t0_fields/a", "t1_fields/b", "t2_fields/D")
-        a, b, D = (f[key][()].astype("f4") for key in keys)
-    file, = well.open_set(tmp_path, "some_set", "train")
+            f.create_group(group).attrs["field_names"] = names(list(fields))
+            for name, (shape, sample, time, axes) in fields.items():
+                arrays[name] = rng.random(shape, np.float32)
+                f[group].create_dataset(name, data=arrays[name]).attrs.update({
+                    "sample_varying": bool(sample), "time_varying": bool(time),
+                    "dim_varying": np.array(axes, bool)})
+    return arrays
+
+
+@pytest.mark.parametrize("text", [str, str.encode], ids=["str", "bytes"])
+def test_well_other_2d_sets(tmp_path, text):
+    scalars = ("nu", (), 0, 0), ("Re", (3,), 1, 0), ("drive", (5,), 0, 1)
+    arrays = write_well(tmp_path / "data/train/a.hdf5", text=text, scalars=scalars)
+    file, = well.open_split(well_args("--data_dir", str(tmp_path)), "train")
     assert file.names == ["a", "b_x", "b_y", "D_xx", "D_xy", "D_yx", "D_yy"]
-    assert file.boundaries == [("OPEN",), ("OPEN",)]
+    assert (file.grid, file.periodic, file.dataset) == ((16, 32), (False, True), "some_set")
+    assert file.left_out == ["field k, which is constant in time", "scalar drive, which varies in time"]
+    assert file.scalars == {"nu": [arrays["nu"]] * 3, "Re": arrays["Re"].tolist()}
     window = well.read_window(file, 2, 1, 3).numpy()
     assert window.shape == (3, 7, 16, 32)
-    assert np.array_equal(window[:, 0], a[2, 1:4]) and np.array_equal(window[:, 4], D[2, 1:4, ..., 0, 1])
-    assert np.array_equal(window[1, 2, :, 7], b[2, :, 1])
+    assert np.array_equal(window[:, 0], arrays["a"][2, 1:4])
+    assert np.array_equal(window[:, 4], arrays["D"][2, 1:4, ..., 0, 1])
+    assert np.array_equal(window[1, 2, :, 7], arrays["b"][2, :, 1])
 
 
-def test_well_simulated_files_suit_the_wells_reader(simulated_set):
+def test_well_sets_of_several_files(tmp_path):
+    """Files may differ in length and in the order and number of their scalars; prompts name these."""
+    nu, re_ = ("nu", (), 0, 0), ("Re", (3,), 1, 0)
+    first = write_well(tmp_path / "data/train/a.hdf5", scalars=(nu, re_), steps=20)
+    second = write_well(tmp_path / "data/train/b.hdf5", scalars=(re_, nu), steps=9)
+    write_well(tmp_path / "data/train/c.hdf5", scalars=(), steps=9)
+    windows = well.Windows(well_args("--data_dir", str(tmp_path)), "train")
+    assert len(windows.rows) == 3 * 12 + 3 + 3 and max(start for *_, start in windows.rows) == 11
+    assert windows.prompt(0, 1) == f"some set, nu {first['nu']:g}, Re {first['Re'][1]:g}"
+    assert windows.prompt(1, 2) == f"some set, Re {second['Re'][2]:g}, nu {second['nu']:g}"
+    assert windows.prompt(2, 0) == "some set"
+    even = well.list_windows(windows.files, 9, 6)
+    assert [i for i, *_ in even] == [0, 0, 1, 1, 2, 2]
+    rolled = windows.fields([0], torch.tensor([.25]))
+    assert torch.equal(rolled, windows.fields([0]).roll(int(.25 * 7919 % 1 * 32), -1))       # y is periodic
+
+
+@pytest.mark.parametrize("damage,message", [
+    (dict(dims=3), "3 spatial axes"),
+    (dict(scalars=(("nu", (2,), 1, 0),)), "scalar nu has 2 values for 3 trajectories"),
+])
+def test_well_files_that_cannot_be_used(damage, message, tmp_path):
+    write_well(tmp_path / "data/train/a.hdf5", **damage)
+    with pytest.raises(common.UserError, match=f"a.hdf5 is not in The Well's 2-D format .{message}"):
+        well.open_split(well_args("--data_dir", str(tmp_path)), "train")
+
+
+def test_well_own_fields(tmp_path):
+    """write_well_file: what README shows. Two fields on 32 x 32 train, are evaluated and sampled."""
+    rng = np.random.default_rng(0)
+    for split in well.SPLITS:
+        u = np.cumsum(rng.random((12, 32, 32)), axis=0)
+        well_prepare.write_well_file(tmp_path / f"data/{split}/run.hdf5", {"u": u, "h": u ** 2},
+                                     ("PERIODIC", "PERIODIC"), {"nu": .1}, dataset="my_set")
+    with pytest.raises(ValueError, match="h has shape"):
+        well_prepare.write_well_file(tmp_path / "x.hdf5", {"u": u, "h": u[:5]})
+    flags = f"--data_dir {tmp_path} --output_dir {tmp_path}/run --adapter tile --rollout_frames 0"
+    assert launch("well_i2v", flags, full=True) == 0
+    results = json.loads((tmp_path / "run/eval.json").read_text())["results"]
+    assert np.isfinite(results["one_step_u"]) and np.isfinite(results["one_step_h"])
+
+
+def test_well_published_rows_are_of_their_own_set(trained, tmp_path, capsys):
+    run, data = trained("well_i2v").run, shutil.copytree(trained("well_i2v").data, tmp_path / "data")
+    shutil.copytree(run, tmp_path / "run")
+    flags = f"--eval --output_dir {tmp_path}/run --data_dir {data} --rollout_frames 0"
+    for name in ("simulated_radiative_layer", well.DATASET):
+        for path in data.rglob("*.hdf5"):
+            with h5py.File(path, "a") as file:
+                file.attrs["dataset_name"] = name
+        assert launch("well_i2v", flags, full=True) == 0
+        assert ("FNO, published" in capsys.readouterr().out) == (name == well.DATASET)
+
+
+def test_well_simulated_files_suit_the_wells_reader(trained):
     """All that the_well 1.2's WellDataset takes from a file: names, attributes, axes."""
-    with h5py.File(train_file(simulated_set)) as file:
-        known = {"dataset_name": well.DATASET, "grid_type": "cartesian", "n_spatial_dims": 2,
-                 "n_trajectories": 2}
-        assert {name: file.attrs[name] for name in known} == known
-        assert [len(file["dimensions"][name]) for name in ("time", "x", "y")] == [13, 16, 48]
+    with h5py.File(next(trained("well_i2v").data.rglob("train/*.hdf5"))) as file:
+        attributes = {"dataset_name": "simulated_radiative_layer", "grid_type": "cartesian",
+                      "n_spatial_dims": 2, "n_trajectories": 1}
+        assert {name: file.attrs[name] for name in attributes} == attributes
+        assert [len(file["dimensions"][name]) for name in ("time", "x", "y")] == [16, 16, 48]
         assert list(file["dimensions"].attrs["spatial_dims"]) == ["x", "y"]
-        assert not any(file["dimensions"][name].attrs["sample_varying"] for name in ("time", "x", "y"))
         assert list(file["scalars"].attrs["field_names"]) == ["tcool"] and file["scalars/tcool"].shape == ()
-        assert not file["scalars/tcool"].attrs["time_varying"]
         for order, names in enumerate((["density", "pressure"], ["velocity"], [])):
             group = file[f"t{order}_fields"]
             assert list(group.attrs["field_names"]) == names
             for field in (group[name] for name in names):
-                assert field.shape == (2, 13, 16, 48, *[2] * order) and field.dtype == np.float32
+                assert field.shape == (1, 16, 16, 48, *[2] * order) and field.dtype == np.float32
                 assert field.attrs["sample_varying"] and field.attrs["time_varying"]
-                assert list(field.attrs["dim_varying"]) == [True, True]
         edges = {(*bc.attrs["associated_dims"], bc.attrs["bc_type"], bc["mask"][()].sum())
                  for bc in file["boundary_conditions"].values()}
         assert edges == {("x", "PERIODIC", 2), ("y", "OPEN", 2)}
 
 
-def test_well_windows_are_even(simulated_set):
-    files = well.open_set(simulated_set, well.DATASET, "train")
-    every = well.list_windows(files, 9)
-    assert len(every) == 2 * 2 * 5 == len(set(every)) and max(start for *_, start in every) == 4
-    some = well.list_windows(files, 9, 6)
-    assert [i for i, *_ in some] == [0] * 3 + [1] * 3 and {k for _, k, _ in some} == {0, 1}
-    assert len(set(well.list_windows(files, 9, 999))) == 20
-
-
-def test_well_stats(set_copy, capsys):
-    path = set_copy / "datasets" / well.DATASET / "stats.yaml"
-    train = well.open_set(set_copy, well.DATASET, "train")
-    frames = torch.stack([well.read_window(f, k, 0, 13) for f in train
-                          for k in range(2)]).double()
-    table = yaml.safe_load(path.read_text())
-    assert set(table) == {a + b for a in ("mean", "std", "rms") for b in ("", "_delta")}
-    assert table["mean"]["velocity"][1] == pytest.approx(frames[:, :, 3].mean().item(), rel=1e-6)
-    change = frames[:, :, 1].diff(dim=1)
-    assert table["std_delta"]["pressure"] == pytest.approx(change.std(correction=0).item())
-    read = well.train_mean(set_copy, well.DATASET)
-    torch.testing.assert_close(read, frames.mean((0, 1, 3, 4)).float(), rtol=1e-5, atol=1e-7)
-    path.unlink()
-    capsys.readouterr()
-    computed = well.train_mean(set_copy, well.DATASET)
-    assert "is missing" in capsys.readouterr().out
-    torch.testing.assert_close(read, computed)
-    path.write_text("mean: {density: 1}\n")
-    with pytest.raises(common.UserError, match="lacks the mean"):
-        well.train_mean(set_copy, well.DATASET)
-
-
-def test_well_simulate_resumes_and_repeats(simulated_set, set_copy, tmp_path, monkeypatch):
-    folder = set_copy / "datasets" / well.DATASET
-    lost = sorted((folder / "data/train").iterdir())[1]
-    before, kept = lost.read_bytes(), sorted((folder / "data/train").iterdir())[0]
-    lost.unlink()
-    (folder / "stats.yaml").unlink()
-    stamp = kept.stat().st_mtime_ns
-    well.simulate(set_copy, **WELL_SET)
-    with h5py.File(lost) as again, h5py.File(train_file(simulated_set).with_name(lost.name)) as first:
-        assert np.array_equal(again["t0_fields/density"][()], first["t0_fields/density"][()])
-    assert kept.stat().st_mtime_ns == stamp and len(before) == lost.stat().st_size
-    monkeypatch.setattr(well, "simulate_files", None)              # complete: nothing is done again
-    well.simulate(set_copy, **WELL_SET)
-    with pytest.raises(common.UserError, match="remove it"):
-        well.simulate(set_copy, **{**WELL_SET, "seed": 1})
-
-
-def test_well_download(tmp_path, monkeypatch, capsys):
-    """It asks the hub for a set's splits and statistics; where that fails, one line says what to run."""
+def test_well_prepare(trained, tmp_path, monkeypatch, capsys):
+    """A complete set is not overwritten; the same seed gives the same set; downloads ask the hub."""
+    flags = SCRIPTS["well_i2v"]["set"]
+    assert well_prepare.main([*flags, "--data_dir", str(tmp_path / "again")]) == 0
+    for path in (tmp_path / "again").rglob("*.hdf5"):
+        other = trained("well_i2v").data / path.relative_to(tmp_path / "again")
+        with h5py.File(path) as a, h5py.File(other) as b:
+            assert np.array_equal(a["t0_fields/density"][()], b["t0_fields/density"][()])
+    assert well_prepare.main([*flags, "--data_dir", str(tmp_path / "again")]) == 2
+    assert "exists: remove it" in the_error(capsys, "prepare")
     import huggingface_hub
     asked = []
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: asked.append((a, k)))
-    flags = ["--download", "--dataset", "shear_flow", "--data_dir", str(tmp_path)]
-    assert well.main(flags) == 0
-    assert f"wrote {tmp_path}/datasets/shear_flow" in capsys.readouterr().out
+    assert well_prepare.main(["--download", "shear_flow", "--data_dir", str(tmp_path)]) == 0
     assert asked == [(("polymathic-ai/shear_flow",), {
         "repo_type": "dataset", "local_dir": tmp_path / "datasets/shear_flow",
         "allow_patterns": ["stats.yaml", "data/train/*", "data/valid/*", "data/test/*"]})]
     monkeypatch.undo()                                             # HF_HUB_OFFLINE: there is no network
-    assert well.main(flags) == 2
-    assert re.search("cannot download https://huggingface.co/datasets/polymathic-ai/shear_flow .*: where .*, "
-                     f"hf download polymathic-ai/shear_flow .*{tmp_path}", the_error(capsys, "well_i2v"))
-
-
-def test_well_prompts(simulated_set):
-    """The words of --prompt (or the set's name) and each file's scalars are what the encoder is given."""
-    texts = {}
-    for words in ("", "A hot wind"):
-        args = well_args(data_dir=simulated_set, prompt=words, text_length=64)
-        data = {split: well.Windows(args, split) for split in well.SPLITS}
-        empty = well.encode_prompts(args, CPU, data)
-        texts[words] = data["train"].texts
-        assert all(torch.equal(*pair) for pair in zip(data["test"].texts, data["train"].texts))
-        assert empty.shape == (1, 64, 32) and len(data["train"].texts) == 2
-    assert len(texts["A hot wind"][0]) == len("A hot wind, tcool 0.1") + 1         # bytes, and their end
-    assert len(texts[""][0]) == len(f"{well.DATASET}, tcool 0.1") + 1
-    assert not torch.equal(texts[""][0][:4], texts["A hot wind"][0][:4])
-    assert not torch.equal(texts[""][0][-9:], texts[""][1][-9:])
-
-
-def test_well_rollout_table():
-    steps = torch.arange(1., 31.)                                  # step k scores k
-    table = well.rollout_table(torch.stack([steps, steps + 2], -1)[None])
-    assert table == {"one_step": 2, "8_steps": 5.5, "6:12": 10, "[6:12]": 10.5, "13:30": 22.5, "[13:30]": 23,
-                     "rollout": 16.5}
-    assert set(well.rollout_table(torch.ones(8, 4))) == {"one_step", "8_steps", "rollout"}
-
-
-def test_well_baselines(simulated_set):
-    x = well.read_window(well.open_set(simulated_set, well.DATASET, "test")[0], 0, 0, 9)
-    line = x[:1] + torch.arange(9.).view(-1, 1, 1, 1) * (x[1] - x[0])
-    made_up = well.baselines(line[:3], line[3:], torch.arange(4.))
-    torch.testing.assert_close(made_up["linear"], line[3:], rtol=1e-5, atol=1e-5)
-    assert torch.equal(made_up["persistence"][5], line[2])
-    assert well.vrmse(made_up["spatial_mean"], line[3:]).max() <= 1
-    assert made_up["train_mean"][2, 3].unique().item() == 3
-
-
-def test_well_physics_checks(simulated_set):
-    file = well.open_set(simulated_set, well.DATASET, "test")[0]
-    x = well.read_window(file, 0, 5, 3)
-    same = well.physics_checks(x, x, file.names)
-    rolled = well.physics_checks(x.roll(3, -2), x, file.names)
-    assert set(same) == {"spectrum", "mass_by_temperature", "kinetic_energy"}
-    for name in same:
-        assert same[name].shape == (3,) and same[name].abs().max() == 0 and rolled[name].abs().max() < 2e-2
-    faster = x.clone()
-    faster[:, 2:] *= 2
-    energy = well.physics_checks(faster, x, file.names)["kinetic_energy"]
-    torch.testing.assert_close(energy, torch.full((3,), 3.))
-    hotter = x.clone()
-    hotter[:, 1] *= 1000                                           # all of the mass changes its phase
-    assert well.physics_checks(hotter, x, file.names)["mass_by_temperature"].min() > 1.9
-    blurred = x.mean(-2, keepdim=True).expand_as(x)
-    assert well.physics_checks(blurred, x, file.names)["spectrum"].min() > .99
-    assert set(well.physics_checks(x, x, ["a", "b", "c", "d"], axis=-1)) == {"spectrum"}
-
-
-def test_well_field_video(simulated_set):
-    file = well.open_set(simulated_set, well.DATASET, "test")[0]
-    x = well.read_window(file, 0, 0, 3)
-    video = well.field_video(x, x, file.names)
-    assert video.dtype == torch.uint8 and video.shape[:2] == (3, 3)
-    left, w, h = 90, 384, 128
-    truth, pred = video[:, :, 24:24 + h, left:left + w], video[:, :, 24:24 + h, left + w + 8:left + 2 * w + 8]
-    assert torch.equal(truth, pred)
-    error = video[:, :, 24:24 + h, left + 2 * (w + 8) + 74:][..., :w]
-    assert error.flatten(2).unique(dim=2).shape[2] == 1                           # one colour: no error
-    other = well.field_video(x, x + .1 * x.std(), file.names)
-    assert torch.equal(other[:, :, 24:24 + h, left:left + w], truth)              # the truth's range decides
-    assert not torch.equal(other[:, :, 24:24 + h, left + w + 8:left + 2 * w + 8], truth)
-
-
-@pytest.mark.parametrize("script,made_by_others", [
-    ("well_i2v", lambda data: next(data.rglob("simulated.json")).unlink()),
-], ids=["well_i2v"])
-def test_a_resumed_run_stays_with_its_data(script, made_by_others, trained, tmp_path):
-    """A checkpoint's data_dir holds where no --data_dir is given: nothing is simulated into it."""
-    data, module = shutil.copytree(trained(script).data, tmp_path / "data"), importlib.import_module(script)
-    made_by_others(data)
-    args, before = module.parse_args(shlex.split(SCRIPTS[script]["tiny"])), files(data)
-    module.adopt(args, {"data_dir": str(data)}, (), "a checkpoint")
-    module.prepare(args, CPU)
-    assert set(files(data)) == set(before)
+    assert well_prepare.main(["--download", "--data_dir", str(tmp_path)]) == 2
+    assert re.search("cannot download https://huggingface.co/datasets/polymathic-ai/turbulent_radiative_layer_2D",
+                     the_error(capsys, "prepare"))
 
 
 # ---- vidar.py -------------------------------------------------------------------------------------------
