@@ -3095,9 +3095,9 @@ def test_robot_data_simulated(tmp_path, capsys):
     assert (tmp_path / "again/episodes/ep_0001/actions.npy").stat().st_ino == written
 
 
-def camera_frames(camera, frames=25):
-    """Frame t of camera i is (200, 10 t, 20 + 50 i): it shows camera, time and the order of the channels."""
-    colors = [[200, 10 * t, 20 + 50 * camera] for t in range(frames)]
+def camera_frames(camera, frames=25, episode=0):
+    """Frame t of camera i is (200 - 40 episode, 10 t, 20 + 50 i), which also shows the order of channels."""
+    colors = [[200 - 40 * episode, 10 * t, 20 + 50 * camera] for t in range(frames)]
     return np.uint8(colors)[:, None, None].repeat(48, 1).repeat(64, 2)
 
 
@@ -3177,7 +3177,7 @@ def lerobot_source(kind, root):
                        "action": joint_positions(1, length, episode=k).tolist()})
         rows.append({"episode_index": k, "tasks": [f"Task {k}."], "length": length})
         for i, name in enumerate(cameras):
-            frames = camera_frames(i, length)
+            frames = camera_frames(i, length, k)
             if kind == "v2.0":
                 tables[k][name] = [{"bytes": data, "path": None} for data in jpegs(frames).tolist()]
             elif kind == "v2.1" or i:
@@ -3185,7 +3185,7 @@ def lerobot_source(kind, root):
             rows[k] |= {f"videos/{name}/file_index": k if i else 0, f"videos/{name}/chunk_index": 0,
                         f"videos/{name}/from_timestamp": 0. if i else k * .5}
     if kind == "v3.0":
-        write_camera(cameras[0], 0, np.concatenate([camera_frames(0, 25), camera_frames(0, 20)]))
+        write_camera(cameras[0], 0, np.concatenate([camera_frames(0, 25), camera_frames(0, 20, 1)]))
         joined = {key: tables[0][key] + tables[1][key] for key in tables[0]}
         write_table("data/chunk-000/file-000.parquet", joined)
         columns = {key: [row[key] for row in rows] for key in rows[0]} | {"stats/action/max": [0., 0.]}
@@ -3213,20 +3213,20 @@ ROBOT_FORMATS = {"legacy": "robotwin", "legacy marked": "robotwin", "xpolicylab"
 def test_robot_data_converted(kind, robot_sources, tmp_path, capsys):
     """Frames nearest to each tenth of a second, of the right camera and color, with the joints they show."""
     src, to = robot_sources(kind), tmp_path / "set"
-    flags = ["--src_fps", "50"] if kind.startswith("aloha") else []
+    flags = {"aloha": ["--src_fps", "50"], "v3.0": ["--src_fps", "16.67"]}.get(kind.split()[0], [])
     assert robot_prepare.main(["--from", ROBOT_FORMATS[kind], str(src), str(to), *flags]) == 0
     rows = json.loads((to / "manifest.json").read_text())["episodes"]
     assert len(rows) == (2 if kind.startswith("v") else 1)
     for k, row in enumerate(rows):
         times = [0, 5, 10, 15, 20][:5 - k]
-        if ROBOT_FORMATS[kind] == "robotwin":                          # 16.67 fps
-            times = [0, 2, 3, 5, 7, 8, 10, 12, 13, 15, 17, 18, 20, 22, 23]
+        if ROBOT_FORMATS[kind] == "robotwin" or kind == "v3.0":        # 16.67 fps
+            times = [0, 2, 3, 5, 7, 8, 10, 12, 13, 15, 17, 18, 20, 22, 23][:15 - 3 * k]
         video = common.read_video(to / row["video_path"]).float()
         assert video.shape == (len(times), 3, 720, 640) and row["num_frames"] == len(times)
         corners = (60, 420, 60, 580), (520, 680, 40, 280), (520, 680, 360, 600)
         for i, (top, bottom, left, right) in enumerate(corners):
             shown = video[:, :, top:bottom, left:right].mean((2, 3)).numpy()
-            error = shown - [[200, 10 * t, 20 + 50 * i] for t in times]
+            error = shown - [[200 - 40 * k, 10 * t, 20 + 50 * i] for t in times]
             assert (np.abs(error + 2) < [8, 4.9, 8]).all(), (i, shown)         # ffmpeg rounds down, twice
         actions = np.load(to / row["actions_path"])
         assert np.array_equal(actions, joint_positions(episode=k)[times].astype(np.float32))
@@ -3281,14 +3281,16 @@ ROBOT_ERRORS = [
     ("aloha", None, "", "no frame rate: --src_fps FPS sets it"),
     ("aloha", None, "--src_fps 50 --actions observations/effort", "cannot be read: .*effort' doesn't exist"),
     ("aloha", replace_dataset("observations/qpos", joint_positions(width=7)), "--src_fps 50", "width 7, not"),
+    ("aloha", replace_dataset("observations/images/cam_high", camera_frames(0) / 255), "--src_fps 50",
+     "frame 0 cannot be read: images are float64"),
     ("v2.1", rewrite("info.json", '"fps": 50', '"fps": 5'), "", "has 5 fps, but 10 to 1000"),
     ("v2.1", rewrite("info.json", "v2.1", "v1.6"), "", "version v1.6; v2.0, v2.1 and v3.0 can be read"),
     ("v2.1", rewrite("info.json", "left_wrist", "low"), "", "has no left camera; its cameras are"),
     ("v2.1", lambda root: (root / "meta/info.json").unlink(), "", "has no meta/info.json: SRC is the root"),
-    ("v2.1", rewrite("episodes.jsonl", "Task 1.", ""), "", "episode 1 has no instruction"),
+    ("v2.1", rewrite("episodes.jsonl", "Task 1.", ""), "", "episode 1. has no instruction"),
     ("v2.1", rewrite("episodes.jsonl", "25", "24"), "", "numbers of frames differ"),
-    ("v2.1", shorten_left_video, "", "episode_000000.mp4 has 20 frames, the episode has 25"),
-    ("v3.0", shorten_left_video, "", "file-000.mp4 has 20 frames from 0.00 s on, the episode has 25"),
+    ("v2.1", shorten_left_video, "", "episode_000000.mp4 has 20 frames from 0.00 s, not 25"),
+    ("v3.0", shorten_left_video, "", "file-000.mp4 has 20 frames from 0.00 s, not 25"),
 ]
 
 
@@ -3328,39 +3330,35 @@ def test_robot_data_options(robot_sources, tmp_path, monkeypatch, capsys):
 
 
 def test_robot_data_deploy_adapter(monkeypatch):
-    """docs/robots.md: every observed frame is sent once, in order, and a reset begins a new connection."""
+    """docs/robots.md: every observed frame is sent once, in order; a reset begins a new connection."""
     code = max(re.findall(r"```python\n(.*?)```", (HERE / "docs/robots.md").read_text(), re.DOTALL), key=len)
-    requests, taken = [], []
+    addresses, sent, taken = [], [], []
 
-    class FakePolicy:
-        def __init__(self, host, port):
-            requests.append((host, port))
-
-        def infer(self, observation):
-            requests.append(observation)
-            return {"actions": np.ones((4, 14)) * len(requests)}
+    def connect(*address):
+        addresses.append(address)
+        actions = {"actions": np.ones((4, 14))}
+        return argparse.Namespace(infer=lambda request: sent.append(request) or actions)
 
     def observation():
         views = {f"{name}_camera": {"rgb": np.full((24, 32, 3), len(taken), np.uint8)}
                  for name in ("head", "left", "right", "front")}
         return {"observation": views, "joint_action": {"vector": np.full(14, len(taken))}}
 
-    module = argparse.Namespace(WebsocketClientPolicy=FakePolicy)
-    monkeypatch.setitem(sys.modules, "openpi_client", argparse.Namespace(websocket_client_policy=module))
-    monkeypatch.setitem(sys.modules, "openpi_client.websocket_client_policy", module)
+    client = argparse.Namespace(WebsocketClientPolicy=connect)
+    monkeypatch.setitem(sys.modules, "openpi_client", argparse.Namespace(websocket_client_policy=client))
+    monkeypatch.setitem(sys.modules, "openpi_client.websocket_client_policy", client)
     exec(code, adapter := {})
     task = argparse.Namespace(get_instruction=lambda: "Lift.", take_action=taken.append, get_obs=observation)
     model = adapter["get_model"]({"host": "robot", "port": 8000})
-    for _ in range(2):
+    for call in range(3):
+        if call == 2:
+            adapter["reset_model"](model)
         adapter["eval"](task, model, observation())
-    adapter["reset_model"](model)
-    adapter["eval"](task, model, observation())
-    assert [request for request in requests if isinstance(request, tuple)] == [("robot", 8000)] * 2
-    sent = [request for request in requests if isinstance(request, dict)]
-    assert [image[:, 0, 0, 0].tolist() for image in (request["images"]["cam_high"] for request in sent)] == [
-        [0], [1, 2, 3, 4], [8]]
+    assert addresses == [("robot", 8000)] * 2 and len(taken) == 12 and taken[0].shape == (14,)
+    times = [request["images"]["cam_high"][:, 0, 0, 0].tolist() for request in sent]
+    assert times == [[0], [1, 2, 3, 4], [8]]
     assert sent[1]["images"]["cam_left_wrist"].shape == (4, 3, 24, 32) and sent[1]["prompt"] == "Lift."
-    assert sent[1]["state"].tolist() == [4.] * 14 and len(taken) == 12 and taken[0].shape == (14,)
+    assert sent[1]["state"].tolist() == [4.] * 14
 
 
 # ---- data/sim_physics_heads -----------------------------------------------------------------------------

@@ -46,7 +46,7 @@ class Recording:
 
 @contextlib.contextmanager
 def readable(path):
-    """Turns errors of h5py, PIL, json and pyarrow into a UserError that names the file."""
+    """Turns other libraries' errors into a UserError that names the file."""
     try:
         yield
     except (KeyError, OSError, RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
@@ -55,8 +55,6 @@ def readable(path):
 
 def list_recordings(source_format, src, args) -> list[Recording]:
     """Raises UserError where nothing can be found or a camera or a frame rate is missing."""
-    if not src.exists():
-        raise UserError(f"there is no file or folder {src}")
     if source_format == "lerobot":
         return list_lerobot(src, args)
     return list_hdf5(source_format, src, args)
@@ -65,14 +63,12 @@ def list_recordings(source_format, src, args) -> list[Recording]:
 @contextlib.contextmanager
 def open_recording(recording, args):
     """-> {"head", "left", "right": Images or Video}, joint positions (T, n), instruction."""
-    with contextlib.ExitStack() as stack:
-        with readable(recording.path):
-            if recording.source_format == "lerobot":
-                contents = read_lerobot(recording, args.actions)
-            else:
-                reader = {"robotwin": read_robotwin, "hdf5": read_hdf5}[recording.source_format]
-                contents = reader(recording, stack.enter_context(h5py.File(recording.path)), args.actions)
-        yield contents
+    if recording.source_format == "lerobot":
+        yield read_lerobot(recording, args.actions)
+    else:
+        reader = read_robotwin if recording.source_format == "robotwin" else read_hdf5
+        with h5py.File(recording.path) as file:
+            yield reader(recording, file, args.actions)
 
 
 # ---- images ---------------------------------------------------------------------------------------------
@@ -114,13 +110,15 @@ class Images:
             with readable(f"{self.path}, frame {index}"):
                 row = self.rows[index]
                 if getattr(row, "ndim", 0) == 3:
-                    image = np.asarray(row, np.uint8)
+                    image = row
                 else:
                     with Image.open(io.BytesIO(np.asarray(row).tobytes())) as file:
                         marked = file.info.get("comment") == RGB_MARKER
                         image = np.asarray(file.convert("RGB"))
                     if self.robotwin and not marked:
                         image = image[..., ::-1]
+                if image.dtype != np.uint8 or image.shape[2] != 3:
+                    raise ValueError(f"images are {image.dtype} {image.shape}, not uint8 (H, W, 3)")
             yield image
 
 
@@ -130,7 +128,6 @@ class Video:
     path: Path
     start: float | None
     length: int
-    fps: float
 
     def __len__(self):
         return self.length
@@ -138,35 +135,33 @@ class Video:
     def frames(self, indices):
         """Yields the frames at ascending indices, H W 3 uint8, RGB, and then checks their number."""
         frames = common.video_frames(self.path)
-        if self.start is not None:                 # half a frame early, since timestamps are rounded
-            seek = ["-ss", str(max(0, self.start - .5 / self.fps))]
+        if self.start is not None:
             limit = ["-fps_mode", "passthrough", "-frames:v", str(self.length)]
-            frames = iio.imiter(self.path, plugin="FFMPEG", input_params=seek, output_params=limit)
+            frames = iio.imiter(self.path, plugin="FFMPEG", output_params=limit,
+                                input_params=["-ss", str(self.start)])
         wanted = set(indices.tolist())
         count = 0
         with readable(self.path):
-            for index, frame in enumerate(frames):
-                count = index + 1
-                if index in wanted:
+            for count, frame in enumerate(frames, 1):
+                if count - 1 in wanted:
                     yield frame
         if count != self.length:
-            place = "" if self.start is None else f" from {self.start:.2f} s on"
-            raise UserError(f"{self.path} has {count} frames{place}, the episode has {self.length}")
+            raise UserError(f"{self.path} has {count} frames from {self.start or 0:.2f} s, not {self.length}")
 
 
 # ---- RoboTwin and ALOHA: HDF5 ---------------------------------------------------------------------------
 
 def list_hdf5(source_format, src, args):
-    """Recordings of one .hdf5 file or of all below a folder, in the order of the numbers in their names."""
+    """Recordings of one .hdf5 file or of all below a folder, in the order of their numbers."""
     files = common.find_files(src, [".hdf5", ".h5"])[0] if src.is_dir() else [src]
     if not files:
         raise UserError(f"{src} holds no .hdf5 files")
 
-    def natural_order(path):
-        return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(path))]
+    def number(path):
+        return int((re.findall(r"\d+", path.stem) or [0])[-1])
 
     recordings = []
-    for path in sorted(files, key=natural_order):
+    for path in sorted(files, key=lambda path: (path.parent, number(path), path)):
         with readable(path), h5py.File(path) as file:
             if source_format == "hdf5":
                 fps = args.src_fps or float(np.ravel(file.attrs.get("fps", 0))[0])
@@ -176,9 +171,8 @@ def list_hdf5(source_format, src, args):
                 available = list(file["observation" if "joint_action" in file else "vision"])
             else:
                 raise UserError(f"{path} is not a RoboTwin 2.0 file: it has neither joint_action nor state")
-        number = int((re.findall(r"\d+", path.stem) or [0])[-1])
-        cameras = choose_cameras(available, args, path)
-        recordings.append(Recording(source_format, path, str(path), number, fps, cameras))
+            cameras = choose_cameras(available, args, path)
+        recordings.append(Recording(source_format, path, str(path), number(path), fps, cameras))
     return recordings
 
 
@@ -186,6 +180,12 @@ def join_columns(columns):
     """Arrays (T,) or (T, n) -> (T, sum of n)."""
     columns = [np.asarray(column, np.float64) for column in columns]
     return np.concatenate([column.reshape(len(column), -1) for column in columns], axis=1)
+
+
+def choose_text(texts, number=0):
+    """One of several instructions, or the only one; "" where there is none."""
+    texts = [texts] if isinstance(texts, str) else texts
+    return texts[number % len(texts)] if texts else ""
 
 
 def read_robotwin(recording, file, columns):
@@ -202,8 +202,8 @@ def read_robotwin(recording, file, columns):
         texts = json.loads(np.ravel(file["instructions"][()])[0]) if "instructions" in file else []
     cameras = {view: Images(file[pattern.format(name)], recording.path, robotwin=True)
                for view, name in recording.cameras.items()}
-    text = texts[recording.number % len(texts)] if texts else ""
-    return cameras, join_columns([file[name][()] for name in columns.split(",")]), text
+    actions = join_columns([file[name][()] for name in columns.split(",")])
+    return cameras, actions, choose_text(texts, recording.number)
 
 
 def read_hdf5(recording, file, columns):
@@ -212,7 +212,7 @@ def read_hdf5(recording, file, columns):
     text = text.decode() if isinstance(text, bytes) else text
     text_file = recording.path.with_name("expanded_instruction_gpt-4-turbo.json")
     if not text and text_file.is_file():
-        text = json.loads(common.read_text(text_file))["instruction"]
+        text = choose_text(json.loads(common.read_text(text_file))["instruction"])
     cameras = {view: Images(file[f"observations/images/{name}"], recording.path)
                for view, name in recording.cameras.items()}
     columns = columns or "observations/qpos"
@@ -239,14 +239,13 @@ def list_lerobot(src, args):
         info = json.loads(common.read_text(path))
         version = info["codebase_version"]
         features = info["features"]
-        names = features.get("observation.state", {}).get("names")
         fps = args.src_fps or float(info.get("fps") or 0)
         images = [name for name, feature in features.items() if feature["dtype"] in ("image", "video")
                   and not (feature.get("info") or {}).get("video.is_depth_map")]
     if version not in ("v2.0", "v2.1", "v3.0"):
         raise UserError(f"{src} has LeRobot's format version {version}; v2.0, v2.1 and v3.0 can be read")
     cameras = choose_cameras(images, args, src)
-    if re.search("right.*left", str(names)):
+    if re.search("right.*left", str(features.get("observation.state"))):
         print("note: the right arm is named first. The numbers keep their order: openpi's data sets have "
               "such names, but the left arm comes first.")
     with readable(src / "meta"):
@@ -256,8 +255,8 @@ def list_lerobot(src, args):
 def lerobot_episodes(src, version):
     """Rows of meta/episodes.jsonl, or of meta/episodes/*/*.parquet without the bulky statistics."""
     if version != "v3.0":
-        lines = common.read_text(src / "meta/episodes.jsonl").splitlines()
-        return [json.loads(line) for line in lines if line.strip()]
+        text = common.read_text(src / "meta/episodes.jsonl")
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
     rows = []
     for path in sorted((src / "meta/episodes").rglob("*.parquet")):
         columns = [name for name in import_parquet().read_schema(path).names if not name.startswith("stats/")]
@@ -271,15 +270,17 @@ def lerobot_recording(src, info, row, cameras, fps):
     place = {"episode_index": number, "episode_chunk": number // info.get("chunks_size", 1000),
              "chunk_index": row.get("data/chunk_index"), "file_index": row.get("data/file_index")}
     path = src / info["data_path"].format(**place)
-    tasks = row.get("tasks") or [""]
-    recording = Recording("lerobot", path, f"episode {number}", number, fps, cameras, row["length"], tasks[0])
+    recording = Recording("lerobot", path, f"{src} (episode {number})", number, fps, cameras,
+                          row["length"], choose_text(row.get("tasks")))
     for camera in cameras.values():
         if info["features"][camera]["dtype"] == "video":
+            start = None
             if "data/file_index" in row:
                 place["chunk_index"] = row[f"videos/{camera}/chunk_index"]
                 place["file_index"] = row[f"videos/{camera}/file_index"]
-            path = src / info["video_path"].format(video_key=camera, **place)
-            recording.videos[camera] = path, row.get(f"videos/{camera}/from_timestamp")
+                # Half a frame early, since timestamps are rounded. --src_fps does not change the timestamps.
+                start = max(0, row[f"videos/{camera}/from_timestamp"] - .5 / info["fps"])
+            recording.videos[camera] = src / info["video_path"].format(video_key=camera, **place), start
     return recording
 
 
@@ -288,13 +289,12 @@ def read_lerobot(recording, columns):
     columns = (columns or "observation.state").split(",")
     images = [name for name in recording.cameras.values() if name not in recording.videos]
     table = import_parquet().read_table(
-        recording.path, columns=["frame_index", *columns, *images], use_threads=False,
+        recording.path, columns=list({"frame_index", *columns, *images}), use_threads=False,
         filters=[("episode_index", "==", recording.number)]).sort_by("frame_index")
     cameras = {}
     for view, name in recording.cameras.items():
         if name in recording.videos:
-            path, start = recording.videos[name]
-            cameras[view] = Video(path, start, recording.length, recording.fps)
+            cameras[view] = Video(*recording.videos[name], recording.length)
         else:
             cameras[view] = Images([image["bytes"] for image in table[name].to_pylist()], recording.path)
     return cameras, join_columns([table[name].to_pylist() for name in columns]), recording.instruction

@@ -111,7 +111,7 @@ def nearest_frames(length, fps):
 def convert_episode(args, recording):
     """Raises UserError, naming the recording, for joint positions, images or a text that cannot be used."""
     name = recording.name
-    with convert.open_recording(recording, args) as (cameras, actions, text):
+    with convert.readable(name), convert.open_recording(recording, args) as (cameras, actions, text):
         if actions.shape[1] != ACTION_DIM:
             raise UserError(f"{name}: joint positions have width {actions.shape[1]}, not 14: left arm 6, "
                             "gripper, right arm 6, gripper. --actions NAME,NAME joins other columns")
@@ -151,6 +151,8 @@ def convert_all(args):
     recipe = {"converted": {"src": str(src.absolute()), **options}}
     if is_done(data_dir, recipe):
         return
+    if not src.exists():
+        raise UserError(f"there is no file or folder {src}")
     recordings = convert.list_recordings(args.source_format, src, args)[:args.episodes]
     for recording in recordings:
         if not recording.fps:
