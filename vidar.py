@@ -57,7 +57,7 @@ PRESETS = {
     "tiny": dict(
         model="tiny", stage="all", data_dir="data/vidar/simulated", height=112, width=96, frames=33,
         prompt_views="none", windows=3, text_length=64, batch_size=2, global_batch=0, max_steps=1650, lr=3e-3,
-        warmup_steps=50, ema_decay=.99, eta=3., shift=8.0, num_inference_steps=2, guidance_scale=1.,
+        warmup_steps=50, ema_decay=.99, eta=1., shift=8.0, num_inference_steps=2, guidance_scale=1.,
         idm_steps=1850, idm_lr=3e-3, idm_batch_size=32, idm_frames=12, idm_generated=300, mask_weight=.06,
         cfg_drop=0., eval_every=500, save_every=500, eval_clips=24),
     # Table 5 of the paper. Any number of GPUs: gradients are accumulated to 128 samples.
