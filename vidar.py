@@ -57,8 +57,8 @@ PRESETS = {
     "tiny": dict(
         model="tiny", stage="all", data_dir="data/vidar/simulated", height=112, width=96, frames=33,
         prompt_views="none", windows=3, text_length=64, batch_size=2, global_batch=0, max_steps=1650, lr=3e-3,
-        warmup_steps=50, ema_decay=.99, eta=3., shift=8.0, num_inference_steps=2, guidance_scale=1.,
-        idm_steps=1850, idm_lr=3e-3, idm_batch_size=32, idm_frames=12, idm_generated=150, mask_weight=.06,
+        warmup_steps=50, ema_decay=.99, eta=1., shift=8.0, num_inference_steps=2, guidance_scale=1.,
+        idm_steps=1850, idm_lr=3e-3, idm_batch_size=32, idm_frames=12, idm_generated=300, mask_weight=.06,
         cfg_drop=0., eval_every=500, save_every=500, eval_clips=24),
     # Table 5 of the paper. Any number of GPUs: gradients are accumulated to 128 samples.
     "ti2v_5b": dict(data_dir="data/robotwin", max_steps=14000, lr=2e-5, batch_size=8, warmup_steps=200,
@@ -380,8 +380,8 @@ def keep_time_in_fp32(dit):
 
 @torch.no_grad()
 def init_small(dit):
-    """Initialises the tiny model so that its velocity begins as the noise, which every velocity contains: the
-    output layer inverts the patch embedding, and the blocks are small."""
+    """Initialises the tiny model so that its velocity begins as the noise, a part of every velocity: small
+    blocks, and an output layer that inverts the patch embedding."""
     for name, p in dit.named_parameters():
         if name.endswith(("scale_shift_table", "embedding.bias", "proj_out.bias")):
             nn.init.zeros_(p)
@@ -390,7 +390,8 @@ def init_small(dit):
     patch = nn.init.orthogonal_(dit.patch_embedding.weight.flatten(1))             # D (C 2 2)
     dit.patch_embedding.weight.copy_(patch.view_as(dit.patch_embedding.weight))
     patch = patch.unflatten(1, (-1, 4)).transpose(1, 2).flatten(1)                 # D (2 2 C), as the output
-    dit.proj_out.weight.copy_(patch.T * math.sqrt(patch.shape[1] / patch.shape[0]))    # of normalised tokens
+    output = dit.proj_out.weight                                                   # of normalised tokens
+    output += (math.sqrt(patch.shape[1] / patch.shape[0]) * torch.eye(len(output)) - output @ patch) @ patch.T
 
 
 def load_idm(path, config=IDM_FULL) -> IDM:
@@ -1010,8 +1011,7 @@ def dry_run(args):
             with torch.autocast("cpu", torch.bfloat16, enabled=args.model != "tiny"):
                 return model(batch, z, torch.rand(len(z)))[0]
 
-        world = int(os.environ.get("WORLD_SIZE", 1))
-        tokens = z[0, 0].numel() // 4
+        tokens, world = z[0, 0].numel() // 4, int(os.environ.get("WORLD_SIZE", 1))
         print(common.dry_run_report("video model", model, loss, len(z), tokens, world, args.fsdp))
 
 
