@@ -729,7 +729,7 @@ class Windows:
         self.files, self.args = open_split(args, split), args
         self.rows = list_windows(self.files, args.n_in + args.n_out, count)
         self.names, self.grid, self.periodic = self.files[0].names, self.files[0].grid, self.files[0].periodic
-        self.texts = {}                          # prompt -> L D, of encode_prompts
+        self.texts = {}                          # prompt -> L D, by open_data
 
     def fields(self, numbers, shifts=None):
         """Windows -> B T C H W. shifts: B in [0, 1), by which periodic axes are rolled."""
