@@ -8,7 +8,7 @@ Equations   fields <-> [-1, 1] <-> video frames                            -> Fi
             s = shift u / (1 + (shift - 1) u); s >= 0.9: high-noise expert -> shift_sigma, draw_sigma
             dx/ds = v from s = 1 to 0, by UniPC                            -> integrate
             VRMSE = sqrt(mean (x - y)^2 / (var y + 1e-7)), over space      -> vrmse
-Run         python well_i2v.py                       # simulate, train, evaluate: MINUTES min on 2 CPU cores
+Run         python well_i2v.py                       # simulate, train, evaluate: 5 min on 2 CPU cores
             torchrun --nproc_per_node=4 well_i2v.py --lora_rank 32
             python well_i2v.py --sample --num_samples 2                    # or --eval
             python well_i2v.py --mode unet --output_dir runs/unet          # a baseline; or convlstm, adapter
@@ -54,7 +54,7 @@ PRESETS = {
     # the schedule.
     "tiny": dict(
         model="tiny", data_dir=f"data/{SCRIPT}/simulated", adapter="tile", frame_repeat=4, text_length=64,
-        base_steps=550, base_lr=2e-3, max_steps=130, lr=1e-3, lora_targets=",".join(LORA_TARGETS),
+        base_steps=700, base_lr=2e-3, max_steps=200, lr=1e-3, lora_targets=",".join(LORA_TARGETS),
         decoder_steps=600, adapter_lr=1e-3, shift=40.0, batch_size=4, warmup_steps=30, ema_decay=0.99,
         num_inference_steps=1, members=1, eval_clips=32, rollout_frames=30, sample_frames=16, eval_every=300,
         save_every=300),
@@ -729,7 +729,7 @@ class Windows:
         self.files, self.args = open_split(args, split), args
         self.rows = list_windows(self.files, args.n_in + args.n_out, count)
         self.names, self.grid, self.periodic = self.files[0].names, self.files[0].grid, self.files[0].periodic
-        self.texts = {}                          # prompt -> L D, of encode_prompts
+        self.texts = {}                          # prompt -> L D, by open_data
 
     def fields(self, numbers, shifts=None):
         """Windows -> B T C H W. shifts: B in [0, 1), by which periodic axes are rolled."""
@@ -1236,10 +1236,11 @@ def dry_run(args):
                 inputs = z, torch.randn(B, shape[0] + 4, *shape[1:]), text, torch.rand(B), z
                 if args.grad_checkpoint:
                     module.transformer.enable_gradient_checkpointing()
-            print(common.dry_run_report(f"stage {stage}", module, lambda: module(*inputs)[0], B, tokens,
-                                        world, args.fsdp and tokens > 0))
+            parts = nn.ModuleList([module, *(part for part in context if isinstance(part, nn.Module))])
+            print(common.dry_run_report(f"stage {stage}", parts, lambda: module(*inputs)[0], B, tokens, world,
+                                        args.fsdp and tokens > 0))
     if not tiny:
-        print("  beside it, 0.5 GB of VAE in fp32")
+        print("  beside the experts, 0.5 GB of VAE in fp32")
 
 
 def run_script(argv):
