@@ -1783,7 +1783,7 @@ def test_augmentation_is_alike_in_all_frames():
         assert torch.allclose(y[b], (1 + factor * (expected - 1)).clamp(-1, 1)[:, order], atol=1e-6)
 
 
-def test_use_from_python(trained):
+def test_use_from_python(trained, tmp_path):
     """The reference project's calls; best=True gives the weights of the lowest validation loss."""
     base = trained("cosmos_lite")
     context, target = next(iter(cosmos.create_data_loader(f"{base.data}/test", 6, 4, 2, shuffle=False)))
@@ -1795,6 +1795,10 @@ def test_use_from_python(trained):
     step = min(losses, key=losses.get)
     state, _ = common.load_checkpoint(base.run / f"ckpt/step_{step:06d}", "cosmos_lite")
     assert_same(dict(cosmos.load_model(base.run, best=True).state_dict()), state["ema"])
+    run = halfway(base.run, tmp_path / "run")    # after a validation that is not surpassed
+    shutil.rmtree(run / "best")
+    edit(run / "metrics.jsonl", '"val_loss": [^,}]*', '"val_loss": 1e-9')
+    assert launch("cosmos_lite", f"{base.inputs} --output_dir {run}") == 0 and not (run / "best").exists()
 
 
 # ---- data/cosmos_lite/prepare.py ------------------------------------------------------------------------
