@@ -1973,6 +1973,15 @@ def test_what_a_stage_trains(stage):
     assert (sigma == physics.READ_SIGMA).sum() == {"backbone": 0, "heads": 50, "lora": 25}[stage]
 
 
+def test_noisy_samples_do_not_train_the_heads(trained, tmp_path, monkeypatch):
+    base = trained("sim_physics_heads")
+    run = begun("sim_physics_heads", base.run, tmp_path / "run")
+    monkeypatch.setattr(physics, "draw_sigma", lambda stage, values, shift: (values["u"], values["u"] > 2))
+    assert launch("sim_physics_heads", f"{base.inputs} --output_dir {run}") == 0
+    steps = [row for row in rows(run) if "loss" in row]
+    assert all(row["motion_loss"] == row["depth_loss"] == 0 < row["flow_loss"] for row in steps)
+
+
 def test_trained_weights_load_elsewhere(trained):
     """The LoRA file into diffusers' pipeline; the run's folder by load_model; a video by predict_video."""
     run = trained("sim_physics_heads").run
