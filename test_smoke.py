@@ -1,6 +1,6 @@
 """test_smoke.py: tests of the six scripts, common.py and the prepare.py programs, on the CPU and offline.
 
-    pytest test_smoke.py          # on all cores; 7 to 8 minutes on 2
+    pytest test_smoke.py          # on all cores; about 5 minutes on 2
 
 What every script has to do is written once and runs for each row of SCRIPTS. Then come the files as a whole,
 common.py, and what each script alone has to show, against slow loops and closed forms.
@@ -10,11 +10,9 @@ import ast
 import contextlib
 import copy
 import faulthandler
+import fcntl
 import functools
-import gc
-import html.parser
 import importlib.util
-import inspect
 import io
 import itertools
 import json
@@ -23,7 +21,6 @@ import multiprocessing
 import os
 import random
 import re
-import resource
 import shlex
 import shutil
 import signal
@@ -51,9 +48,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from torch.utils import backend_registration
-from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 import common
 import cosmos_lite as cosmos
@@ -100,18 +96,6 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:-40])
 
 
-def arrays(data, kind, change, scene="test_ball_collide"):
-    """Changes all files of a kind in some scenes, and removes the cache that they were read into."""
-    shutil.rmtree(data / "cache", ignore_errors=True)
-    for path in data.glob(f"{scene}/env_0/0/0/{kind}/*.npy"):
-        np.save(path, change(np.load(path)))
-
-
-def later_steps(folder):
-    for path in list(folder.iterdir()):
-        path.rename(path.with_name(f"step_{int(path.stem[5:]) + 100}.npy"))
-
-
 def hdf5(data, change, split="train"):
     """Changes the first file of a split, as h5py opens it."""
 
@@ -143,63 +127,46 @@ SCRIPTS = {
         prepare=lambda: river_prepare.main(["--data_dir", river.PRESETS["tiny"]["data_dir"], "--clips", "8",
                                             "--frames", "14"]),
         stages=("autoencoder", "."), reuse="--autoencoder {run}/autoencoder/autoencoder.safetensors",
-        typed=False, fsdp=False, double="--batch_size 8",
+        fsdp=False, double="--batch_size 8",
         headline=("results/psnr_ensemble_mean", "results/crps", "results/warm_0.2_crps",
                   "baselines/persistence/psnr", "baselines/persistence/crps"),
         overfit=lambda: overfit_river(),
         bad=[
             ("", "no folder .*val.*prepare.py", lambda data, run: shutil.rmtree(data / "val")),
-            ("", "split val is empty", lambda data, run: [
-                shutil.rmtree(clip) for clip in (data / "val").iterdir()]),
             ("", "cannot read image .*gone_frame_0001.png", lambda data, run: (
                 data / "train_files.txt").write_text("gone_frame_0001.png 1\n")),
-            ("", "train_files.txt is not UTF-8 text .*UTF-16", lambda data, run: (
-                data / "train_files.txt").write_text("x_frame_0001.png\n", encoding="utf-16")),
-            ("", "is not named <clip>", lambda data, run: (data / "train/first.png").touch()),
             ("", "cannot read image", lambda data, run: cut(data / "train/sim000002/0003.png")),
             ("", "is 48x32, expected 64x64", lambda data, run: iio.imwrite(
                 data / "val/sim100001/0003.png", np.zeros((32, 48, 3), np.uint8))),
             ("--num_observations 15", "no clip of train has 15 consecutively", None),
-            ("--condition_frames 12", "no clip of test has 15 consecutively", None),
-            ("--warm_start 1.0", "argument --warm_start: must be in .0, 1., not 1.0", None),
-            ("--num_inference_steps 0", "--num_inference_steps: must be .*at least 1, not 0", None),
-            ("--lr nan", "argument --lr: must be .*at least 0, not nan", None),
             ("--heads 3", "--width must be a multiple of --heads 3", None),
-            ("--ae_width 12", "--ae_width must be a multiple of 8, not 12", None),
-            ("--autoencoder {data}/none.safetensors", "none.safetensors", None),
             ("--latent_channels 8 --autoencoder {run}/autoencoder/autoencoder.safetensors", "not fit", None),
             ("--output_dir {run} --eval --width 64", "--width 64 does not fit .* trained with 32", None),
             ("--output_dir {run} --eval --i3d {data}/none.pt", "none.pt is not StyleGAN-V's", None),
+            ("--resume {data}", "no checkpoint at .*data", None),                  # of common's parser
+            ("--resume {run}/ckpt/step_000004", "step_000004 is truncated", lambda data, run: cut(
+                run / "ckpt/step_000004/model.safetensors")),
         ]),
     "cosmos_lite": dict(
         tiny="--preset tiny --dtype float32 --T_in 6 --T_out 4 --context 4 --rollout 4 --latent_dim 8 "
              "--num_layers 1 --batch_size 4 --max_steps 4 --lr 1 --warmup_steps 1000 --log_every 1 "
-             "--eval_every 2 --save_every 2 --keep_last 0 --num_predict 5",
+             "--eval_every 2 --save_every 2 --keep_last 0 --num_predict 8",
         prepare=lambda: cosmos_prepare.main(["--data_dir", cosmos.PRESETS["tiny"]["data_dir"], "--num_videos",
                                              "5", "--num_frames", "12"]),
-        stages=(".",), reuse="", double="--batch_size 8", deterministic=True, typed=False, fsdp=False,
+        stages=(".",), reuse="", double="--batch_size 8", deterministic=True, fsdp=False,
         headline=("results/mse", "results/psnr", "results/ssim", "baselines/persistence/position_px",
                   "baselines/persistence/mse", "baselines/mean frame/mse", "baselines/constant velocity/mse"),
         overfit=lambda: overfit_cosmos(),
         bad=[
             ("", "no data set in .*prepare.py --data_dir", lambda data, run: shutil.rmtree(data)),
             ("", "cannot read .*train.npy", lambda data, run: cut(data / "train.npy")),
-            ("", "cannot read .*test.npy", lambda data, run: edit(data / "split.json", "test", "best")),
             ("", "val.npy: its shape is .3, 3, 64, 64., not .24, 3", lambda data, run: np.save(
                 data / "val.npy", np.zeros((3, 3, 64, 64), np.uint8))),
             ("--T_in 7 --T_out 7", "no video of test has 14 frames", None),
-            ("--tau 6", "too short for two latents", None),
-            ("--encoder vgg", "invalid choice: 'vgg'", None),
             ("--encoder dinov2_vits14", "cannot load --encoder dinov2_vits14 .*hf download", None),
-            ("--encoder resnet50 --encoder_weights {data}", "cannot load --encoder resnet50", None),
-            ("--freeze_encoder", "need a pretrained encoder, not --encoder cnn", None),
             ("--video_idx 2", "--video_idx 2: the test videos are 0 to 1", None),
-            ("--lr nan", "argument --lr: must be .*at least 0, not nan", None),
-            ("--perceptual_weight 1 --vgg_weights {data}/none.pth", "cannot load --vgg_weights", None),
             ("--perceptual_weight 1 --vgg_weights {data}/split.json", "cannot load --vgg_weights", None),
             ("--output_dir {run} --eval --world_model lstm", "lstm does not fit .* trained with gru", None),
-            ("--output_dir {run} --eval --best", "best/world_model.safetensors", lambda data, run: cut(
-                run / "best/world_model.safetensors")),
         ]),
     "sim_physics_heads": dict(
         tiny="--preset tiny --dtype float32 --height 32 --width 32 --frames 5 --strides 1,2 --clips 2 "
@@ -209,39 +176,19 @@ SCRIPTS = {
              "--num_inference_steps 2 --num_samples 1",
         prepare=lambda: physics_prepare.main(["--data_dir", physics.PRESETS["tiny"]["data_dir"], "--size",
                                               "32", "--frames", "12", "--takes", "1"]),
-        stages=("backbone", "heads", "."), reuse="", steps="--lora_steps", typed=False, fsdp=False,
+        stages=("backbone", "heads", "."), reuse="", steps="--lora_steps", fsdp=False,
         double="--batch_size 8",
         headline=("results/epe_moving", "results/abs_rel_moving", "results/sky_accuracy",
                   "baselines/mean depth, zero motion/abs_rel_moving", "baselines/persistence/epe_moving"),
         overfit=lambda: overfit_physics(),
         bad=[
+            ("", "no folder .*data", lambda data, run: shutil.rmtree(data)),
             ("", "scene test_ball_ramp: .* lacks files in distance_to_camera",
              lambda data, run: shutil.rmtree(data / "test_ball_ramp/env_0/0/0/distance_to_camera")),
-            ("", "scene test_ball_ramp: .* share no step", lambda data, run: later_steps(
-                data / "test_ball_ramp/env_0/0/0/distance_to_camera")),
-            ("", "no folder .*data", lambda data, run: shutil.rmtree(data)),
-            ("", "2 scenes cannot be split", lambda data, run: edit(
-                data / "metadata.csv", "(?s)(prompt.*?\n.*?\n.*?\n).*", "\\g<1>")),
-            ("", "npy is float32 .32, 32, 3.: floats of shape .H, W, 2 or 4.", lambda data, run: arrays(
-                data, "motion_vectors", lambda array: np.zeros((32, 32, 3), np.float32))),
-            ("", "npy is int16 .32, 32.: floats of shape .H, W, 1.", lambda data, run: arrays(
-                data, "distance_to_camera", lambda array: np.zeros(array.shape, np.int16))),
-            ("", "npy is 16 x 32, the pictures are 32 x 32",
-             lambda data, run: arrays(data, "distance_to_camera", lambda array: array[:, :16])),
-            ("", "probably millimetres", lambda data, run: arrays(
-                data, "distance_to_camera", lambda array: 1000 * array, "*")),
-            ("--frames 13", "no scene of split train has 13 frames", None),
             ("--height 40", "multiples of 32, not 40", None),
-            ("--frames 6", "--frames must be 4k [+] 1, not 6", None),
-            ("--strides 0", "--strides takes numbers such as 1,2,4, not 0", None),
-            ("--taps 99", "--taps 99: the backbone has 2 blocks", None),
             ("--stage lora", "--stage lora starts from trained heads", None),
-            ("--stage lora --heads {data}/none.safetensors", "cannot read the weights .*none.safetensors",
-             None),
             ("--stage lora --head_width 16 --heads {run}/heads/final/heads.safetensors",
              "heads.safetensors does not fit", None),
-            ("--output_dir {run} --eval --head_width 16", "--head_width 16 does not fit .* trained with 8",
-             None),
         ]),
     "well_i2v": dict(
         tiny="--preset tiny --dtype float32 --adapter learned --adapter_steps 4 --width 8 --base_steps 4 "
@@ -363,18 +310,9 @@ well.PRESETS["tiny"]["batch_size"] = 3            # so that two processes do not
 well.TINY["transformer"].update(num_attention_heads=2, attention_head_dim=24, ffn_dim=144, num_layers=2)
 physics.TINY["transformer"].update(num_attention_heads=2, attention_head_dim=16, ffn_dim=64, num_layers=2)
 BAD_ANYWHERE = [
-    ("--warm_strat 0.2", "unrecognized arguments: --warm_strat", None),
     ("--max_step 3", "unrecognized arguments: --max_step", None),                  # no abbreviations
-    ("--max_steps many", "invalid int value: 'many'", None),
-    ("--preset huge", "invalid choice: 'huge'", None),
-    ("--sample", "no checkpoint in .*new", None),
     ("--eval", "no checkpoint in .*new", None),
-    ("--resume {data}", "no checkpoint at .*data", None),
     ("--output_dir {run} --resume none", "would overwrite", None),
-    ("--resume {run}/ckpt/step_000004", "step_000004 is truncated", lambda data, run: cut(
-        run / "ckpt/step_000004/model.safetensors")),
-    ("--eval --output_dir {run}", "was written by not_", lambda data, run: [
-        edit(meta, '"script": "', '"script": "not_') for meta in run.glob("ckpt/*/meta.json")]),
 ]
 BAD_FSDP = [("--fsdp", "torchrun", None)]
 BAD = [pytest.param(script, *case, id=f"{script} {case[0]} {case[1]}") for script, row in SCRIPTS.items()
@@ -410,36 +348,19 @@ def process(work, log, env):
     sys.exit(work())
 
 
-def obey(orders):
-    """Answers orders, a port and launch()'s arguments, with launch()'s exit code."""
-    while True:
-        os.environ["MASTER_PORT"], *order = orders.recv()
-        code = launch(*order)
-        gc.collect()             # a sharded model that outlives its process group has crashed the next run
-        orders.send(code)
-
-
-def free_port():
+def start(script, flags, log, world=1, full=False):
+    """launch() in `world` new processes, with what torchrun tells them; output to {log}0, {log}1, ..."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        return str(free.getsockname()[1])
-
-
-def fork(works, log):
-    """Calls each of `works` in a new process, with what torchrun tells it, output to {log}0, {log}1, ..."""
-    server = multiprocessing.get_context("forkserver")
-    ranks, port, world = [], free_port(), len(works)
-    for rank, work in enumerate(works):
+        port = str(free.getsockname()[1])
+    work, ranks = functools.partial(launch, script, flags, full), []
+    for rank in range(world):
         env = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": f"{world}",
                "RANK": f"{rank}", "LOCAL_RANK": f"{rank}"} if world > 1 else {}
+        server = multiprocessing.get_context("forkserver")
         ranks.append(server.Process(target=process, args=(work, f"{log}{rank}", env)))
         ranks[-1].start()
     return ranks
-
-
-def start(script, flags, log, world=1, full=False):
-    """launch() in `world` new processes."""
-    return fork([functools.partial(launch, script, flags, full)] * world, log)
 
 
 def finish(ranks, seconds=120):
@@ -465,20 +386,40 @@ def script(request):
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory):
-    """script -> a whole run of it in its default folders, made once."""
-    @functools.cache
-    def make(script):
-        root = tmp_path_factory.mktemp(script)
+def shared(tmp_path_factory):
+    """(name, make) -> a folder that make(folder) has filled, once for all of pytest-xdist's processes."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+
+    def once(name, make):
+        folder, complete = root / name, root / f"{name}.complete"
+        with open(root / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not complete.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                make(folder)
+                complete.touch()
+        return folder
+    return once
+
+
+@pytest.fixture(scope="session")
+def trained(shared):
+    """script -> a whole run of it in its default folders."""
+    def make(script, root):
         with contextlib.chdir(root):
             assert SCRIPTS[script].get("prepare", int)() == 0
             with open("printed", "w") as file, contextlib.redirect_stdout(file):
                 assert launch(script, "", full=True) == 0
+
+    def trained(script):
+        root = shared(script, functools.partial(make, script))
         run = root / "runs" / script
         data = root / json.loads((run / "args.json").read_text())["data_dir"]
         given, reuse = (SCRIPTS[script].get(name, "").format(run=run) for name in ("inputs", "reuse"))
         return Namespace(root=root, run=run, data=data, inputs=f"--data_dir {data} {given}", reuse=reuse)
-    return make
+    return trained
 
 
 @pytest.fixture
@@ -486,45 +427,15 @@ def base(script, trained):
     return trained(script)
 
 
-@pytest.fixture(scope="session")
-def doubled(trained, tmp_path_factory):
-    """script -> folder of one process's run at twice the batch, made once."""
-    @functools.cache
-    def make(script):
-        run = tmp_path_factory.mktemp(script) / "doubled"
-        double = f"{SCRIPTS[script]['double']} {SCRIPTS[script].get('pair', '')}"
-        assert launch(script, f"{trained(script).inputs} --output_dir {run} {double}") == 0
-        return run
-    return make
-
-
 @pytest.fixture
 def pair(tmp_path_factory):
-    """(script, flags, full=False) -> 0: launch() in two processes, with what torchrun tells them. They stay
-    for a test's next call, so that what a process's first run costs, sharded most of all, is paid once."""
-    log, ranks, ends = tmp_path_factory.mktemp("pair") / "log", [], []
-
+    """(script, flags, full=False) -> 0: launch() in two processes."""
     def pair(script, flags, full=False):
-        if not ranks:
-            ends[:], theirs = zip(*(multiprocessing.Pipe() for _ in range(2)))
-            ranks[:] = fork([functools.partial(obey, end) for end in theirs], log)
-            for end in theirs:
-                end.close()
-        port, codes = free_port(), []
-        for end in ends:
-            end.send((port, script, flags, full))
-        for end in ends:
-            with contextlib.suppress(EOFError):                    # from one that has died
-                codes.append(end.recv() if end.poll(300) else None)
-        if codes != [0, 0]:
-            ended = finish(ranks, 1)
-            ranks.clear()
-            words = [Path(f"{log}{rank}").read_text() for rank in range(2)]
-            pytest.fail(f"returned {codes}, processes ended with {ended}\n" + "".join(words))
+        log = tmp_path_factory.mktemp("pair") / "log"
+        codes = finish(start(script, flags, log, 2, full), 300)
+        assert codes == [0, 0], "".join(Path(f"{log}{rank}").read_text() for rank in range(2))
         return 0
-
-    yield pair
-    finish(ranks, 0)
+    return pair
 
 
 @pytest.fixture(autouse=True)
@@ -536,38 +447,13 @@ def sigterm():
 
 
 @pytest.fixture
-def trackers(monkeypatch):
-    """Stand-ins for TensorBoard and W&B, whose packages are optional -> what they were shown, as rows of
-    ("TensorBoard" or "W&B", folder or run's name, step, name, number or shape of a picture)."""
-    shown = []
-
-    class SummaryWriter:
-        def __init__(self, folder, purge_step=None):
-            self.folder = str(folder)
-
-        def add_scalar(self, name, value, step):
-            shown.append(("TensorBoard", self.folder, step, name, value))
-
-        def add_image(self, name, picture, step, dataformats):
-            assert dataformats == "HWC" and picture.dtype == np.uint8
-            shown.append(("TensorBoard", self.folder, step, name, picture.shape))
-
-        def flush(self):
-            pass
-
-    def init(project, name, config):
-        assert client.run is None and project == "project"
-        client.run = Namespace(name=name)
-
-    def log(row):
-        step = row.pop("step")
-        shown.extend(("W&B", client.run.name, step, name, value) for name, value in row.items())
-
-    client = Namespace(run=None, init=init, log=log, finish=lambda: setattr(client, "run", None),
-                       Image=lambda path: iio.imread(path).shape)
+def shown(monkeypatch):
+    """A stand-in for W&B's client -> the rows that it logs."""
+    client, rows = Namespace(run=None, finish=lambda: None), []
+    client.init = lambda project, name, config: setattr(client, "run", Namespace(name=name))
+    client.log, client.Image = rows.append, lambda path: iio.imread(path).shape
     monkeypatch.setitem(sys.modules, "wandb", client)
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", Namespace(SummaryWriter=SummaryWriter))
-    return shown
+    return rows
 
 
 def begun(script, run, to):
@@ -575,10 +461,6 @@ def begun(script, run, to):
     for stage in () if SCRIPTS[script]["reuse"] else SCRIPTS[script]["stages"][:-1]:
         shutil.copytree(run / stage, to / stage)
     return to
-
-
-def steps_flag(script):
-    return SCRIPTS[script].get("steps", "--max_steps")
 
 
 def exports(run):
@@ -656,6 +538,15 @@ def test_help_and_dry_run(script, base, monkeypatch, capsys):
     assert sorted(base.root.rglob("*")) == before
 
 
+def test_every_number_has_a_bound(script):
+    parser = importlib.import_module(script).build_parser()
+    typed = [action for action in parser._actions if action.type is not None]
+    for action in typed if isinstance(parser, common.Parser) else ():
+        assert action.type not in (int, float), action.dest
+        with pytest.raises((argparse.ArgumentTypeError, ValueError)):
+            action.type("nan")
+
+
 def test_one_batch_overfits(script):
     losses = SCRIPTS[script]["overfit"]()
     assert losses[-1] < losses[0] / 5
@@ -667,11 +558,8 @@ def test_run_on_disk(script, base):
                            "baselines"}
     assert set(report["headline"]) == {"metric", "value", "baseline", "lower_is_better"}
     assert (report["script"], report["preset"]) == (script, "tiny")
-    leaves = flat(report)
     for key in ("headline/value", "headline/baseline", *SCRIPTS[script]["headline"]):
-        assert np.isfinite(leaves[key])
-    numbers = [value for key, value in leaves.items() if key.startswith(("results", "baselines"))]
-    assert {type(number) for number in numbers} <= {int, float, type(None)}
+        assert np.isfinite(flat(report)[key])
     for stage in SCRIPTS[script]["stages"]:
         assert [row["step"] for row in rows(base.run / stage) if "loss" in row] == [1, 2, 3, 4]
         assert [row["step"] for row in rows(base.run / stage) if "val_loss" in row] == [2, 4]
@@ -680,47 +568,8 @@ def test_run_on_disk(script, base):
     assert iio.imread(base.run / "curves.png").std() > 0 and exports(base.run)
     assert {path.suffix for path in (base.run / "samples").iterdir()} >= {".mp4", ".png"}
     assert (base.root / "printed").read_text().startswith(f"{script}: preset tiny (from the command line)")
-    videos = {f"samples/{path.name}" for path in (base.run / "samples").glob("*.mp4")}
-    assert {"curves.png", *videos} <= set(page_links(base.run / "report.html"))
-
-
-def page_links(path):
-    """Links of an HTML page, all relative and to files that exist; every picture has a text."""
-    links = []
-
-    class Links(html.parser.HTMLParser):
-        def handle_starttag(self, tag, attributes):
-            attributes = dict(attributes)
-            links.extend(attributes[name] for name in ("src", "href") if name in attributes)
-            assert tag != "img" or attributes["alt"]
-
-    Links().feed(path.read_text(encoding="utf-8"))
-    for link in links:
-        assert not re.match(r"\w+:|/", link) and (path.parent / urllib.parse.unquote(link)).is_file(), link
-    return links
-
-
-def test_report_pages_of_odd_runs(tmp_path):
-    """Names with markup, runs without evaluation, results that are not numbers."""
-    args = {"preset": "tiny", "command": "python x.py --a '<b>'", "max_steps": 5, "torch": "2", "git": None,
-            "changed": {"a": "<b>"}}
-    for name in ("a & <b> #1", "unfinished"):
-        common.write_json(tmp_path / "runs" / name / "args.json", args)
-        (tmp_path / "runs" / name / "samples").mkdir()
-    folder = tmp_path / "runs/a & <b> #1"
-    iio.imwrite(folder / "samples/50% #2.png", np.zeros((4, 4, 3), np.uint8))
-    common.write_json(folder / "eval.json", {
-        "data": "d", "weights": "w", "baselines": {"zero": {"mse": 3.0}},
-        "results": {"mse": math.nan, "mse_h01": 2.0},
-        "headline": {"metric": "mse", "value": math.nan, "baseline": 3.0, "lower_is_better": True}})
-    for name in ("a & <b> #1", "unfinished"):
-        common.write_report_page(tmp_path / "runs" / name)
-        page = (tmp_path / "runs" / name / "report.html").read_text()
-        assert "<b>'" not in page and "--max_steps 10" in page
-    assert page_links(folder / "report.html") == ["samples/50%25%20%232.png"]
-    assert "not evaluated yet" in page
-    assert "mse -; zero 3; lower is better" in (folder / "report.html").read_text()
-    assert len(page_links(tmp_path / "runs/index.html")) == 3
+    links = re.findall(' (?:src|href)="(.*?)"', (base.run / "report.html").read_text())
+    assert "curves.png" in links and all((base.run / link).is_file() for link in links)
 
 
 def test_resume_equals_no_stop(script, base, tmp_path):
@@ -740,38 +589,6 @@ def test_resume_equals_no_stop(script, base, tmp_path):
         assert_same(exports(run), exports(base.run))
 
 
-def test_a_run_goes_on_in_another_folder(script, base, tmp_path, capsys):
-    """--resume names a run, --output_dir where its next steps go: its first stages come along."""
-    old, new = halfway(base.run, tmp_path / "old"), tmp_path / "new"
-    flags, before = f"{base.inputs} --resume {old} --save_every 1", files(old)
-    weights = lambda run: {name: value for name, value in saved(run).items() if name.startswith("state")}
-    for _ in range(2):
-        assert launch(script, f"{flags} --output_dir {new}") == 0
-        assert_same(weights(new), weights(base.run))
-        shutil.rmtree(new / "ckpt/step_000004")                    # the same command goes on from step 3
-    assert [row["step"] for row in rows(new) if "loss" in row] == [3, 4] and files(old) == before
-    for stage in SCRIPTS[script]["stages"][:-1] if script != "river_smoke" else ():    # in its checkpoint
-        assert files(new / stage, "metrics.jsonl") == files(old / stage, "metrics.jsonl")
-    capsys.readouterr()
-    assert launch(script, f"{flags} --output_dir {base.run}") == 2
-    assert "holds other checkpoints" in the_error(capsys, script)
-    assert launch(script, f"{base.inputs} --resume {base.run}/ckpt/step_000002") == 2  # its run's own folder
-    assert f"{base.run}/ckpt holds later checkpoints" in the_error(capsys, script)
-
-
-def test_one_clip_can_be_evaluated(script, base, tmp_path):
-    run = shutil.copytree(base.run, tmp_path / "run")
-    flags = f"--eval --eval_clips 1 --dtype bfloat16 {base.inputs} --output_dir {run}"
-    assert launch(script, flags, full=True) == 0
-
-
-def test_stages_can_be_reused(script, base, tmp_path):
-    """A run that stopped between two stages ends as one that did not stop."""
-    run = begun(script, base.run, tmp_path / "run")
-    assert launch(script, f"{base.inputs} --output_dir {run} {base.reuse}") == 0
-    assert_same(saved(run), saved(base.run))
-
-
 def test_sample_is_a_function_of_the_seed(script, base, tmp_path, monkeypatch):
     """As typed: all but --seed comes from the checkpoint in the default folder."""
     monkeypatch.chdir(shutil.copytree(base.root, tmp_path / "root"))
@@ -785,20 +602,17 @@ def test_sample_is_a_function_of_the_seed(script, base, tmp_path, monkeypatch):
     assert all((made[0][name] == made[2][name]) == alike for name in made[0])
 
 
-def test_sample_without_checkpoint_trains_first(script, base, tmp_path, trackers, monkeypatch, capsys):
+def test_sample_without_checkpoint_trains_first(script, base, tmp_path, shown, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     begun(script, base.run, tmp_path / "runs" / script)
-    flags = "--sample --tensorboard --wandb project --dtype bfloat16"
+    flags = "--sample --wandb project --dtype bfloat16"
     assert launch(script, f"{flags} {base.inputs} {base.reuse}", full=True) == 0
     assert re.search("no checkpoint in .*: training preset tiny first", capsys.readouterr().out)
     made = os.listdir(tmp_path / "runs" / script)
     assert "samples" in made and "ckpt" in made and "eval.json" not in made
+    curves = [row["step"] for row in shown if any(name.endswith("/loss") for name in row)]
     pictures = {f"samples/{path.stem}" for path in Path("runs", script, "samples").glob("*.png")}
-    for tracker in ("TensorBoard", "W&B"):       # the curves, then the pictures, in one place
-        shown = [row for row in trackers if row[:2] == (tracker, f"runs/{script}")]
-        assert [row[2] for row in shown if row[3].endswith("/loss")] == [1, 2, 3, 4]
-        assert {row[3] for row in shown if isinstance(row[4], tuple)} == pictures
-        assert {row[2] for row in shown if isinstance(row[4], tuple)} == {4}
+    assert curves[-4:] == [1, 2, 3, 4] and shown[-1].keys() == {"step", *pictures} and shown[-1]["step"] == 4
 
 
 def test_sigterm_saves_and_stops(script, base, tmp_path, monkeypatch, capsys):
@@ -820,11 +634,11 @@ def test_sigterm_saves_and_stops(script, base, tmp_path, monkeypatch, capsys):
 
 
 def test_kills_lose_nothing(script, base, tmp_path):
-    """SIGKILL at three random moments of a run that saves at every step."""
+    """SIGKILL at two random moments of a run that saves at every step."""
     run, step = begun(script, base.run, tmp_path / "killed"), 0
-    flags = f"{base.inputs} {base.reuse} {steps_flag(script)} 18"
+    flags = f"{base.inputs} {base.reuse} {SCRIPTS[script].get('steps', '--max_steps')} 12"
     flags += " --eval_every 0 --save_every 1 --keep_last 2"
-    for _ in range(3):
+    for _ in range(2):
         ranks = start(script, f"{flags} --output_dir {run}", tmp_path / "log")
         wait_for_step(run, step + random.randint(1, 3), ranks)
         time.sleep(random.uniform(0, .03))
@@ -834,107 +648,92 @@ def test_kills_lose_nothing(script, base, tmp_path):
     for folder in (run, begun(script, base.run, tmp_path / "whole")):
         assert launch(script, f"{flags} --output_dir {folder}") == 0
     assert_same(saved(run), saved(tmp_path / "whole"))
-    assert sorted(os.listdir(run / "ckpt")) == ["step_000017", "step_000018"]
+    assert sorted(os.listdir(run / "ckpt")) == ["step_000011", "step_000012"]
 
 
-@pytest.mark.parametrize("full,flags,message", [
-    (True, "", "could not save .*last complete one is .*step_000002"),
-    (False, "--lr 1e35", "not finite at step 4: .*step_000002"),
-], ids=["full disk", "divergence"])
-def test_failures_leave_the_checkpoint_before(script, base, full, flags, message, tmp_path, capsys):
+def test_divergence_leaves_the_checkpoint_before(script, base, tmp_path, capsys):
     run = halfway(base.run, tmp_path / "run")
-    before, (soft, hard) = files(run / "ckpt"), resource.getrlimit(resource.RLIMIT_FSIZE)
-    if full:                                     # for files longer than the first one of a checkpoint
-        most = (run / "ckpt/step_000002/model.safetensors").stat().st_size + 1000
-        resource.setrlimit(resource.RLIMIT_FSIZE, (most, hard))
-    try:
-        assert launch(script, f"{base.inputs} --output_dir {run} {flags}") == 2
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert re.search(message, the_error(capsys, script))
-    assert files(run / "ckpt") == before and os.listdir(run / "ckpt") == ["step_000002"]
-
-
-def test_truncated_newest_checkpoint(script, base, tmp_path, capsys):
-    run = shutil.copytree(base.run, tmp_path / "run")
-    cut(run / "ckpt/step_000004/optimizer.pt")
-    assert launch(script, f"{base.inputs} --output_dir {run}") == 0
-    warning = "warning: .*step_000004 is truncated.*resuming from .*step_000002"
-    assert re.search(warning, capsys.readouterr().err)
-    assert_same(saved(run), saved(base.run))
-    for path in run.glob("ckpt/*/meta.json"):
-        cut(path)
-    assert launch(script, f"{base.inputs} --output_dir {run}") == 2
-    assert "cannot be read" in the_error(capsys, script)
+    before = files(run / "ckpt")
+    assert launch(script, f"{base.inputs} --output_dir {run} --lr 1e35") == 2
+    assert re.search("not finite at step 4: .*step_000002", the_error(capsys, script))
+    assert files(run / "ckpt") == before
 
 
 @pytest.mark.parametrize("script,flags,message,damage", BAD)
 def test_bad_input(script, flags, message, damage, trained, tmp_path, capsys):
-    data, run, new = tmp_path / "data", tmp_path / "run", tmp_path / "new"
-    root, inputs = str(trained(script).run), trained(script).inputs
-    older = lambda folder, names: {"step_000002"} if folder.startswith(f"{root}/ckpt") else (
-        {"ckpt"} if folder != root else ())
-    shutil.copytree(trained(script).data, data)
-    shutil.copytree(trained(script).run, run, ignore=older)        # nor the first stages' checkpoints
+    """One line, before any work is done, and no file is changed."""
+    base, new = trained(script), tmp_path / "new"
+    data, run = base.data, base.run
     if damage:
+        data, run = shutil.copytree(data, tmp_path / "data"), shutil.copytree(run, tmp_path / "run")
         damage(data, run)
-    before, flags = (files(data), files(run)), flags.format(data=data, run=run, new=new)
-    assert launch(script, f"{inputs} --data_dir {data} --output_dir {new} {flags}", full=True) == 2
+    before, flags = (files(run), damage and files(data)), flags.format(data=data, run=run, new=new)
+    assert launch(script, f"{base.inputs} --data_dir {data} --output_dir {new} {flags}", full=True) == 2
     assert re.search(message, the_error(capsys, script))
-    assert (files(data), files(run)) == before and set(os.listdir(tmp_path)) <= {"data", "run", "new"}
-    assert not new.exists() or os.listdir(new) == ["args.json"]    # said before any work was done
+    assert (files(run), damage and files(data)) == before
+    assert set(os.listdir(tmp_path)) <= {"data", "run", "new"}
+    assert not new.exists() or os.listdir(new) == ["args.json"]
 
 
 # ---- more than one process ------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("script,how", [
-    (script, how) for script, row in SCRIPTS.items() for how in ("torchrun", "fsdp", "offload", "grad_accum")
-    if row.get({"offload": "offload"}.get(how, "fsdp"), how == "fsdp") or how in ("torchrun", "grad_accum")])
-def test_equals_one_process_at_twice_the_batch(script, how, trained, doubled, pair, tmp_path):
-    """Two processes, sharded or not, and two micro-steps; also on from what the other saved."""
-    row, base, alone = SCRIPTS[script], trained(script), doubled(script)
-    pair_flags = {"fsdp": "--fsdp", "offload": "--fsdp --cpu_offload"}.get(how, "")
+    (script, how) for script, row in SCRIPTS.items()
+    for how in ("torchrun", "fsdp", "offload", "grad_accum")
+    if how in ("torchrun", "grad_accum") or row.get(how, how == "fsdp")])
+def test_equals_one_process_at_twice_the_batch(script, how, trained, shared, pair, tmp_path):
+    """Two processes, sharded or not, and two micro-steps; one script also continues what the other saved."""
+    row, base = SCRIPTS[script], trained(script)
+    inputs = f"{base.inputs} {row.get('pair', '')}"
     stages = (".",) if "pair" in row else row["stages"]
+    alone = shared(f"{script}_doubled", lambda run: launch(
+        script, f"{inputs} --output_dir {run} {row['double']}"))
+    pair_flags = {"fsdp": "--fsdp", "offload": "--fsdp --cpu_offload"}.get(how, "")
 
-    def go(run):
-        flags = f"{base.inputs} --output_dir {run} {reuse} {row.get('pair', '')}"
+    def go(run, reuse=""):
+        flags = f"{inputs} --output_dir {run} {reuse}"
         if how == "grad_accum":
             return launch(script, f"{flags} --grad_accum 2")
         pair(script, f"{flags} {pair_flags}")
 
-    run, reuse = tmp_path / "run", ""
-    if how == "torchrun" and row.get("typed", True):     # elsewhere pair() is faster
-        command = f"torchrun --standalone --nproc_per_node=2 {HERE / script}.py {row['tiny']}"
-        command = shlex.split(f"{command} {base.inputs} --output_dir {run}")
-        subprocess.run(command, cwd=tmp_path, check=True, timeout=120)
-        assert (run / "eval.json").exists()
-    else:
-        go(run)
-    for stage in stages[:-1]:
-        assert_same(saved(run, stage), saved(alone, stage), 1e-4)
-    # A quantiser makes a leap of a difference of 1e-7: last stages are compared after the same first ones.
     if len(stages) > 1:
-        run, reuse = begun(script, alone, tmp_path / "last"), row["reuse"].format(run=alone)
-        go(run)
+        go(tmp_path / "first")
+        for stage in stages[:-1]:
+            assert_same(saved(tmp_path / "first", stage), saved(alone, stage), 1e-4)
+    # A quantiser makes a leap of a difference of 1e-7: last stages are compared after the same first ones.
+    run, reuse = tmp_path / "last", row["reuse"].format(run=alone)
+    if len(stages) > 1:
+        begun(script, alone, run)
+    go(run, reuse)
     assert_same(saved(run), saved(alone), 1e-4)
-    there, again = halfway(run, tmp_path / "there"), halfway(run, tmp_path / "again")
-    back = halfway(alone, tmp_path / "back")
-    assert launch(script, f"{base.inputs} --output_dir {there} {row['double']} {row.get('pair', '')} "
-                          f"--grad_accum 1") == 0
-    assert_same(saved(there), saved(alone), 1e-4)
-    go(back)
-    assert_same(saved(back), saved(alone), 1e-4)
-    go(again)
+    if how == "fsdp" and script == "well_i2v":
+        there, back = halfway(run, tmp_path / "there"), halfway(alone, tmp_path / "back")
+        assert launch(script, f"{inputs} --output_dir {there} {row['double']} --grad_accum 1") == 0
+        go(back, reuse)
+        for continued in (there, back):
+            assert_same(saved(continued), saved(alone), 1e-4)
+
+
+@pytest.mark.parametrize("script", ["river_smoke"])
+def test_two_processes_resume_and_run_as_typed(script, trained, pair, tmp_path):
+    """Bit for bit; then as torchrun starts it, with evaluation and samples."""
+    base, run = trained(script), tmp_path / "run"
+    pair(script, f"{base.inputs} --output_dir {run} {base.reuse}")
+    again = halfway(run, tmp_path / "again")
+    command = f"torchrun --standalone --nproc_per_node=2 {HERE / script}.py {SCRIPTS[script]['tiny']}"
+    command = shlex.split(f"{command} {base.inputs} --output_dir {again}")
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=120)
     assert_same(saved(again), saved(run))
+    assert (again / "eval.json").exists() and any((again / "samples").iterdir())
 
 
+@pytest.mark.parametrize("script", ["river_smoke"])
 @pytest.mark.parametrize("how,codes,message", [("terminate", [2, 2], "stopped by SIGTERM"),
                                                ("kill", [2, -9], "another process of this run died")])
-def test_one_of_two_processes_ends(script, how, codes, message, base, tmp_path):
-    """SIGTERM at one rank stops both after the same step; where one dies, the other says so and ends."""
-    run = begun(script, base.run, tmp_path / "run")
-    flags = f"{base.inputs} --output_dir {run} {base.reuse} --keep_last 2 "
-    flags += f"{steps_flag(script)} 100000"
+def test_one_of_two_processes_ends(script, how, codes, message, trained, tmp_path):
+    """SIGTERM at one rank stops both after the same step; where one dies, the other ends with a message."""
+    base, run = trained(script), tmp_path / "run"
+    flags = f"{base.inputs} --output_dir {run} {base.reuse} --keep_last 2 --max_steps 100000"
     ranks = start(script, flags, tmp_path / "log", world=2)
     wait_for_step(run, 2, ranks)
     getattr(ranks[1], how)()
@@ -945,125 +744,64 @@ def test_one_of_two_processes_ends(script, how, codes, message, base, tmp_path):
 
 # ---- a device that is not there -------------------------------------------------------------------------
 
-class Elsewhere(torch.Tensor):
-    """A tensor that says it lies on an accelerator, and is computed on the CPU. What CUDA refuses, tensors of
-    two devices in one operation, fails here too, and so does float64, which MPS has not."""
-    device_name, operations = "elsewhere", 0
+class PretendedGPU(TorchFunctionMode):
+    """torch.device("cpu", 0) stands for a GPU: memory is marked where a call names this device or reads
+    marked memory. What a GPU refuses fails: tensors of two devices in one call, .numpy(), float64 (MPS)."""
+    device, calls = torch.device("cpu", 0), 0
+    crossing = {"to", "copy_", "cpu", "__get__", "__set__", "_has_compatible_shallow_copy_type"}
+    indexing = {"__getitem__", "__setitem__", "index_put_"}        # by the CPU's numbers
 
-    @staticmethod
-    def __new__(cls, own, requires_grad=False):
-        tensor = torch.Tensor._make_wrapper_subclass(
-            cls, own.size(), own.stride(), own.storage_offset(), dtype=own.dtype, requires_grad=requires_grad,
-            device=torch.device(cls.device_name, 0))
-        tensor.own = own.detach()
-        return tensor
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, function.__name__
+        marked = lambda x: hasattr(x.untyped_storage(), "marked")
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        there = [x for x in tensors if marked(x)]
+        if getattr(function, "__self__", None) is torch.Tensor.device:
+            return self.device if there else function(*args)
+        here = [x for x in tensors if not marked(x) and x.dim()]
+        indexes = name in self.indexing and there and there[0] is args[0]
+        assert name in self.crossing or indexes or not (there and here), f"{name} of two devices"
+        assert not (there and name in ("numpy", "__array__")), f"{name} of a tensor on the device"
+        result, onto = function(*args, **kwargs), bool(there)
+        if name == "to":                         # another dtype, or the device of another tensor
+            onto = marked(args[1] if torch.is_tensor(args[1:2] and args[1]) else args[0])
+        for given in (*args, kwargs.get("device"), name):
+            if isinstance(given, (torch.device, str)) and str(given) in ("cpu", "cpu:0"):
+                onto = given == self.device
 
-    @classmethod
-    def __torch_dispatch__(cls, operation, types, args=(), kwargs=None):
-        """Also of operations without such a tensor that name the device: Dispatch sends them here."""
-        kwargs, name = kwargs or {}, operation.overloadpacket.__name__
-        leaves = tree_flatten((args, kwargs))[0]
-        there = [x for x in leaves if isinstance(x, cls)]
-        here = [x for x in leaves if torch.is_tensor(x) and not isinstance(x, cls) and x.dim()]
-        place, crossing = kwargs.get("device"), name in ("_to_copy", "copy_", "set_data")
-        indexing = (name.strip("_") in ("index", "index_put", "index_put_impl")     # by the CPU's numbers
-                    and isinstance(args[0], cls))
-        assert crossing or indexing or not (there and here), f"{operation} takes tensors of two devices"
-        if name == "_fused_sdp_choice":
-            return 0                             # plain attention, which all devices have
-        result = operation(*tree_map(cls.on_cpu, args), **tree_map(cls.on_cpu, kwargs))
-        stays = place.type == cls.device_name if place else isinstance(args[0], cls) if crossing else there
-        if not stays or name == "_local_scalar_dense":
-            return result
-        assert not any(torch.is_tensor(x) and x.dtype == torch.float64 for x in tree_flatten(result)[0]), (
-            f"{operation} makes float64")
-        known, cls.operations = {id(x.own): x for x in there}, cls.operations + 1
-        result = tree_map(lambda x: known[id(x)] if id(x) in known else cls(x) if torch.is_tensor(x) else x,
-                          result)
-        alone = name == "set_data" or name.startswith(("_foreach", "_fused"))
-        return result if alone else return_and_correct_aliasing(operation, args, kwargs, result)
+        def mark(x):
+            if not isinstance(x, torch.Tensor) or marked(x) == onto:
+                return x
+            if any(x.data_ptr() == other.data_ptr() for other in tensors):
+                x = x.clone()                    # .to() and .cpu() have left it where it was
+            if onto:
+                assert x.dtype != torch.float64, f"{name} makes float64"
+                x.untyped_storage().marked = True
+            return x
 
-    @classmethod
-    def on_cpu(cls, x):
-        if isinstance(x, torch.device):
-            return torch.device("cpu") if x.type == cls.device_name else x
-        return x.own if isinstance(x, cls) else x
-
-    # What torch does in C++ with a tensor's memory, which such a tensor has not.
-    def tolist(self):
-        return self.own.tolist()
-
-    def storage(self):
-        return self.own.storage()
-
-    def untyped_storage(self):
-        return self.own.untyped_storage()
-
-    def data_ptr(self):
-        return self.own.data_ptr()
-
-    def new_tensor(self, data):
-        return torch.tensor(data, dtype=self.dtype, device=self.device)
-
-    def __getitem__(self, index):
-        tensors = lambda i: torch.as_tensor(i) if isinstance(i, (list, range, np.ndarray)) else i
-        return super().__getitem__(tuple(map(tensors, index)) if isinstance(index, tuple) else tensors(index))
-
-    def __deepcopy__(self, memo):
-        copied = Elsewhere(self.own.clone(), self.requires_grad)
-        return memo.setdefault(id(self), nn.Parameter(copied) if isinstance(self, nn.Parameter) else copied)
-
-    data = property(torch.Tensor.data.__get__, lambda self, new: (
-        torch.Tensor.data.__set__(self, new), setattr(self, "own", new.own)))
+        self.calls += bool(there)
+        return tree_map(mark, result)
 
 
-class Dispatch(TorchDispatchMode):
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        return Elsewhere.__torch_dispatch__(operation, types, args, kwargs)
-
-
-def elsewhere(script, flags):
-    """launch() in a process of its own, on that device."""
-    backend = type("Backend", (backend_registration._DummyBackendModule,), {
-        "get_amp_supported_dtype": lambda self: [torch.bfloat16], "is_initialized": lambda self: True,
-        "manual_seed_all": lambda self, seed: None, "_is_in_bad_fork": lambda self: False})()
-    backend_registration._setup_privateuseone_for_python_backend(Elsewhere.device_name, backend)
-    device, tensor = torch.device(Elsewhere.device_name, 0), torch.tensor
-    torch.tensor = lambda data, device=None, **more: tensor(data, **more).to(device or "cpu")
-    torch.Generator = type("Generator", (torch.Generator,), {
-        "__new__": lambda cls, device="cpu": cls.__base__.__new__(cls, "cpu")})
-    torch.backends.mps.is_available = lambda: True                 # then diffusers takes no float64
-    common.choose_device = lambda name: device
-    if hasattr(importlib.import_module(script), "Run"):
-        run = importlib.import_module(script).Run
-        init = run.__init__
-        run.__init__ = lambda self, args: (init(self, args), setattr(self, "device", device))[0]
-    with Dispatch():
-        with pytest.raises(AssertionError, match="tensors of two devices"):
-            torch.ones(2, device=device) + torch.ones(2)
-        assert launch(script, f"{flags} {steps_flag(script)} 1") == 0
-        assert launch(script, f"{flags} {steps_flag(script)} 2", full=True) == 0
-    print(f"{Elsewhere.operations} operations elsewhere")
-
-
-def test_all_tensors_lie_on_the_device(script, base, tmp_path):
-    """Training, going on, evaluation, samples: what would stop on a GPU stops here."""
-    run = tmp_path / "run"
-    flags = f"{base.inputs} --output_dir {run} --save_every 0"
-    assert finish(fork([functools.partial(elsewhere, script, flags)], tmp_path / "log"), 300) == [0], (
-        (tmp_path / "log0").read_text())
-    operations = re.search(r"(\d+) operations elsewhere", (tmp_path / "log0").read_text())
-    assert int(operations[1]) > 1000 and (run / "eval.json").exists() and any((run / "samples").iterdir())
+def test_all_tensors_lie_on_the_device(script, base, tmp_path, monkeypatch):
+    """Training, resuming, evaluation, samples: what would stop on a GPU stops here."""
+    monkeypatch.setattr(common, "choose_device", lambda name: PretendedGPU.device)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)          # diffusers avoids float64
+    module, run = importlib.import_module(script), tmp_path / "run"
+    if hasattr(module, "Run"):
+        init = module.Run.__init__
+        monkeypatch.setattr(module.Run, "__init__", lambda self, args: (
+            init(self, args), setattr(self, "device", PretendedGPU.device))[0])
+    flags = f"{base.inputs} --output_dir {run} --save_every 0 {SCRIPTS[script].get('steps', '--max_steps')}"
+    with PretendedGPU() as gpu:
+        with pytest.raises(AssertionError, match="of two devices"):
+            torch.ones(2, device=gpu.device) + torch.ones(2)
+        assert launch(script, f"{flags} 1") == 0
+        assert launch(script, f"{flags} 2", full=True) == 0
+    assert gpu.calls > 1000 and (run / "eval.json").exists() and any((run / "samples").iterdir())
 
 
 # ---- the files as a whole -------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("name", ["shift_sigma"])
-def test_repeated_functions_are_identical(name):
-    sources = [inspect.getsource(getattr(module, name)) for module in map(importlib.import_module, SCRIPTS)
-               if getattr(getattr(module, name, None), "__module__", "") == module.__name__]
-    assert len(sources) > 1 and len(set(sources)) == 1
-
 
 def printed_commands():
     """Commands in docstrings, README.md and docs/ -> [(launcher, script, its arguments)]."""
@@ -1101,35 +839,32 @@ def test_printed_commands_run_on_a_gpu_machine_without_data(monkeypatch, tmp_pat
     """--preset auto: CUDA alone does not make the paper's preset; CUDA, data and weights do."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    automatic = 0
-    for launcher, script, argv in printed_commands():
-        if launcher == "python" and not {"--preset", "--resume", "--output_dir"} & set(argv):
-            presets = importlib.import_module(script).PRESETS
-            preset, reason = common.auto_preset(presets, {"data_dir": None, "weights_from": "no/weights"})
-            assert preset == "tiny" and "CUDA" not in reason and "hf download no/weights" in reason
-            assert parsed(script, argv).preset == "tiny", argv
-            automatic += 1
-    assert automatic > 6
+    automatic = [(script, argv) for launcher, script, argv in printed_commands()
+                 if launcher == "python" and not {"--preset", "--resume", "--output_dir"} & set(argv)]
+    assert len(automatic) > 6
+    for script, argv in automatic:
+        presets = importlib.import_module(script).PRESETS
+        preset, reason = common.auto_preset(presets, {"data_dir": None, "weights_from": "no/weights"})
+        assert preset == "tiny" and "CUDA" not in reason and "hf download no/weights" in reason
+        assert parsed(script, argv).preset == "tiny", argv
     (tmp_path / "final_dataset").mkdir()
-    args, _, reason = river.parse_args([])
-    assert (args.preset, args.quantizer, reason) == ("paper", "vq", "CUDA and data are there")
+    assert river.parse_args([])[0].preset == "paper"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    args, _, reason = river.parse_args(["--data_dir", "elsewhere"])
-    assert args.preset == "tiny" and "a CUDA device" in reason
-    assert "elsewhere (python data/river_smoke/prepare.py --extract VIDEOS" in reason
+    assert river.parse_args([])[0].preset == "tiny"
 
 
-def test_learning_rate():
-    rate = [river.get_lr(step, 2., 10, 111) for step in range(111)]
+@pytest.mark.parametrize("module", [importlib.import_module(name) for name in SCRIPTS
+                                    if hasattr(importlib.import_module(name), "get_lr")])
+def test_learning_rate(module):
+    rate = [module.get_lr(step, 2., 10, 111) for step in range(111)]
     assert rate[:10] == pytest.approx([.2 * n for n in range(1, 11)]) and max(rate) == rate[9] == rate[10]
     assert rate[60] == pytest.approx(2 * .505) and rate[110] == pytest.approx(.02)
     assert rate[10:] == sorted(rate[10:], reverse=True)
 
 
-def test_readme_names_what_there_is():
-    """Each row of README's tables of features: functions and flags of that script, tests of this file."""
-    text = (HERE / "README.md").read_text().split("## What is reproduced")[1].split("\n## ")[0]
-    text += "\n" + (HERE / "docs/reproduction.md").read_text()
+def test_reproduction_names_what_there_is():
+    """Each row of docs/reproduction.md: functions and flags of that script, tests of this file."""
+    text = (HERE / "docs/reproduction.md").read_text()
     tests, rows = set(re.findall(r"^def (test_\w+)", Path(__file__).read_text(), re.MULTILINE)), 0
     sources = {path.stem: path.read_text() for path in HERE.glob("*.py")}
     for name in sources.keys() & set(SCRIPTS):
@@ -1145,7 +880,7 @@ def test_readme_names_what_there_is():
             code = "\n".join(sources[name] for name in (*own, "common"))
             for function, flag in re.findall(r"`(?:common\.)?(\w+)\(\)`|`--(\w+)", where):
                 assert (f"def {function}(" if function else f'"--{flag}"') in code, line
-    assert rows > 80
+    assert rows > 50
 
 
 def test_imports():
@@ -1169,12 +904,6 @@ def test_imports():
         assert path.stem == "test_smoke" or ours <= allowed, path
 
 
-def test_importing_runs_nothing(tmp_path):
-    code = f"import sys, {', '.join(SCRIPTS)}; assert 'torchvision' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "") and not any(tmp_path.iterdir())
-
-
 # ---- common.py ------------------------------------------------------------------------------------------
 
 def test_randomness_is_a_function_of_the_seed():
@@ -1190,21 +919,17 @@ def test_randomness_is_a_function_of_the_seed():
     assert all(torch.equal(torch.cat([part[name] for part in parts]), whole[name]) for name in kinds)
 
 
-def test_tensor_helpers():
-    assert common.expand_to(torch.ones(3), torch.ones(3, 2, 4, 4)).shape == (3, 1, 1, 1)
-    levels = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(common.to_uint8(common.from_uint8(levels)), levels)
-    assert common.to_uint8(torch.tensor([-9., 9.])).tolist() == [0, 255]
-    expected = torch.tensor([[1, 1, 0, 0], [np.cos(250), np.cos(2.5), np.sin(250), np.sin(2.5)]]).float()
-    assert torch.allclose(river.timestep_embedding(torch.tensor([0, .25]), 4), expected, atol=1e-4)
-    a = nn.Linear(2, 2)
-    assert common.count_params(a) == 6 and common.gather_rows({"a": [1]}) == {"a": [1]}
-    before, averages = a.weight.detach().clone(), [torch.zeros(2, 2), torch.ones(2)]
-    with common.swapped(list(a.parameters()), averages):
-        assert (a.weight == 0).all() and (a.bias == 1).all()
-    assert torch.equal(a.weight, before) and not torch.equal(a.bias, averages[1])
-    assert common.count_params(a.requires_grad_(False), trainable_only=True) == 0
-    assert common.all_mean(3.0) == 3
+def test_ema():
+    layer = nn.Linear(2, 2)
+    ema = common.EMA(layer.parameters(), .9)
+    before = layer.weight.detach().clone()
+    with torch.no_grad():
+        layer.weight += 1
+    ema.update(1000)
+    with contextlib.suppress(KeyError), ema.applied():
+        assert torch.allclose(layer.weight, before + .1)
+        raise KeyError                           # an error inside leaves the trained weights in place
+    assert torch.equal(layer.weight, before + 1)
 
 
 def test_metric_identities():
@@ -1212,56 +937,19 @@ def test_metric_identities():
     assert (common.mse(x, x) == 0).all() and (common.psnr(x, x) == 60).all()
     assert torch.allclose(common.ssim(x, x), torch.ones(4)) and (common.ssim(x, y) < .2).all()
     assert torch.allclose(common.psnr(x, x + .1), torch.full((4,), 20.), atol=1e-4)
-    assert torch.allclose(common.mse(x, y)[2], ((x[2] - y[2]) ** 2).mean())
-    dark, light = (torch.full((1, 3, 8, 8), value, dtype=torch.uint8) for value in (10, 255))
-    assert common.mse(dark, light).item() == 245 ** 2
     grey = torch.full((1, 3, 32, 32), .5)        # without structure, only the luminance term is left
     assert common.ssim(grey, grey / 2).item() == pytest.approx((.25 + 1e-4) / (.25 + .0625 + 1e-4), abs=1e-4)
     members, truth = x.double().flatten(1)[:3, :50], y.double().flatten()[:50]
     pairs = sum((members[i] - members[j]).abs() for i in range(3) for j in range(3)) / (3 * 2)
     assert torch.allclose(common.fair_crps(members, truth), (members - truth).abs().mean(0) - pairs / 2)
-    assert torch.allclose(common.fair_crps(members.T, truth, dim=1), common.fair_crps(members, truth))
     assert torch.equal(common.fair_crps(members[:1], truth), (members[0] - truth).abs())
-    assert (common.fair_crps(truth.expand(3, 50), truth) == 0).all()
+    levels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(common.to_uint8(common.from_uint8(levels)), levels)
+    assert common.horizon_means([{"mse": torch.tensor([[1., 2.], [3., 4.]])}, {
+        "mse": torch.tensor([[5., math.nan]])}]) == {"mse": 3., "mse_h01": 3., "mse_h02": 3.}
 
 
-def test_frechet_distance_of_known_gaussians():
-    def cloud(mean, root, seed):
-        """50 points whose mean and covariance are exactly `mean` and root root^T."""
-        x = torch.randn(50, 3, generator=torch.Generator().manual_seed(seed)).double()
-        x = x - x.mean(0)
-        return mean + x @ torch.linalg.inv(torch.linalg.cholesky(torch.cov(x.T))).T @ root.T
-    zero, shift, distance = torch.zeros(3), torch.tensor([1., 2, 2]), common.frechet_distance
-    a, b = (torch.diag(torch.tensor(deviations)).double() for deviations in ([1., 2, 3], [2., 1, 4]))
-    assert distance(cloud(zero, a, 1), cloud(shift, b, 2)) == pytest.approx(9 + ((a - b) ** 2).sum().item())
-    root = torch.tensor([[1., 0, 0], [2, 1, 0], [1, -1, 3]]).double()              # commutes with neither
-    cross = torch.linalg.eigvals(a @ a.T @ root @ root.T).real.sqrt().sum()
-    expected = (a @ a.T + root @ root.T).trace() - 2 * cross
-    assert distance(cloud(zero, a, 3), cloud(zero, root, 4)) == pytest.approx(expected.item())
-    assert distance(cloud(shift, root, 1), cloud(shift, root, 5)) == pytest.approx(0, abs=1e-6)
-
-
-def test_video_files(tmp_path):
-    t, y, x = torch.meshgrid(torch.arange(6.), torch.arange(47.), torch.arange(63.), indexing="ij")
-    video = torch.stack([torch.sin(x / 9 + t), torch.cos(y / 7 - t), torch.sin((x + y) / 11)], dim=1)
-    pixels = common.to_uint8(video)
-    error = lambda other: (other.float() - pixels).abs().mean()
-    mp4 = common.read_video(common.write_video(tmp_path / "new/a.mp4", video))
-    assert mp4.shape == (6, 3, 48, 64) and mp4.dtype == torch.uint8                # padded to even sides
-    assert error(mp4[..., :47, :63]) < 8
-    assert error(common.read_video(common.write_video(tmp_path / "a.gif", pixels))) < 12
-    strip = torch.from_numpy(iio.imread(common.write_video(tmp_path / "a.png", video))).permute(2, 0, 1)
-    assert torch.equal(strip, torch.cat(list(pixels), dim=-1))
-    (tmp_path / "b.mp4").write_bytes(b"no video")
-    with pytest.raises(common.UserError, match="cannot read video .*b.mp4"):
-        common.read_video(tmp_path / "b.mp4")
-    grid = common.video_grid({"truth": video, "prediction": video[:, :1]}, scale=2, gap=4)
-    assert grid.shape[:3] == (6, 3, 2 * 94 + 4) and torch.equal(grid[..., :94:2, -126::2], pixels)
-    grid = common.video_grid({"a": video, "b": video}, scale=1, columns=True)
-    assert grid.shape == (6, 3, 20 + 47, 2 * 63 + 4)
-
-
-def test_checkpoint_folder(tmp_path, capsys):
+def test_checkpoint_folder(tmp_path, capsys, monkeypatch):
     folder, meta, find = tmp_path / "ckpt", {"script": "s", "args": {"a": 1}}, common.find_checkpoint
     state = {"model": {"w": torch.arange(3.)}, "optimizer": {"step": torch.tensor(1.), "lr": .5}, "none": {}}
     assert find(folder, "s", "auto") is None and find(folder, "s", "none") is None
@@ -1273,6 +961,15 @@ def test_checkpoint_folder(tmp_path, capsys):
     assert_same(flat(read), flat(state))
     assert find(folder, "s", folder / "step_000010")[0].name == "step_000010"
     assert find(tmp_path / "other", "s", tmp_path)[0] == path      # a run's folder: its newest
+    with pytest.raises(common.UserError, match="was written by s, not by another"):
+        find(folder, "another", "auto")
+    with pytest.raises(common.UserError, match="holds other checkpoints"):         # of another run
+        common.save_checkpoint(tmp_path / "other/ckpt", 1, state, meta)
+        find(tmp_path / "other/ckpt", "s", tmp_path, train=True)
+    with monkeypatch.context() as patch, pytest.raises(common.UserError, match="last complete .*1000000"):
+        patch.setattr(torch, "save", disk_full)
+        common.save_checkpoint(folder, 1_000_001, state, meta)
+    assert sorted(os.listdir(folder)) == ["step_000010", "step_1000000", "step_999999"]
     (path / "model.safetensors").unlink()
     damaged = folder / "step_999999/optimizer.pt"
     damaged.write_bytes(b"?" * damaged.stat().st_size)
@@ -1320,67 +1017,22 @@ def test_a_kill_at_any_moment_of_a_save(tmp_path):
     assert moment > 12
 
 
-def test_run_files(tmp_path, monkeypatch):
-    assert common.reason(ValueError("two\n  lines" + "." * 999)) == "two lines" + "." * 191
-    assert common.reason(ValueError()) == "ValueError"
-    values = {"x": np.float64("nan"), "y": {"z": [math.inf, 1.5, {"v": (-math.inf, 2)}]}, "s": "NaN"}
-    known = {"x": None, "y": {"z": [None, 1.5, {"v": [None, 2]}]}, "s": "NaN"}
-    common.write_json(tmp_path / "a/b.json", values)
-    assert json.loads((tmp_path / "a/b.json").read_text()) == known
-    common.append_jsonl(tmp_path / "a/b.jsonl", values)
-    common.append_jsonl(tmp_path / "a/b.jsonl", {})
-    assert (tmp_path / "a/b.jsonl").read_text() == json.dumps(known) + "\n{}\n"
-    for step in range(1, 6):
-        common.append_jsonl(tmp_path / "metrics.jsonl", {"step": step})
-    with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 6, "lo')                              # a line that a kill cut off
-    log = common.Log(tmp_path, "flow", 3, 9)
-    log.row(4, loss=.5)
-    log.bar.close()
-    assert rows(tmp_path) == [{"step": 1}, {"step": 2}, {"step": 3}, {"step": 4, "loss": .5}]
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(common.UserError, match="pip install wandb"):
-        common.Log(tmp_path, "flow", 3, 9, wandb="project")
-    with pytest.raises(common.UserError, match="pip install wandb"):
-        common.show_results(tmp_path, [], wandb="project")
-    common.save_weights(tmp_path / "w.safetensors", {"a": torch.arange(3.)})
-    assert_same(common.load_weights(tmp_path / "w.safetensors"), {"a": torch.arange(3.)})
-    cut(tmp_path / "w.safetensors")
-    with pytest.raises(common.UserError, match="w.safetensors"):
-        common.load_weights(tmp_path / "w.safetensors")
+def test_flags_by_precedence(trained, tmp_path, monkeypatch):
+    """Command line > checkpoint > preset > default; flags of the machine are not taken from a checkpoint."""
+    run = trained("river_smoke").run
+    args, checkpoint, reason = river.parse_args(["--output_dir", str(run), "--lr", "3", "--device", "cpu"])
+    assert (args.lr, args.width, args.ema_decay, args.seed) == (3, 32, .99, 0)
+    assert (args.dtype, reason) == ("auto", "from the checkpoint") and checkpoint.meta["step"] == 4
+    monkeypatch.chdir(tmp_path)
+    args, checkpoint, _ = river.parse_args(["--resume", str(run / "ckpt/step_000002"), "--sample"])
+    assert args.output_dir == str(run) and checkpoint.meta["step"] == 2
+    args, checkpoint, reason = river.parse_args(["--preset", "paper"])
+    assert (args.width, args.heads, checkpoint, reason) == (256, 8, None, "from the command line")
 
 
-def test_curves_and_results_are_shown_in_one_place(tmp_path, trackers):
-    """A stage is a W&B run of its own, named after its folder; results go to their folder's."""
-    folder, both = tmp_path / "run", dict(tensorboard=True, wandb="project")
-    for stage in (folder / "autoencoder", folder):
-        log = common.Log(stage, "flow", 0, 9, **both, config={"lr": 1})
-        log.row(4, loss=.5, grad_norm=math.nan)
-        log.bar.close()
-    common.save_checkpoint(folder / "ckpt", 7, {}, {"script": "s"})
-    common.write_json(folder / "eval.json", {"results": {"psnr": 20., "none": math.nan}})
-    film = torch.zeros(2, 3, 16, 16)
-    files = [common.write_video(folder / f"samples/a{suffix}", film) for suffix in (".png", ".mp4", ".gif")]
-    common.plot_curves(folder / "curves.png", [{"title": "", "xlabel": "", "ylabel": "", "lines": {
-        "loss": ((1, 2), (.5, None))}}])         # a null of metrics.jsonl leaves a gap
-    common.show_results(folder, [*files, f"{folder}/eval.json", f"{folder}/curves.png"], **both)
-    for tracker in ("TensorBoard", "W&B"):
-        shown = [row[1:] for row in trackers if row[0] == tracker]
-        assert [row[:3] for row in shown] == [
-            *((str(folder / stage), 4, f"flow/{name}") for stage in ("autoencoder", "")
-              for name in ("loss", "grad_norm")),
-            *((str(folder), 7, name) for name in ("samples/a", "eval/psnr", "curves"))]
-        assert [row[3] for row in shown if row[2] in ("flow/loss", "eval/psnr")] == [.5, .5, 20.]
-    assert [row["step"] for row in rows(folder)] == [4] and rows(folder)[0]["grad_norm"] is None
-    trackers.clear()
-    common.show_results(folder, files)
-    assert not trackers
-
-
-# ---- common.py: files of users ----------------------------------------------------------------------------
+# ---- common.py: files of users --------------------------------------------------------------------------
 
 H264 = ["-c:v", "libx264", "-pix_fmt", "yuv420p"]
-H265 = ["-c:v", "libx265", "-x265-params", "log-level=none:lossless=1", "-pix_fmt"]
 # The top is opaque blue; below, the left is white with alpha 128 and the right is red with alpha 0.
 SMOKE = np.zeros((48, 64, 4), np.uint8)
 SMOKE[:12], SMOKE[12:, :32], SMOKE[12:, 32:] = (0, 0, 255, 255), (255, 255, 255, 128), (255, 0, 0, 0)
@@ -1406,10 +1058,9 @@ def one_line(read, path, *words):
 
 
 @pytest.mark.parametrize("raw, encoding", [
-    (b"a\r\nb\xc3\xa9\n", None), (b"\xef\xbb\xbfa\nb\xc3\xa9\n", None), (b"a\rb\xc3\xa9\r", None),
-    *[("lift 下\n".encode(name), "UTF-16") for name in ("utf-16", "utf-16-le", "utf-16-be", "utf-32")],
-    ("Jürgen’s cup".encode("cp1252"), "cp1252"), ("拿起杯子".encode("gbk"), "GBK"),
-    ("漢".encode("iso2022_jp"), "probably")])
+    (b"a\r\nb\xc3\xa9\n", None), (b"\xef\xbb\xbfa\rb\xc3\xa9\r", None), ("拿起杯子".encode("gbk"), "GBK"),
+    *[("lift 下\n".encode(name), "UTF-16") for name in ("utf-16", "utf-16-be", "utf-32")],
+    ("Jürgen’s cup".encode("cp1252"), "cp1252"), ("漢".encode("iso2022_jp"), "probably")])
 def test_text(tmp_path, raw, encoding):
     path = tmp_path / "a.txt"
     path.write_bytes(raw)
@@ -1418,267 +1069,64 @@ def test_text(tmp_path, raw, encoding):
     else:
         one_line(common.read_text, path, encoding, "save it as UTF-8")
     one_line(common.read_text, tmp_path, "directory")
-    one_line(common.read_text, tmp_path / "none.txt", "No such file")
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB", "L"])
-def test_image_alpha(tmp_path, mode):
-    image, options, points = Image.fromarray(SMOKE), {}, SMOKE_POINTS
-    if mode == "LA":
-        image, points = image.convert("LA"), {(30, 16): (128,) * 3, (30, 50): (0,) * 3}
-    elif mode == "P":                                  # each palette entry has its alpha
-        image = Image.fromarray(SMOKE[..., 3] // 100).convert("P")
-        image.putpalette([255, 0, 0, 255, 255, 255, 0, 0, 255])
-        options = {"transparency": b"\x00\x80\xff"}
-    elif mode in ("RGB", "L"):                         # one colour is transparent
-        image, points = image.convert("RGB").convert(mode), {(30, 16): (255,) * 3, (30, 50): (0,) * 3}
-        options = {"transparency": (255, 0, 0) if mode == "RGB" else 76}
-    image.save(tmp_path / "a.png", **options)
-    for point, value in points.items():
-        assert tuple(common.read_image(tmp_path / "a.png")[point]) == value
-
-
-def test_image_depth_and_orientation(tmp_path):
-    types = {"a.png": "<u2", "a.tif": "<u2", "b.tif": ">u2", "c.tif": "<i4", "a.pgm": "<u2"}
-    for name, dtype in types.items():
+def test_images(tmp_path):
+    """Alpha over black, 16 bits, floats, orientation; whatever cannot be read is one line."""
+    path, exif = tmp_path / "a.png", Image.Exif()
+    exif[0x112] = 6                                    # to be turned by 90 degrees clockwise
+    Image.fromarray(SMOKE).save(path, exif=exif)
+    pixels = np.rot90(common.read_image(path))
+    assert all(tuple(pixels[point]) == value for point, value in SMOKE_POINTS.items())
+    for name, dtype in {"a.png": "<u2", "a.tif": ">u2", "c.tif": "<i4"}.items():
         Image.fromarray(np.array([[0, 64 * 257, 65535]], dtype)).save(tmp_path / name)
         assert common.read_image(tmp_path / name).tolist() == [[[0] * 3, [64] * 3, [255] * 3]]
-    for mode, colour, value in (
-            ("1", 1, (255,) * 3), ("CMYK", (0, 255, 255, 0), (255, 0, 0)), ("F", .5, (128,) * 3)):
-        Image.new(mode, (4, 4), colour).save(tmp_path / "a.tif")
-        assert tuple(common.read_image(tmp_path / "a.tif")[0, 0]) == value
-    for value in (1.5, -.1, np.nan, np.inf):
-        Image.fromarray(np.array([[.5, value]], np.float32)).save(tmp_path / "a.tif")
-        one_line(common.read_image, tmp_path / "a.tif", "outside 0 to 1")
-    exif = Image.Exif()
-    exif[0x112] = 6                                    # to be turned by 90 degrees clockwise
-    Image.fromarray(SMOKE[..., :3]).save(tmp_path / "a.png", exif=exif)
-    assert np.array_equal(common.read_image(tmp_path / "a.png"), np.rot90(SMOKE[..., :3], -1))
-
-
-@pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "tif", "bmp", "webp"])
-def test_image_cut(tmp_path, suffix):
-    path = tmp_path / f"a.{suffix}"
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(path)
-    for raw in (path.read_bytes()[:-1500], b"text", b""):
-        path.write_bytes(raw)
+    Image.fromarray(np.array([[.5, np.nan]], np.float32)).save(tmp_path / "a.tif")
+    one_line(common.read_image, tmp_path / "a.tif", "outside 0 to 1")
+    for suffix in ("png", "jpg", "webp"):
+        path = tmp_path / f"noise.{suffix}"
+        Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(path)
+        path.write_bytes(path.read_bytes()[:-1500])
         one_line(common.read_image, path, "cannot read image")
 
 
-def test_find_files(tmp_path):
-    root, far = tmp_path / "root", tmp_path / "far"
-    for path in (far / "3.mp4", *[root / name for name in (
-            "b/1.MP4", "b/._1.mp4", ".trash/2.mp4", "b/notes.txt", "README", "z.mkv", "blob")]):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"x")
-    for name, target in {"a": far, "again": far, "b/up": root, "b/loop": root / "b/loop",
-                         "c.mp4": root / "b/1.MP4", "d.mp4": root / "blob",
-                         "e.mp4": root / "gone"}.items():
-        (root / name).symlink_to(target)
-    files, left_out = common.find_files(root, (".mp4", ".MKV"))
-    assert files == [root / name for name in ("a/3.mp4", "b/1.MP4", "d.mp4", "z.mkv")]
-    assert left_out == {".txt": 1, "": 2, "broken link": 2}
-    assert "1 .txt" in common.describe_left_out(left_out)
-    one_line(lambda path: common.find_files(path, (".mp4",)), tmp_path / "none", "No such file")
+GREY = np.repeat([0, 64 * 257, 200 * 257, 65535], 16).astype(np.uint16)[None, :, None].repeat(64, 0)
+GREY_POINTS = {(30, 8 + 16 * i): (value,) * 3 for i, value in enumerate((0, 64, 200, 255))}
+
+
+@pytest.mark.parametrize("name, frame, points, options", [
+    ("a.mov", SMOKE, SMOKE_POINTS, ["-c:v", "qtrle"]),
+    ("a.mkv", SMOKE, SMOKE_POINTS, ["-c:v", "ffv1", "-pix_fmt", "yuva420p"]),
+    ("a.webm", SMOKE, SMOKE_POINTS, ["-c:v", "libvpx-vp9", "-pix_fmt", "yuva420p"]),
+    ("lr:1e-4 100%.mp4", GREY, GREY_POINTS, [*H264[:-1], "yuv420p10"]),
+    ("[a]*?.mkv", GREY, GREY_POINTS, ["-c:v", "ffv1", "-pix_fmt", "gray16le"])])
+def test_videos_of_users(tmp_path, name, frame, points, options):
+    """Alpha over black, more than 8 bits, pixels that are not square, names with ffmpeg's special signs."""
+    encode(tmp_path / name, *options, frames=np.stack([frame] * 3))
+    video = common.read_video(tmp_path / name)
+    assert video.dtype == torch.uint8 and video.shape == (3, 3, *frame.shape[:2])
+    for (y, x), value in points.items():
+        assert video[2, :, y, x].tolist() == pytest.approx(value, abs=4)
+    wide = encode(tmp_path / "wide.mp4", *H264, "-vf", "setsar=4/3", frames=np.stack([frame] * 3))
+    H, W = frame.shape[:2]
+    assert common.read_video(wide).shape == (3, 3, H, round(W * 4 / 3))
+    assert common.read_video(wide, 16).shape == (3, 3, 16, 16)
+    common.ffmpeg(["-display_rotation", 90, "-i", wide, "-c", "copy", tmp_path / "turned.mp4"])
+    assert common.read_video(tmp_path / "turned.mp4").shape == (3, 3, W, round(H * 3 / 4))
 
 
 @pytest.mark.parametrize("name, options", [
-    ("a.mov", ["-c:v", "qtrle"]), ("b.mov", ["-c:v", "png"]),
-    ("c.mov", ["-c:v", "prores_ks", "-profile:v", 4]),
-    ("d.mov", [*H265, "yuva420p"]), ("a.mkv", ["-c:v", "ffv1", "-pix_fmt", "yuva420p"]), ("a.apng", []),
-    ("8.webm", ["-c:v", "libvpx", "-pix_fmt", "yuva420p", "-auto-alt-ref", 0]),
-    ("9.webm", ["-c:v", "libvpx-vp9", "-pix_fmt", "yuva420p"]), ("a.gif", None)])
-def test_video_alpha(tmp_path, name, options):
-    if options is None:                                # GIF: a pixel is transparent or it is not
-        image = Image.fromarray(SMOKE[..., 3] // 100).convert("P")
-        image.putpalette([255, 0, 0, 128, 128, 128, 0, 0, 255])
-        image.save(tmp_path / name, transparency=0)
-    else:
-        encode(tmp_path / name, *options, frames=np.stack([SMOKE] * 3))
-    for point, value in SMOKE_POINTS.items():
-        assert next(common.video_frames(tmp_path / name))[point].tolist() == pytest.approx(value, abs=4)
-    small = next(common.video_frames(tmp_path / name, 12))               # of columns 8 to 55
-    assert small.shape == (12, 12, 3) and small[7, [2, 8], 0].tolist() == pytest.approx([128, 0], abs=4)
-
-
-@pytest.mark.parametrize("name, options", [
-    ("8.mp4", H264), ("10.mp4", [*H264[:-1], "yuv420p10"]), ("8.mkv", ["-c:v", "ffv1", "-pix_fmt", "gray"]),
-    ("16.mkv", ["-c:v", "ffv1", "-pix_fmt", "gray16le"]), ("48.mov", ["-c:v", "png", "-pix_fmt", "rgb48be"]),
-    ("hlg.mov", [*H265, "yuv420p10", "-color_trc", "arib-std-b67"]),
-    ("pq.mkv", [*H265, "yuv420p12", "-color_trc", "smpte2084"])])
-def test_video_depth(tmp_path, name, options):
-    stripes = np.repeat([0, 64 * 257, 200 * 257, 65535], 16).astype(np.uint16)
-    grey = np.tile(stripes[None, :, None, None], (3, 1, 64, 1))
-    video = common.read_video(encode(tmp_path / name, *options, frames=grey))
-    assert video.shape == (3, 3, 64, 64) and video.dtype == torch.uint8
-    assert video[2, 1, 8::16, 30].tolist() == pytest.approx([0, 64, 200, 255], abs=2)
-
-
-def test_video_geometry_and_names(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    bars = np.zeros((3, 64, 96, 3), np.uint8)
-    bars[:, :, :48] = 255                                                 # the left half is white
-    for name in ("lr:1e-4 100%.mp4", "-v.mp4", "a%03d.gif", "[a]*?.mp4", "http:x.mov"):
-        assert len(common.read_video(encode(name, frames=bars))) == 3
-    common.write_video("lr:1e-4/a.mp4", torch.from_numpy(bars).permute(0, 3, 1, 2))
-    encode("wide.mp4", *H264, "-vf", "setsar=4/3", frames=bars)
-    assert common.read_video("wide.mp4").shape == (3, 3, 64, 128)
-    assert common.read_video("wide.mp4", 16)[0, 0, 8].tolist() == pytest.approx([255] * 8 + [0] * 8, abs=2)
-    common.ffmpeg(["-display_rotation", 90, "-i", "wide.mp4", "-c", "copy", "turned.mp4"])
-    assert common.read_video("turned.mp4").shape == (3, 3, 96, 48)
-    assert common.read_video("turned.mp4")[0, 0, [8, 88], 20].tolist() == pytest.approx([0, 255], abs=2)
-    Image.fromarray(SMOKE[..., :3]).save("cover.jpg")
-    common.ffmpeg(["-i", "cover.jpg", "-i", "wide.mp4", "-map", 0, "-map", 1, "-c", "copy",
-            "-disposition:0", "attached_pic", "c.mp4"])
-    assert common.read_video("c.mp4").shape == (3, 3, 64, 128)
-
-
-def test_video_frames_as_stored(tmp_path):
-    jitter = "setpts='(N/30+0.004*sin(N*1.7)+gt(N,25)*0.5)/TB'"
-    path = encode(tmp_path / "a.mp4", "-vf", jitter, "-fps_mode", "vfr", "-enc_time_base", "1/90000", *H264,
-                  source="testsrc2=s=96x64:r=30:d=2")
-    assert len(common.read_video(path)) == 60
-    assert len(list(common.video_frames(path, fps=10))) in (25, 26)      # of 2.5 s
-    frames = common.video_frames(path)
-    next(frames)
-    frames.close()                                                        # ends ffmpeg
-
-
-@pytest.mark.parametrize("name, options", [
-    ("a.mp4", H264), ("b.mp4", [*H264, "-movflags", "+faststart"]), ("a.mov", H264), ("a.mkv", H264),
-    ("a.flv", H264), ("a.ts", H264), ("a.webm", ["-c:v", "libvpx"]), ("a.avi", ["-c:v", "mpeg4", "-q:v", 3]),
-    ("a.gif", []), ("a.apng", [])])
+    ("a.mp4", H264), ("a.mkv", H264), ("a.flv", H264), ("a.ts", H264), ("a.webm", ["-c:v", "libvpx"]),
+    ("a.avi", ["-c:v", "mpeg4", "-q:v", 3]), ("a.gif", [])])
 def test_video_damaged_or_cut(tmp_path, name, options):
     path = encode(tmp_path / name, *options)
     raw = path.read_bytes()
     first, last = len(raw) // 2, len(raw) * 6 // 10
     assert len(common.read_video(path)) == 20
-    noise = np.random.default_rng(0).bytes(last - first)
-    for hole in (bytes(last - first), noise, None):
+    for hole in (np.random.default_rng(0).bytes(last - first), None):
         if hole or name != "a.ts":                     # MPEG-TS declares no length: a cut shows nowhere
             path.write_bytes(raw[:first] + hole + raw[last:] if hole else raw[:first])
             one_line(common.read_video, path, "cannot read video")
-
-
-def test_video_healthy(tmp_path):
-    raw = encode(tmp_path / "a.ts", *H264, "-g", 5).read_bytes()
-    (tmp_path / "start.ts").write_bytes(raw[188 * 20:])                   # starts between two key frames
-    (tmp_path / "joined.ts").write_bytes(raw + raw)
-    assert 0 < len(common.read_video(tmp_path / "start.ts")) < 20
-    assert len(common.read_video(tmp_path / "joined.ts")) == 40
-    inputs = ["-f", "lavfi", "-i", "sine=d=9", "-i", tmp_path / "a.ts"]
-    common.ffmpeg([*inputs, "-c:v", "copy", tmp_path / "sound.flv"])
-    assert len(common.read_video(tmp_path / "sound.flv")) == 20
-    common.ffmpeg(["-f", "lavfi", "-i", "sine=d=1", tmp_path / "sound.m4a"])
-    for name, words in (("sound.m4a", "no video"), ("none.mp4", "No such file"), ("", "directory")):
-        one_line(common.read_video, tmp_path / name, words)
-
-
-# ---- common.py: flags, training and reports --------------------------------------------------------------
-
-def test_typed_flags():
-    assert common.at_least(1)("3") == 3 and common.at_least(0, float)("0") == 0.
-    assert common.between(0, 1)("1") == 1. and common.between(0, 1, open_end=True)("0.99") == .99
-    for number, texts in ((common.at_least(1), ("0", "many", "1.5")), (common.between(0, 1), ("1.1",)),
-                          (common.at_least(0, float), ("-1", "nan", "inf")),
-                          (common.between(0, 1, True), ("1", "nan", "-0.1"))):
-        for text in texts:
-            with pytest.raises((argparse.ArgumentTypeError, ValueError)):
-                number(text)
-
-
-def test_every_number_has_a_bound():
-    for action in [action for script in SCRIPTS
-                   for action in importlib.import_module(script).build_parser()._actions]:
-        if action.type is not None:
-            assert action.type not in (int, float), action.dest
-            with pytest.raises((argparse.ArgumentTypeError, ValueError)):
-                action.type("nan")
-
-
-def test_flags_by_precedence(trained, tmp_path, monkeypatch):
-    """Command line > checkpoint > preset > default; flags of the machine are not taken from a checkpoint."""
-    run = trained("river_smoke").run
-    args, checkpoint, reason = river.parse_args(["--output_dir", str(run), "--lr", "3", "--device", "cpu"])
-    assert (args.lr, args.width, args.ema_decay, args.seed) == (3, 32, .99, 0)
-    assert (args.dtype, reason) == ("auto", "from the checkpoint") and checkpoint.meta["step"] == 4
-    monkeypatch.chdir(tmp_path)
-    args, checkpoint, _ = river.parse_args(["--resume", str(run / "ckpt/step_000002"), "--sample"])
-    assert args.output_dir == str(run) and checkpoint.meta["step"] == 2
-    args, checkpoint, reason = river.parse_args(["--preset", "paper"])
-    assert (args.width, args.heads, checkpoint, reason) == (256, 8, None, "from the command line")
-
-
-def test_ema():
-    layer = nn.Linear(2, 2)
-    ema = common.EMA(layer.parameters(), .9)
-    before = layer.weight.detach().clone()
-    with torch.no_grad():
-        layer.weight += 1
-    ema.update(1000)
-    with contextlib.suppress(KeyError), ema.applied():
-        assert torch.allclose(layer.weight, before + .1)
-        raise KeyError                           # an error inside leaves the trained weights in place
-    assert torch.equal(layer.weight, before + 1)
-    ema.copy_to_params()
-    assert torch.allclose(layer.weight, before + .1)
-    follows = common.EMA(layer.parameters(), 0)
-    follows.update(0)
-    assert follows.weights[0].data_ptr() == layer.weight.data_ptr()    # without decay there is no copy
-
-
-def test_log_averages_since_the_last_row(tmp_path):
-    log = common.Log(tmp_path, "flow", 0, 4, log_every=2)
-    for step, loss in enumerate((1., 3., 5., 9.), 1):
-        log.add(loss=torch.tensor(loss), psnr=torch.tensor([loss, float("nan")]))
-        log.step(step, lr=.1)
-    log.bar.close()
-    assert [(row["step"], row["loss"], row["psnr"], row["lr"]) for row in rows(tmp_path)] == [
-        (2, 2., 2., .1), (4, 7., 7., .1)]
-
-
-def test_report(tmp_path, capsys):
-    args = Namespace(output_dir=str(tmp_path), preset="tiny", data_dir=str(tmp_path))
-    common.write_json(tmp_path / "dataset_stats.json", {"source": "SIMULATED"})
-    tables = [{"crps": torch.tensor([[1., 2.], [3., 4.]])}, {"crps": torch.tensor([[5., 6.]])}]
-    results = common.horizon_means(tables)
-    assert results == {"crps": 3.5, "crps_h01": 3., "crps_h02": 4.}
-    baselines = {"persistence": {"crps": 8., "crps_h01": 7., "crps_h02": 9., "psnr": 20.}}
-    made = common.report("river_smoke", args, "none", time.time(), ("crps", "persistence", True), results,
-                         baselines, ("crps", "psnr"), curves=("crps",))
-    record = json.loads((tmp_path / "eval.json").read_text())
-    assert record["headline"] == {"metric": "crps", "value": 3.5, "baseline": 8., "lower_is_better": True}
-    assert record["data"] == f"{tmp_path} (SIMULATED)" and record["baselines"] == baselines
-    for text in ("", "[]", "NaN", '{"frames": 1}'):
-        (tmp_path / "dataset_stats.json").write_text(text)
-        assert common.describe_data(tmp_path) == f"{tmp_path} (frames as found)"
-    table = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert table == [["crps", "psnr"], ["model", "3.5", "-"], ["persistence", "8", "20"]]
-    assert all(Path(path).stat().st_size for path in made)
-
-
-def test_panels(tmp_path):
-    """Every picture lies under its name and beside its row; a line stands where the forecast begins."""
-    g = torch.Generator().manual_seed(0)
-    rows = {name: list(2 * torch.rand(3, 3, 8, 10, generator=g) - 1) for name in ("ground truth", "sample")}
-    grid = common.picture_grid(rows, ["t", "t+1", "t+2"], scale=3, gap=4, forecast_from=1)
-    left, top = grid.shape[2] - 3 * 30 - 2 * 4, 20
-    for j, pictures in enumerate(rows.values()):
-        for i, picture in enumerate(pictures):
-            x, y = left + i * 34, top + j * 28
-            assert torch.equal(grid[:, y:y + 24:3, x:x + 30:3], common.to_uint8(picture))
-    assert (grid[:, :, left + 32] == torch.tensor([255, 0, 0])[:, None]).all()
-    videos = {"truth": torch.rand(20, 3, 8, 10, generator=g), "sample": torch.rand(20, 1, 8, 10, generator=g)}
-    labels = [f"t+{n}" for n in range(20)]
-    mp4, png = common.write_panels(tmp_path / "a:b/clip", videos, labels, observed=2, columns=4)
-    assert len(common.read_video(mp4)) == 20 and iio.imread(png).shape[0] == 20 + 2 * 16 + 4
-
-
-def test_dry_run_into_a_closed_pipe(tmp_path):
-    command = f"{sys.executable} {HERE}/river_smoke.py --dry_run | true"
-    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True,
-                          cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
 
 
 # ---- common.py: Wan --------------------------------------------------------------------------------------
@@ -1709,77 +1157,57 @@ def pipeline(transformer, transformer_2=None):
 
 # Official names, written here independently of the converters.
 
-def official_transformer(weights):
-    table = [("condition_embedder.time_embedder.linear_1", "time_embedding.0"),
-             ("condition_embedder.time_embedder.linear_2", "time_embedding.2"),
-             ("condition_embedder.text_embedder.linear_1", "text_embedding.0"),
-             ("condition_embedder.text_embedder.linear_2", "text_embedding.2"),
-             ("condition_embedder.time_proj", "time_projection.1"), ("attn1.", "self_attn."),
-             ("attn2.", "cross_attn."), ("to_out.0", "o"), ("to_q", "q"), ("to_k", "k"), ("to_v", "v"),
-             ("ffn.net.0.proj", "ffn.0"), ("ffn.net.2", "ffn.2"), ("proj_out", "head.head"),
-             (".norm2.", ".norm3.")]
+def renamed(weights, table):
     named = {}
     for key, value in weights.items():
         for new, old in table:
-            key = key.replace(new, old)
-        key = "head.modulation" if key == "scale_shift_table" else key
-        named[key.replace("scale_shift_table", "modulation")] = value.clone()
+            key = re.sub(new, old, key)
+        named[key] = value.clone()
     return named
+
+
+def official_transformer(weights):
+    return renamed(weights, [
+        (r"condition_embedder\.time_embedder\.linear_1", "time_embedding.0"),
+        (r"condition_embedder\.time_embedder\.linear_2", "time_embedding.2"),
+        (r"condition_embedder\.text_embedder\.linear_1", "text_embedding.0"),
+        (r"condition_embedder\.text_embedder\.linear_2", "text_embedding.2"),
+        (r"condition_embedder\.time_proj", "time_projection.1"), (r"attn1\.", "self_attn."),
+        (r"attn2\.", "cross_attn."), (r"to_out\.0", "o"), (r"to_([qkv])", r"\1"),
+        (r"ffn\.net\.0\.proj", "ffn.0"), (r"ffn\.net\.2", "ffn.2"), ("proj_out", "head.head"),
+        (r"\.norm2\.", ".norm3."), ("^scale_shift_table", "head.modulation"),
+        ("scale_shift_table", "modulation")])
 
 
 def official_vae(weights, nested):
-    layers = {"norm1": "residual.0", "conv1": "residual.2", "norm2": "residual.3", "conv2": "residual.6",
-              "conv_shortcut": "shortcut"}
-    named = {}
-    for k, value in weights.items():
-        k = re.sub(r"^quant_conv", "conv1", re.sub(r"^post_quant_conv", "conv2", k))
-        k = k.replace("conv_in.", "conv1.").replace("norm_out.", "head.0.").replace("conv_out.", "head.2.")
-        k = k.replace("mid_block.attentions.0", "middle.1")
-        k = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"middle.{2 * int(m[1])}", k)
-        if re.search(r"middle\.[02]|_blocks", k):
-            k = re.sub(r"(norm1|norm2|conv1|conv2|conv_shortcut)\.(\w+)$",
-                       lambda m: f"{layers[m[1]]}.{m[2]}", k)
-        if nested:
-            last = {"down": 2, "up": 3}
-            k = re.sub(r"(down|up)_blocks\.(\d)\.resnets", r"\1samples.\2.\1samples", k)
-            k = re.sub(r"(down|up)_blocks\.(\d)\.\1sampler",
-                       lambda m: f"{m[1]}samples.{m[2]}.{m[1]}samples.{last[m[1]]}", k)
-        else:
-            k = k.replace("down_blocks", "downsamples")
-            k = re.sub(r"up_blocks\.(\d)\.resnets\.(\d)",
-                       lambda m: f"upsamples.{4 * int(m[1]) + int(m[2])}", k)
-            k = re.sub(r"up_blocks\.(\d)\.upsamplers\.0", lambda m: f"upsamples.{4 * int(m[1]) + 3}", k)
-        named[k] = value.clone()
-    return named
+    last = {"down": 2, "up": 3}                  # resnets before a sampler
+    table = [("^quant_conv", "conv1"), ("^post_quant_conv", "conv2"), (r"conv_in\.", "conv1."),
+             (r"norm_out\.", "head.0."), (r"conv_out\.", "head.2."),
+             (r"mid_block\.attentions\.0", "middle.1"),
+             (r"mid_block\.resnets\.(\d)", lambda m: f"middle.{2 * int(m[1])}")]
+    for new, old in (("norm1", "residual.0"), ("conv1", "residual.2"), ("norm2", "residual.3"),
+                     ("conv2", "residual.6"), ("conv_shortcut", "shortcut")):
+        table.append((rf"(middle\.[02]|_blocks)(.*)\.{new}\.(\w+)$", rf"\1\2.{old}.\3"))
+    if nested:
+        table += [(r"(down|up)_blocks\.(\d)\.resnets", r"\1samples.\2.\1samples"),
+                  (r"(down|up)_blocks\.(\d)\.\1sampler",
+                   lambda m: f"{m[1]}samples.{m[2]}.{m[1]}samples.{last[m[1]]}")]
+    else:
+        table += [("down_blocks", "downsamples"),
+                  (r"up_blocks\.(\d)\.resnets\.(\d)", lambda m: f"upsamples.{4 * int(m[1]) + int(m[2])}"),
+                  (r"up_blocks\.(\d)\.upsamplers\.0", lambda m: f"upsamples.{4 * int(m[1]) + 3}")]
+    return renamed(weights, table)
 
 
 def official_t5(weights):
-    table = [("shared.", "token_embedding."), ("encoder.final_layer_norm", "norm"),
-             ("encoder.block.", "blocks."),
-             ("layer.0.SelfAttention.relative_attention_bias", "pos_embedding.embedding"),
-             ("layer.0.SelfAttention", "attn"), ("layer.0.layer_norm", "norm1"),
-             ("layer.1.layer_norm", "norm2"), ("layer.1.DenseReluDense.wi_0", "ffn.gate.0"),
-             ("layer.1.DenseReluDense.wi_1", "ffn.fc1"), ("layer.1.DenseReluDense.wo", "ffn.fc2")]
-    named = {}
-    for key, value in weights.items():
-        if key != "encoder.embed_tokens.weight":
-            for new, old in table:
-                key = key.replace(new, old)
-            named[key] = value.clone()
-    return named
-
-
-def write_official(folder, model):
-    """Two shards and their index, as Wan's are published."""
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = official_transformer(model.state_dict())
-    assert "blocks.0.norm3.weight" in weights and "blocks.1.cross_attn.norm_q.weight" in weights
-    names, index = list(weights), {}
-    for i, part in enumerate([names[:len(names) // 2], names[len(names) // 2:]]):
-        file = f"diffusion_pytorch_model-{i + 1:05d}-of-00002.safetensors"
-        common.save_weights(folder / file, {name: weights[name] for name in part})
-        index.update({name: file for name in part})
-    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    weights = {name: value for name, value in weights.items() if name != "encoder.embed_tokens.weight"}
+    return renamed(weights, [
+        (r"^shared\.", "token_embedding."), (r"encoder\.final_layer_norm", "norm"),
+        (r"encoder\.block\.", "blocks."),
+        (r"layer\.0\.SelfAttention\.relative_attention_bias", "pos_embedding.embedding"),
+        (r"layer\.0\.SelfAttention", "attn"), (r"layer\.0\.layer_norm", "norm1"),
+        (r"layer\.1\.layer_norm", "norm2"), (r"layer\.1\.DenseReluDense\.wi_0", "ffn.gate.0"),
+        (r"layer\.1\.DenseReluDense\.wi_1", "ffn.fc1"), (r"layer\.1\.DenseReluDense\.wo", "ffn.fc2")])
 
 
 @pytest.mark.parametrize("name,part,count", [
@@ -1795,10 +1223,6 @@ def test_wan_at_full_size(name, part, count):
         weights = model.state_dict()
         official = official_vae(weights, nested=name == "ti2v_5b")
         assert common.diffusers_names(official, "vae").keys() == weights.keys()
-    if part == "transformer":
-        c = model.config
-        assert (c.attention_head_dim, c.text_dim, c.freq_dim, c.eps, c.cross_attn_norm, c.image_dim) == \
-            (128, 4096, 256, 1e-6, True, None) and tuple(c.patch_size) == (1, 2, 2)
 
 
 @pytest.mark.parametrize("config,stride", [(VAE21, 8), (VAE22, 16)])
@@ -1814,36 +1238,50 @@ def test_wan_latents(config, stride):
     y = common.wan_decode(vae, z)
     assert y.shape == x.shape and y.abs().max() <= 1
     torch.testing.assert_close(y, vae.decode(raw).sample.permute(0, 2, 1, 3, 4), atol=1e-4, rtol=1e-4)
-    common.wan_encode(vae, x.requires_grad_()).sum().backward()
-    assert x.grad.abs().sum() > 0
     with pytest.raises(ValueError, match="4k [+] 1"):
         common.wan_encode(vae, x[:, :4])
 
 
+def test_linear_codec():
+    """Exact where as many components as rows are kept; causal, as Wan's VAE is; a still video is zeros."""
+    x = torch.rand(2, 5, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    x = torch.cat([x, x.flip(-1)])               # the decoder is fitted to mirror images too
+    codec = common.LinearCodec.fit(x, 16)                          # there are 16 patches of each kind
+    z = common.wan_encode(codec, x)
+    assert z.shape == (4, 16, 2, 2, 2) and (common.wan_decode(codec, z) - x).abs().max() < 1e-3
+    later = torch.cat([x[:, :1], x[:, 1:].flip(1)], dim=1)
+    assert torch.equal(common.wan_encode(codec, later)[:, :, 0], z[:, :, 0])
+    still = common.wan_encode(codec, x[:, :1].expand_as(x))
+    assert still[:, :, 1].abs().max() < 1e-3 and torch.equal(still[:, :, 0], z[:, :, 0])
+    assert torch.allclose(z.square().mean((0, 1, 3, 4)), torch.ones(2), rtol=.01)
+    video = common.wan_decode(codec, torch.cat([z, z[:, :, 1:]], dim=2))   # in chunks, to the last bit
+    assert torch.equal(video[:, :5], common.wan_decode(codec, z)) and torch.equal(video[:, 5:], video[:, 1:5])
+
+
 def test_official_wan_transformers(tmp_path):
-    """A folder of shards, one per expert, and single files under either names."""
+    """A folder of shards for each expert, and a file of a trainer."""
     model, low = tiny_wan("transformer"), common.load_wan(None, part="transformer", config=TINY_WAN,
                                                           random_init=True)
     load = functools.partial(common.load_wan, part="transformer", config=TINY_WAN)
-    write_official(tmp_path / "high_noise_model", model)
-    write_official(tmp_path / "low_noise_model", low)
+    for folder, expert in (("high_noise_model", model), ("low_noise_model", low)):
+        weights, index = official_transformer(expert.state_dict()), {}
+        (tmp_path / folder).mkdir()
+        for i, names in enumerate((list(weights)[:9], list(weights)[9:])):
+            file = f"diffusion_pytorch_model-{i + 1:05d}-of-00002.safetensors"
+            common.save_weights(tmp_path / folder / file, {name: weights[name] for name in names})
+            index |= dict.fromkeys(names, file)
+        common.write_json(tmp_path / folder / "diffusion_pytorch_model.safetensors.index.json",
+                          {"weight_map": index})
     loaded = load(tmp_path)
     assert same_weights(model, loaded) and torch.equal(velocity(model), velocity(loaded))
     assert same_weights(low, load(tmp_path, expert="transformer_2")) and not same_weights(model, low)
-    half = load(tmp_path, dtype=torch.bfloat16)
-    kept = {name for name, p in half.named_parameters() if p.dtype == torch.float32}
-    fp32 = r"norm[123]\.|time_embedder|scale_shift_table"
-    assert kept == {name for name in half.state_dict() if re.search(fp32, name)}
-    assert all(b.dtype != torch.bfloat16 and not b.is_meta for b in half.buffers())
     (tmp_path / "high_noise_model/diffusion_pytorch_model-00002-of-00002.safetensors").unlink()
     with pytest.raises(common.UserError, match="00002-of-00002.safetensors is missing.*hf download"):
         load(tmp_path)
     weights = official_transformer(model.state_dict())
     torch.save({"model": {f"_orig_mod.{name}": value for name, value in weights.items()}, "step": 3},
                tmp_path / "vidar.pt")
-    common.save_weights(tmp_path / "own.safetensors", model.state_dict())
     assert same_weights(model, load(tmp_path / "vidar.pt"))
-    assert same_weights(model, load(tmp_path / "own.safetensors"))
     with pytest.raises(common.UserError, match="blocks.2"):
         load(tmp_path / "vidar.pt", config={"transformer": {**TINY_WAN["transformer"], "num_layers": 3}})
 
@@ -1851,9 +1289,7 @@ def test_official_wan_transformers(tmp_path):
 def test_official_wan_files(tmp_path):
     for config, file in ((VAE21, "Wan2.1_VAE.pth"), (VAE22, "Wan2.2_VAE.pth")):
         vae = tiny_wan("vae", {"vae": config})
-        named = official_vae(vae.state_dict(), nested="2.2" in file)
-        assert "decoder.middle.0.residual.0.gamma" in named
-        torch.save(named, tmp_path / file)
+        torch.save(official_vae(vae.state_dict(), nested="2.2" in file), tmp_path / file)
         assert same_weights(vae, common.load_wan(tmp_path, part="vae", config={"vae": config}))
     encoder = tiny_wan("text_encoder")
     torch.save(official_t5(encoder.state_dict()), tmp_path / "models_t5_umt5-xxl-enc-bf16.pth")
@@ -1863,40 +1299,23 @@ def test_official_wan_files(tmp_path):
     assert common.load_wan(tmp_path, part="tokenizer")("ab").input_ids == [100, 101, 1]
 
 
-def test_wan_from_a_diffusers_folder(tmp_path):
-    for part in ("transformer", "vae", "text_encoder"):
-        model = tiny_wan(part)
-        model.save_pretrained(tmp_path / part)
-        assert same_weights(model, common.load_wan(str(tmp_path), part=part)), part
-        loaded = common.load_wan(tmp_path, part=part, dtype=torch.bfloat16)
-        drawn = tiny_wan(part, dtype=torch.bfloat16)
-        assert loaded.dtype == torch.bfloat16 and not loaded.training and not drawn.training
-        kinds = [{name: value.dtype for name, value in m.state_dict().items()} for m in (loaded, drawn)]
-        assert kinds[0] == kinds[1] and torch.get_default_dtype() == torch.float32
-    for part, gone in (("text_encoder", "encoder.final_layer_norm.weight"), ("vae", "quant_conv.bias")):
-        file = next((tmp_path / part).glob("*.safetensors"))
-        weights = common.load_weights(file)
-        del weights[gone]
-        safetensors.torch.save_file(weights, file, {"format": "pt"})
-        with pytest.raises(common.UserError, match=gone):
-            common.load_wan(tmp_path, part=part)
-    tiny_wan("tokenizer").save_pretrained(tmp_path / "tokenizer")
-    assert common.load_wan(tmp_path, part="tokenizer")("ab").input_ids == [100, 101, 1]
-    with pytest.raises(common.UserError, match="hf download Wan-AI/Wan2.2-I2V-A14B-Diffusers"):
-        common.load_wan(tmp_path, part="transformer", expert="transformer_2", config="i2v_a14b")
-
-
-@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder", "tokenizer"])
-def test_wan_that_is_not_there(tmp_path, part):
-    (tmp_path / "empty").mkdir()
-    for source in (tmp_path / "no/such", tmp_path / "empty"):
-        with pytest.raises(common.UserError) as error:
-            common.load_wan(source, part=part)
-        message = str(error.value)
-        assert "\n" not in message and str(source) in message
-        assert "hf download Wan-AI/Wan2.2-TI2V-5B-Diffusers --local-dir" in message
-    with pytest.raises(common.UserError, match="hf download Wan-AI/none-such$"):
-        common.load_wan("Wan-AI/none-such", part=part)
+@pytest.mark.parametrize("part,gone", [("transformer", "proj_out.bias"), ("vae", "quant_conv.bias"),
+                                       ("text_encoder", "encoder.final_layer_norm.weight")])
+def test_wan_from_a_diffusers_folder(tmp_path, part, gone):
+    """Whole, in two precisions; with a tensor missing; not there."""
+    tiny_wan(part).save_pretrained(tmp_path / part)
+    assert same_weights(tiny_wan(part), common.load_wan(str(tmp_path), part=part))
+    loaded = common.load_wan(tmp_path, part=part, dtype=torch.bfloat16)
+    drawn = tiny_wan(part, dtype=torch.bfloat16)
+    kinds = [{name: value.dtype for name, value in model.state_dict().items()} for model in (loaded, drawn)]
+    assert loaded.dtype == torch.bfloat16 and not loaded.training and kinds[0] == kinds[1]
+    file = next((tmp_path / part).glob("*.safetensors"))
+    weights = common.load_weights(file)
+    del weights[gone]
+    safetensors.torch.save_file(weights, file, {"format": "pt"})
+    one_line(lambda path: common.load_wan(path, part=part), tmp_path, gone)
+    words = "hf download Wan-AI/Wan2.2-TI2V-5B-Diffusers --local-dir"
+    one_line(lambda path: common.load_wan(path, part=part), tmp_path / "none", words)
 
 
 def test_wan_text():
@@ -1905,11 +1324,9 @@ def test_wan_text():
     prompts = ["a  cat &amp; ", "", "x" * 50]
     texts = common.encode_text(tokenizer, encoder, prompts, length=32)
     assert [len(text) for text in texts] == [8, 1, 32]     # "a cat &" and its end; the end; cut off
-    padded = common.pad_text(texts, 32)
-    assert padded.shape == (3, 32, 16) and padded[0, 8:].abs().max() == 0 < padded[0, 7].abs().max()
     own = WanPipeline(tokenizer, encoder, tiny_wan("vae"), FlowMatchEulerDiscreteScheduler())
     expected = own._get_t5_prompt_embeds(prompts, max_sequence_length=32)
-    torch.testing.assert_close(padded, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(common.pad_text(texts, 32), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_lora_loads_into_the_pipeline(tmp_path):
@@ -1923,7 +1340,6 @@ def test_lora_loads_into_the_pipeline(tmp_path):
     expected = velocity(trained)
     path = common.save_lora(tmp_path, trained, trained.state_dict())
     assert path.name == "pytorch_lora_weights.safetensors" and list(tmp_path.iterdir()) == [path]
-    assert len(common.load_weights(path)) == 2 * 2 * 5
     pipe = pipeline(tiny_wan("transformer"), tiny_wan("transformer"))
     pipe.load_lora_weights(tmp_path)
     assert (expected - plain).abs().max() > 1e-2
@@ -1931,34 +1347,6 @@ def test_lora_loads_into_the_pipeline(tmp_path):
     assert torch.equal(velocity(pipe.transformer_2), plain)
     pipe.load_lora_weights(tmp_path, load_into_transformer_2=True)
     torch.testing.assert_close(velocity(pipe.transformer_2), expected)
-    again = pipeline(tiny_wan("transformer"))
-    again.load_lora_weights(tmp_path, adapter_name="default")
-    again = again.transformer
-    torch.testing.assert_close(velocity(again), expected)
-    assert_same(common.load_weights(common.save_lora(tmp_path / "b", again)), common.load_weights(path))
-
-
-def test_state_of_what_is_trained_only():
-    """gather_state leaves out what is frozen, restore_state asks for no more; names that differ are told."""
-    def make():
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
-        model[0].requires_grad_(False)
-        return model, torch.optim.AdamW(model[1].parameters(), .1)
-    model, optimizer = make()
-    model(torch.ones(1, 2)).sum().backward()
-    optimizer.step()
-    weights, moments = common.gather_state(model, optimizer, trained_only=True)
-    assert set(weights) == {"1.weight", "1.bias"} and set(common.gather_state(model)[0]) > set(weights)
-    other, its_optimizer = make()
-    nn.init.zeros_(other[0].weight)
-    common.restore_state(other, weights, its_optimizer, moments, trained_only=True)
-    assert torch.equal(other[1].weight, model[1].weight) and not other[0].weight.any()
-    assert its_optimizer.state[other[1].bias]["step"] == 1
-    with pytest.raises(common.UserError, match="here does not fit this model: 1.bias is absent"):
-        common.restore_state(other, {"1.weight": weights["1.weight"]}, source="here", trained_only=True)
-    with pytest.raises(common.UserError, match="0.bias is absent"):
-        common.restore_state(other, common.gather_state(model, trained_only=True)[0])
 
 
 # ---- river_smoke.py -------------------------------------------------------------------------------------
@@ -1968,32 +1356,24 @@ def river_args(flags=""):
     return river.parse_args(argv)[0]
 
 
-def overfit_river():
-    args, g = river_args(), torch.Generator().manual_seed(0)
-    torch.manual_seed(0)
-    field = river.VectorField(args)
-    optimizer, losses = torch.optim.Adam(field.parameters(), lr=3e-3), []
-    z = torch.randn(4, 6, 4, 8, 8, generator=g)
-    spec = {"tau": ("rand",), "t": ("rand",), "c": ("rand",), "eps": ("randn", 4, 8, 8)}
-    values = common.sample_global_batch(spec, 0, 4)
-    for _ in range(150):
-        losses.append(river.river_loss(field, z, values, args)[0])
+def minimize(loss_fn, params, lr, steps):
+    """-> losses of Adam's steps."""
+    optimizer, losses = torch.optim.Adam(params, lr=lr), []
+    for _ in range(steps):
+        losses.append(loss_fn())
         optimizer.zero_grad()
         losses[-1].backward()
         optimizer.step()
     return losses
 
 
-@pytest.mark.parametrize("sigma", [0, .1])
-def test_probability_path(sigma):
-    z, eps = torch.randn(2, 5, 2, 4, 4, generator=torch.Generator().manual_seed(0)).double()
-
-    def at(t):
-        return river.probability_path(z, eps, torch.full((5,), t, dtype=torch.float64), sigma)
-
-    assert torch.allclose(at(0)[0], eps) and torch.allclose(at(1)[0], z + sigma * eps)
-    for t in (.1, .5, .999):
-        assert torch.allclose(at(t)[1], (at(t + 1e-3)[0] - at(t - 1e-3)[0]) / 2e-3)
+def overfit_river():
+    args = river_args()
+    torch.manual_seed(0)
+    field, z = river.VectorField(args), torch.randn(4, 6, 4, 8, 8)
+    spec = {"tau": ("rand",), "t": ("rand",), "c": ("rand",), "eps": ("randn", 4, 8, 8)}
+    values = common.sample_global_batch(spec, 0, 4)
+    return minimize(lambda: river.river_loss(field, z, values, args)[0], field.parameters(), 3e-3, 150)
 
 
 class Field:
@@ -2063,32 +1443,12 @@ def test_solvers_reach_closed_forms(solver):
             first = (1 - warm) * eps + warm * observed[:, -1]      # z'_s ~ p_s(z | z^{T-1})
             assert torch.allclose(calls[0].x, first) and torch.allclose(calls[0].t, torch.tensor(float(warm)))
             assert torch.allclose(z[:, 0], target, atol=1e-5)
-            z, _, _ = forecast(lambda x, t: target, observed, f"{flags} {steps}")
-            assert torch.allclose(z[:, 0], first + (1 - warm) * target)
+            count = max(1, round((1 - warm) * steps))
+            assert len(calls) == count == river.network_calls(river_args(f"{flags} {steps}"), warm)
         # dx/dt = x grows by e^{1-s}. Half the step halves a first-order error, quarters a second-order one.
         coarse, fine = (forecast(lambda x, t: x, observed, f"{flags} {steps}")[0][:, 0] for steps in (40, 80))
         coarse, fine = ((x - first * math.exp(1 - warm)).norm() for x in (coarse, fine))
         assert coarse / fine == pytest.approx(2 if solver == "euler" else 4, rel=.1)
-
-
-def test_odd_midpoint_calls_end_on_half_a_step():
-    observed = torch.randn(2, 4, 2, 2, 2, generator=torch.Generator().manual_seed(0))
-    z, _, eps = forecast(lambda x, t: x, observed, "--num_inference_steps 3 --frames_to_generate 1")
-    h = 1 / 3
-    assert torch.allclose(z[:, 0], eps * (1 + 2 * h + 2 * h * h) * (1 + h))
-
-
-@pytest.mark.parametrize("solver", ["euler", "midpoint"])
-def test_network_calls(solver):
-    expected = {0: [1, 2, 3, 4, 5, 6], .2: [1, 2, 2, 3, 4, 5], .5: [1, 1, 2, 2, 2, 3], .9: [1] * 6}
-    for warm, counts in expected.items():
-        for steps, count in enumerate(counts, 1):
-            flags = f"--solver {solver} --num_inference_steps {steps} --warm_start {warm}"
-            z, calls, _ = forecast(lambda x, t: x, torch.zeros(2, 3, 4, 2, 2), flags)
-            assert river.network_calls(river_args(flags), warm) == count and len(calls) == 3 * count
-            times = [call.t[0].item() for call in calls[:count]]
-            assert times == pytest.approx([warm + (1 - warm) * i / count for i in range(count)])
-            assert z.shape == (2, 3, 4, 2, 2)
 
 
 def test_contexts_stay_within_trained_distances():
@@ -2105,165 +1465,83 @@ def test_contexts_stay_within_trained_distances():
     assert torch.equal(second.context, call.context)     # both stages of a midpoint step have one context
     _, calls, _ = forecast(still, observed[:, 2:3], "--num_inference_steps 1 --history 2")   # from one frame
     assert [set(call.distance.tolist()) for call in calls] == [{1}, {2}, {2, 3}]
-    assert all((frame == 2).all() for frame in (calls[0].context, calls[0].references))
 
 
-def test_windows(capsys):
-    videos = [("a", 0, np.arange(1, 6)), ("b", 5, np.array([1, 2, 3, 5, 6, 7, 8])), ("c", 12, np.arange(2))]
-    starts = river.window_starts(videos, 3, "train")
-    assert [clip.tolist() for clip in starts] == [[0, 1, 2], [5, 8, 9]]
-    assert "train: 3 clips, 6 windows, 1 clips without a window: c" in capsys.readouterr().out
-    with pytest.raises(common.UserError, match="no clip of val has 6 consecutively numbered"):
-        river.window_starts(videos, 6, "val")
-
-
-@pytest.mark.parametrize("encoding,newline,line", [
-    ("utf-8", "\n", "{name} 1"), ("utf-8-sig", "\r\n", "train/{name}"),
-    ("utf-8", "\n", "C:\\set\\train\\{name} 0.5 1")])
-def test_data_layouts(trained, tmp_path, encoding, newline, line):
+def test_data_layouts(trained, tmp_path):
     """A folder per clip, or a flat folder with a list file, whose names may have spaces, dots and folders."""
-    data = trained("river_smoke").data
+    data, lines = trained("river_smoke").data, []
     frames, videos = river.load_clips(data, "train")
-    assert frames.shape == (8 * 14, 3, 64, 64)
-    assert [first for _, first, _ in videos] == list(range(0, 8 * 14, 14))
+    assert [first for _, first, _ in videos] == list(range(0, len(frames), 14))
     assert np.array_equal(frames[15].permute(1, 2, 0), iio.imread(data / "train/sim000001/0002.png"))
     (tmp_path / "train").mkdir()
-    names = []
-    links = tmp_path / "links/train/one"         # equal frames, as content-addressed stores link them
-    links.mkdir(parents=True)
-    for number in range(3):
-        (links / f"{number}.png").symlink_to(data / "train/sim000001/0002.png")
-    assert river.load_clips(tmp_path / "links", "train")[1][0][2].tolist() == [0, 1, 2]
     for path in (data / "train").glob("*/*.png"):
-        names.append(f"day 1.b {path.parent.name}_frame_{path.stem}.png")
-        shutil.copy(path, tmp_path / "train" / names[-1])
-    lines = newline.join(line.format(name=name) for name in names)
-    (tmp_path / "train_files.txt").write_bytes(lines.encode(encoding))
-    again, listed = river.load_clips(tmp_path, "train")
-    assert torch.equal(frames, again)
-    assert [name for name, _, _ in listed] == [f"day 1.b {name}" for name, _, _ in videos]
+        name = f"day 1.b {path.parent.name}_frame_{path.stem}.png"
+        shutil.copy(path, tmp_path / "train" / name)
+        lines.append(f"C:\\set\\train\\{name} 0.5 1")
+    (tmp_path / "train_files.txt").write_text("\r\n".join(lines), encoding="utf-8-sig")
+    assert torch.equal(frames, river.load_clips(tmp_path, "train")[0])
+    videos = [("a", 0, np.arange(1, 6)), ("b", 5, np.array([1, 2, 3, 5, 6, 7, 8])), ("c", 12, np.arange(2))]
+    assert [clip.tolist() for clip in river.window_starts(videos, 3, "train")] == [[0, 1, 2], [5, 8, 9]]
 
 
-def test_clips_are_mirrored_whole_and_latents_normalised(trained, tmp_path, monkeypatch):
-    base, windows, loss = trained("river_smoke"), [], river.river_loss
-    monkeypatch.setattr(river, "river_loss", lambda *given: windows.append(given[1]) or loss(*given))
-    flags = f"--data_dir {base.data} --output_dir {tmp_path} {base.reuse} --batch_size 16 --eval_every 0"
-    assert launch("river_smoke", flags) == 0
-    autoencoder = river.Autoencoder(river_args()).eval()
-    autoencoder.load_state_dict(common.load_weights(base.run / "autoencoder/autoencoder.safetensors"))
-    x = common.from_uint8(river.load_clips(base.data, "train")[0])
-    z, mirrored = (autoencoder.encode(view).unflatten(0, (8, 14)) for view in (x, x.flip(-1)))
-    assert z.mean((0, 1, 3, 4)).abs().max() < 1e-3 and (z.std((0, 1, 3, 4)) - 1).abs().max() < 1e-3
-    views = torch.stack([z, mirrored]).unfold(2, 6, 1).movedim(-1, 3)      # view, clip, start, 6 frames, ...
-    errors = torch.stack([(views - window).abs().amax((3, 4, 5, 6)) for window in torch.cat(windows)])
-    assert len(errors) == 64 and errors.amin((1, 2, 3)).max() < 1e-2
-    assert set(errors.amin((2, 3)).argmin(1).tolist()) == {0, 1}
-
-
-def test_quantizers(trained, tmp_path):
+@pytest.mark.parametrize("flags", ["", "--quantizer vq --codes 16"])
+def test_quantizers(flags):
+    """The nearest code, with a straight-through gradient; a codebook moves to where the latents are."""
     torch.manual_seed(0)
-    for flags in ("", "--quantizer vq --codes 16"):
-        quantizer = river.Autoencoder(river_args(flags)).quantizer.eval()
-        z = torch.randn(4, 4, 8, 8, requires_grad=True)
-        code = quantizer.nearest(quantizer.latent(z))
-        value, commitment = quantizer(z)
-        value.sum().backward()
-        for same in (quantizer.nearest(code), value):
-            assert torch.allclose(same, code, atol=1e-6)
-        assert (z.grad > 0).all() and torch.isfinite(commitment)
-    centres = 5 + torch.randn(16, 4)             # far from the first codes: without restarts few are used
-    quantizer.train()
-    for _ in range(61):
-        clusters = (centres[torch.arange(256) % 16] + .01 * torch.randn(256, 4)).T.reshape(1, 4, 16, 16)
-        quantizer(clusters)
-    assert len(quantizer.nearest(clusters).flatten(2)[0].unique(dim=1).T) >= 12
-    flags = "--quantizer vq --codes 16 --dtype bfloat16 --grad_checkpoint"
-    flags += f" --data_dir {trained('river_smoke').data} --output_dir {tmp_path}"
-    assert launch("river_smoke", flags) == 0
-    values = [*saved(tmp_path, "autoencoder").values(), *saved(tmp_path).values()]
-    assert len(values) > 100 and all(value.isfinite().all() for value in values if torch.is_tensor(value))
+    quantizer, z = river.Autoencoder(river_args(flags)).quantizer, torch.randn(4, 4, 8, 8, requires_grad=True)
+    for _ in range(61 if flags else 0):
+        quantizer(z.detach() + 5)
+    assert not flags or (quantizer.nearest(z + 5) - z - 5).square().mean() < .7 * z.var()
+    code = quantizer.eval().nearest(quantizer.latent(z))
+    value, _ = quantizer(z)
+    value.sum().backward()
+    for same in (quantizer.nearest(code), value):
+        assert torch.allclose(same, code, atol=1e-6)
+    assert (z.grad > 0).all()
 
 
-def test_gan(trained, tmp_path):
-    """The discriminator learns from the start; the decoder learns from it in the last share only."""
-    def weights(flags):
-        run = tmp_path / flags.replace(" ", "")
-        flags = f"--data_dir {trained('river_smoke').data} --output_dir {run} --grad_clip 0 {flags}"
-        assert launch("river_smoke", f"{flags} --ae_steps 2 --max_steps 1 --save_every 1") == 0
-        paths = common.checkpoints(run / "autoencoder/ckpt")
-        return [common.load_checkpoint(path, "river_smoke")[0]["model"] for path in paths]
-    (_, off), (first, late) = weights("--masked_finetune 0"), weights("--masked_finetune 0 --gan .1")
-    (_, plain), (_, learned) = weights("--masked_finetune 1"), weights("--masked_finetune 1 --gan .1")
-    discriminator = [name for name in late if name.startswith("discriminator")]
-    decoder = [name for name in off if name.startswith("autoencoder.decoder") and name.endswith("weight")]
-    assert discriminator and not any(torch.equal(first[name], late[name]) for name in discriminator)
-    assert all(torch.allclose(late[name], off[name], atol=1e-6) for name in off)
-    assert decoder and not any(torch.allclose(learned[name], plain[name], atol=1e-5) for name in decoder)
+def test_autoencoder_loss():
+    """Smoke weighs 5 in the masked share; only there does the decoder learn from the discriminator."""
+    torch.manual_seed(0)
+    model = river.AutoencoderLoss(river_args("--gan .1"))
+    x, grads = torch.rand(2, 3, 64, 64) * 2 - 1, []
+    x[..., :32] = -1                             # half without smoke
+    y, _ = model.autoencoder(x)
+    error = ((y - x) ** 2 + .1 * (y - x).abs()).mean(dim=1)
+    plain, weighted = error.mean(), (error[..., :32].mean() + 5 * error[..., 32:].mean()) / 6
+    real, fake, score = model.discriminator(x), model.discriminator(y), model.discriminator(y).mean()
+    adversarial = F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+    for masked, expected in ((False, plain + adversarial), (True, weighted + adversarial - .1 * score)):
+        loss, _ = model(x, masked)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
+        last = model.autoencoder.decoder[-2].weight
+        grads.append(torch.autograd.grad(loss, last, retain_graph=True)[0])
+    expected = [torch.autograd.grad(value, last, retain_graph=True)[0] for value in (
+        plain, weighted - .1 * score)]
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(grads, expected))
 
 
 def test_load_models(trained):
-    """As README shows: flags and checkpoint of a run, its models, a forecast."""
+    """As README shows: flags and checkpoint of a run, its models, a forecast. Latents are normalised."""
     base = trained("river_smoke")
     args, checkpoint, _ = river.parse_args(["--sample", "--output_dir", str(base.run)])
     autoencoder, field = river.load_models(args, checkpoint)
-    x = common.from_uint8(river.load_clips(base.data, "test")[0][None, :4])
-    members = river.forecast(autoencoder, field, x, args, members=2, seed=0)
+    frames = common.from_uint8(river.load_clips(base.data, "train")[0])
+    z = autoencoder.encode(frames)
+    assert z.mean((0, 2, 3)).abs().max() < 1e-3 and (z.std((0, 2, 3)) - 1).abs().max() < 1e-3
+    members = river.forecast(autoencoder, field, frames[None, :4], args, members=2, seed=0)
     assert members.shape == (1, 2, 3, 3, 64, 64) and members.abs().max() <= 1
-    assert torch.equal(members, river.forecast(autoencoder, field, x, args, members=2, seed=0))
-
-
-def test_a_finished_run_is_evaluated_in_another_folder(trained, tmp_path, capsys):
-    base = trained("river_smoke")
-    assert launch("river_smoke", f"{base.inputs} --resume {base.run} --output_dir {tmp_path}", full=True) == 0
-    assert "trained for 4 of 4 steps" in capsys.readouterr().out and (tmp_path / "eval.json").exists()
-
-
-def test_sigterm_between_two_stages_stops_the_second(trained, tmp_path, monkeypatch, capsys):
-    save_run = common.save_run
-
-    def terminated(folder, *given, **more):
-        save_run(folder, *given, **more)
-        if folder.name == "autoencoder":         # during its last step
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(common, "save_run", terminated)
-    flags = f"{trained('river_smoke').inputs} --output_dir {tmp_path} --ae_steps 1 --save_every 0"
-    assert launch("river_smoke", flags) == 2
-    assert "stopped by SIGTERM after step 1" in the_error(capsys, "river_smoke")
+    assert torch.equal(members, river.forecast(autoencoder, field, frames[None, :4], args, 2, seed=0))
 
 
 def test_missing_tiny_data_are_simulated(tmp_path, monkeypatch):
     """Only in the default folder, by prepare.py in a process of its own."""
-    commands = []
+    commands, default = [], "data/river_smoke/final_dataset"
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(common.subprocess, "run", lambda command: (
-        commands.append(command), Namespace(returncode=2))[1])
-    assert river.main(["--data_dir", "typo"]) == 2 and not commands
-    assert river.main([]) == 2
-    assert commands == [[sys.executable, HERE / "data/river_smoke/prepare.py", "--data_dir",
-                         "data/river_smoke/final_dataset"]]
-
-
-class Detector(nn.Module):
-    """Is called like StyleGAN-V's I3D, and like it takes no clips of under 7 frames."""
-    def forward(self, x, rescale: bool = True, resize: bool = True, return_features: bool = False):
-        assert resize and return_features and not rescale
-        x = torch.nn.functional.avg_pool3d(x, [7, 1, 1])
-        return x.mean(dim=[2, 3]).flatten(1)[:, :8]
-
-
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
-def test_fvd_needs_its_detector(trained, tmp_path, capsys):
-    base = trained("river_smoke")
-    torch.jit.script(Detector()).save(tmp_path / "i3d.pt")
-    run = shutil.copytree(base.run, tmp_path / "run")
-    flags = f"--eval --data_dir {base.data} --output_dir {run} --i3d {tmp_path / 'i3d.pt'}"
-    assert launch("river_smoke", flags, full=True) == 0
-    assert json.loads((run / "eval.json").read_text())["results"]["fvd_N2_T7"] >= 0
-    assert "fvd" not in (base.run / "eval.json").read_text()
-    before, _ = files(run), capsys.readouterr()
-    assert launch("river_smoke", f"{flags} --frames_to_generate 2", full=True) == 2
-    assert "does not take clips of 6 frames" in the_error(capsys, "river_smoke") and files(run) == before
+    monkeypatch.setattr(common.subprocess, "run", lambda command: commands.append(command) or Namespace(
+        returncode=2))
+    assert river.main(["--data_dir", "typo"]) == 2 and river.main([]) == 2
+    assert commands == [[sys.executable, HERE / "data/river_smoke/prepare.py", "--data_dir", default]]
 
 
 def test_forecast_scores():
@@ -2289,77 +1567,25 @@ def disk_full(*args, **options):
     raise OSError(28, "No space left on device")
 
 
-def test_simulated_smoke():
-    a, b, c = (river_prepare.simulate_smoke(2, 6, seed) for seed in (1, 1, 2))
-    assert a.shape == (2, 6, 64, 64, 3) and np.array_equal(a, b) and not np.array_equal(a, c)
-    for clip in (*a, *c):
-        assert (clip == 0).mean() > .3 and clip.max() > 60 and clip[-1].mean() > .5    # exact black, smoke
-        assert np.abs(np.diff(clip.astype(float), axis=0)).mean(axis=(1, 2, 3)).min() > .1     # that moves
-
-
-def test_simulation_restarts(tmp_path, monkeypatch, capsys):
-    """After SIGKILL within a clip, and a full disk there or after the split, the same command continues."""
-    root, flags = tmp_path / "set", ["--clips", "3", "--frames", "2", "--data_dir"]
-    assert river_prepare.main([*flags, str(tmp_path / "whole")]) == 0
-    kill = ("import os, runpy, sys\nfrom PIL import Image\nsave, paths = Image.Image.save, []\n"
-            "def stop(image, path, **options):\n    paths.append(path)\n"
-            "    os.kill(os.getpid(), 9) if len(paths) == 4 else save(image, path, **options)\n"
-            "Image.Image.save = stop; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')")
-    command = [sys.executable, "-c", kill, HERE / "data/river_smoke/prepare.py", *flags, root]
-    assert subprocess.run(command, stderr=subprocess.DEVNULL).returncode == -9
-    finished = (tmp_path / "set.partial/clips/sim000000/0001.png").stat().st_ino
-    for owner, name in ((river_prepare.Image.Image, "save"), (common, "write_json")):
-        with monkeypatch.context() as patch:
-            patch.setattr(owner, name, disk_full)
-            assert river_prepare.main([*flags, str(root)]) == 2
-        assert "No space left on device" in capsys.readouterr().err and not root.exists()
-    assert (tmp_path / "set.partial/train/sim000001").is_dir()             # split, but not yet renamed
-    assert river_prepare.main([*flags, str(root)]) == 0 and not (tmp_path / "set.partial").exists()
-    assert files(root) == files(tmp_path / "whole")
-    assert (root / "train/sim000000/0001.png").stat().st_ino == finished
-    assert river_prepare.main([*flags, str(root)]) == 2 and "set exists: remove it" in capsys.readouterr().err
-    (tmp_path / "other.partial").mkdir()
-    (tmp_path / "other.partial/thesis.txt").touch()                # another program's folder
-    assert river_prepare.main([*flags, str(tmp_path / "other")]) == 2
-    assert "belongs to another command" in capsys.readouterr().err
-    assert files(tmp_path / "other.partial") == {"thesis.txt": b""}
-    assert river_prepare.main([*flags, str(tmp_path / "new"), "--seed", "-1"]) == 2
-    assert the_error(capsys, "prepare").startswith("prepare.py: error: argument --seed: must be finite")
-
-
-def test_extract(tmp_path, monkeypatch, capsys):
-    """A soft blob drifts over a texture. Names stay apart, bad files are named, links are followed."""
+def test_extract(tmp_path, capsys):
+    """A soft blob drifts over a texture. Videos of equal names stay apart, bad ones are named."""
     y, x = torch.meshgrid(torch.arange(96.), torch.arange(128.), indexing="ij")
     blob = torch.stack([torch.exp(-((x - 4 - 8 * k) ** 2 + (y - 48) ** 2) / 150) for k in range(16)])[:, None]
     texture = torch.rand(1, 3, 12, 16, generator=torch.Generator().manual_seed(0))
     texture = F.interpolate(20 + 120 * texture, (96, 128))
-    common.write_video(tmp_path / "in/a b.mp4", (texture * (1 - blob) + 235 * blob).byte())
+    for name in ("a b", "a_b", "10:30", "x/дым", "y/дым"):
+        common.write_video(tmp_path / f"in/{name}.mp4", (texture * (1 - blob) + 235 * blob).byte())
     common.write_video(tmp_path / "in/none.mp4", texture.expand(16, -1, -1, -1).byte())
-    video = (tmp_path / "in/a b.mp4").read_bytes()
-    for name in ("in/a_b.mp4", "in/10:30.MP4", "in/x/дым.mp4", "in/y/дым.mp4", "far/z.mp4"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(video)
-    (tmp_path / "in/link").symlink_to("../far")
-    (tmp_path / "in/cut.mp4").write_bytes(video[:len(video) // 2])
-    (tmp_path / "in/notes.txt").touch()
-    read, decoded = common.video_frames, []
-    monkeypatch.setattr(common, "video_frames", lambda path, size: decoded.append(path) or read(path, size))
-    flags = ["--extract", str(tmp_path / "in"), "--data_dir", str(tmp_path / "set")]
-    with monkeypatch.context() as patch:
-        patch.setattr(river_prepare.os, "renames", disk_full)
-        assert river_prepare.main(flags) == 2 and len(decoded) == 8
-    assert river_prepare.main(flags) == 0 and decoded[8:] == [tmp_path / "in/cut.mp4"]
+    (tmp_path / "in/cut.mp4").write_bytes((tmp_path / "in/a b.mp4").read_bytes()[:2000])
+    assert river_prepare.main(["--extract", str(tmp_path / "in"), "--data_dir", str(tmp_path / "set")]) == 0
     out, err = capsys.readouterr()
-    assert "{'train': 4, 'val': 1, 'test': 1}" in out and "1 videos dropped, 1 skipped" in out
-    assert "1 .txt" in err and "no clip of none.mp4: smoke covers 0.0%" in err and "of cut.mp4: cannot" in err
+    assert "{'train': 3, 'val': 1, 'test': 1}" in out and "1 videos dropped, 1 skipped" in out
+    assert "no clip of none.mp4: smoke covers 0.0%" in err and "of cut.mp4: cannot" in err
     for path in (tmp_path / "set").glob("*/*/0009.png"):           # scaled by 64 / 96, 11 columns cropped
         grey = iio.imread(path).astype(float).mean(-1)
         assert grey.shape == (64, 64) and grey.max() > 90 and (grey == 0).mean() > .82
         for axis, centre in ((0, 68.5 * 64 / 96 - 11.5), (1, 48.5 * 64 / 96 - .5)):
             assert abs(np.average(np.arange(64), weights=grey.sum(axis)) - centre) < 1.5
-    frames, sizes, stack = [np.full((64, 64, 3), k % 251, np.uint8) for k in range(1500)], [], np.stack
-    monkeypatch.setattr(np, "stack", lambda arrays: sizes.append(len(arrays)) or stack(arrays))
-    assert river_prepare.extract_smoke(frames) is None and max(sizes) <= 512
 
 
 # ---- cosmos_lite.py -------------------------------------------------------------------------------------
@@ -2382,56 +1608,32 @@ def cosmos_plan(context, rollout, decoded, foreground=0.):
     return Namespace(context=context, rollout=rollout, decoded=decoded, foreground=foreground)
 
 
-def projectiles(first, count, frames):
-    """Videos of projectiles, count frames 3 64 64 in [-1, 1]."""
-    videos = [cosmos_prepare.render(cosmos_prepare.simulate("projectile", frames, [0, first + i]))
-              for i in range(count)]
-    return common.from_uint8(torch.from_numpy(np.stack(videos))).permute(0, 1, 4, 2, 3)
+def projectile(frames, size=64):
+    """A simulated video, frames 3 size size in [0, 1], and the states of its objects."""
+    state = cosmos_prepare.simulate("projectile", frames, [0, 0])
+    x = torch.from_numpy(cosmos_prepare.render(state)).permute(0, 3, 1, 2).float()
+    return F.adaptive_avg_pool2d(x, size) / 255, state
 
 
 def overfit_cosmos():
     args = cosmos_args("--latent_dim 16")
     torch.manual_seed(0)
-    model, x = cosmos.VideoWorldModel(args), projectiles(0, 1, 8)
-    optimizer, losses = torch.optim.Adam(model.parameters(), lr=5e-3), []
-    for _ in range(150):
-        losses.append(cosmos.world_model_loss(model, x, cosmos_plan(2, 2, [0, 1], 1.), args)[0])
-        optimizer.zero_grad()
-        losses[-1].backward()
-        optimizer.step()
-    return losses
-
-
-def test_parameter_counts_are_near_the_reference():
-    """A vector of 256 with GRU has 17.5 million there. DINOv2-S as published."""
-    with torch.device("meta"):
-        quick = cosmos.VideoWorldModel(cosmos.parse_args(["--preset", "quick", "--dry_run"])[0])
-        best = cosmos.VideoWorldModel(cosmos.parse_args(["--preset", "best", "--dry_run"])[0])
-    assert common.count_params(quick) == pytest.approx(17.5e6, rel=.1)
-    assert common.count_params(best.encoder.backbone) == 22_056_576
+    model, x = cosmos.VideoWorldModel(args), 2 * projectile(8)[0][None] - 1
+    plan = cosmos_plan(2, 2, [0, 1], 1.)
+    return minimize(lambda: cosmos.world_model_loss(model, x, plan, args)[0], model.parameters(), 5e-3, 150)
 
 
 @pytest.mark.parametrize("flags", [
-    f"--latent {latent} --world_model {kind} --decoder {decoder} --tau {tau}"
-    for latent, decoder, tau in (("grid", "simple", 2), ("grid", "enhanced", 1), ("vector", "enhanced", 2))
-    for kind in ("gru", "lstm", "transformer")])
+    "--world_model gru --decoder simple", "--world_model lstm --decoder enhanced --tau 1",
+    "--world_model transformer --latent vector --decoder enhanced --hidden_dim 16"])
 def test_kinds_of_model(flags):
-    """All predict, depend on the context, learn in every weight, and start as the background."""
-    args, g = cosmos_args(f"{flags} --latent_dim 32 --hidden_dim 16"), torch.Generator().manual_seed(0)
-    x = torch.rand(2, 8, 3, 64, 64, generator=g) * 2 - 1
+    """All predict, learn in every weight, and start as the background."""
+    args, x = cosmos_args(f"{flags} --latent_dim 32"), torch.rand(2, 8, 3, 64, 64) * 2 - 1
     frames, latents, context = cosmos.VideoWorldModel(args)(x[:, :4], num_predictions=5)
     assert frames.shape == (2, 5, 3, 64, 64) and torch.equal(frames, torch.ones_like(frames))
     assert latents.shape[:2] == (2, -(-5 // args.tau)) and context.shape[1] == 4 // args.tau
-    model = cosmos_model(f"{flags} --latent_dim 32 --hidden_dim 16")
-    with torch.no_grad():
-        assert torch.allclose(model(x[:, :4], 3)[0], model(x[:, :4], 8)[0][:, :3], atol=1e-5)
-        other = torch.cat([x[:, :3], x[:, 3:4] * 0], dim=1)
-        assert (model(other, 3)[1] - model(x[:, :4], 3)[1]).abs().max() > 1e-5
-        assert torch.isfinite(model(x[:, :1], 2)[0]).all()
-    count = 4 // args.tau
-    loss, terms = cosmos.world_model_loss(model.train(), x, cosmos_plan(count, count, [0, 1], 1.), args)
-    loss.backward()
-    assert set(terms) == {"recon_loss", "one_step_loss", "rollout_loss", "temporal_loss"}
+    model, count = cosmos_model(f"{flags} --latent_dim 32").train(), 4 // args.tau
+    cosmos.world_model_loss(model, x, cosmos_plan(count, count, [0, 1], 1.), args)[0].backward()
     for name, p in model.named_parameters():
         # The key's bias in an attention is without effect.
         assert "in_proj_bias" in name or p.grad is not None and p.grad.abs().max() > 0, name
@@ -2441,16 +1643,13 @@ def test_kinds_of_model(flags):
                                    "--latent vector --world_model transformer"])
 def test_dynamics_one_at_a_time_equal_all_at_once(flags):
     """What is cached is all that matters; the future is not seen, nor what left the window."""
-    flags += " --window 3 --latent_dim 16 --hidden_dim 16 --num_layers 2"
-    model = cosmos_model(flags, noise=.2).dynamics
+    model = cosmos_model(f"{flags} --window 3 --latent_dim 16 --hidden_dim 16 --num_layers 2", .2).dynamics
     side = 1 if "vector" in flags else 4
     z = torch.randn(2, 7, 16, side, side, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         whole, state, steps = model(z)[0], None, []
         for t in range(7):
             p, state = model(z[:, t:t + 1], state)
-            if "transformer" in flags:
-                assert state[0][0].shape[3] == min(t + 1, 2)       # the window less the latent to come
             steps.append(p)
         assert torch.allclose(torch.cat(steps, dim=1), whole, atol=1e-4)
         later = torch.cat([z[:, :5], 0 * z[:, 5:]], dim=1)
@@ -2461,75 +1660,54 @@ def test_dynamics_one_at_a_time_equal_all_at_once(flags):
 
 
 def test_rollout_plan():
+    """Contexts vary, rollouts grow, the weight of the foreground falls to 0."""
     args = cosmos_args("--T_in 30 --T_out 30 --context 10 --rollout 16 --max_steps 100")
     plans = [cosmos.rollout_plan(args, step) for step in range(100)]
     assert {plan.context for plan in plans} == {2, 3, 4, 5}            # latents of two frames
-    lengths = [plan.rollout for plan in plans]
+    lengths, weights = ([getattr(plan, name) for plan in plans] for name in ("rollout", "foreground"))
     assert lengths == sorted(lengths) and (lengths[0], lengths[60], lengths[-1]) == (1, 8, 8)
-    for plan in plans:
-        assert 0 in plan.decoded and plan.decoded == sorted(set(plan.decoded))
-        assert max(plan.decoded) < plan.rollout and len(plan.decoded) <= 4
-    weights = [plan.foreground for plan in plans]
-    assert weights[0] == 4 and weights == sorted(weights, reverse=True) and weights[-1] == 0
-    for flags in ("--T_in 1 --T_out 3", "--T_in 4 --T_out 1", "--T_in 1 --T_out 4", "--tau 1"):
-        args = cosmos_args(f"{flags} --max_steps 10")
-        for step in range(10):
-            plan = cosmos.rollout_plan(args, step)
-            assert min(plan.context, plan.rollout) >= 1
-            assert (plan.context + plan.rollout) * args.tau <= args.T_in + args.T_out
+    assert weights == sorted(weights, reverse=True) and (weights[0], weights[-1]) == (4, 0)
+    assert all(0 in plan.decoded and max(plan.decoded) < plan.rollout for plan in plans)
 
 
-def test_world_model_loss():
+def test_world_model_loss(tmp_path):
     """Each term against its definition; a frozen prediction of something that moves is not consistent."""
-    args, g = cosmos_args("--latent_dim 16"), torch.Generator().manual_seed(0)
-    model, background = cosmos_model("--latent_dim 16"), torch.ones(3, 64, 64)
+    flags, g = "--latent_dim 16 --perceptual_weight .1", torch.Generator().manual_seed(0)
+    args, model, background = cosmos_args(flags), cosmos_model(flags), torch.ones(3, 64, 64)
+    torch.manual_seed(0)
+    vgg = cosmos.VGGFeatures()
+    assert common.count_params(vgg) == 7_635_264                       # of relu4_3 and before
+    torch.save({f"features.{name}": value for name, value in vgg.state_dict().items()}, tmp_path / "vgg.pth")
+    args.vgg_weights = str(tmp_path / "vgg.pth")
     x = torch.rand(2, 8, 3, 64, 64, generator=g) * 2 - 1
-    loss, terms = cosmos.world_model_loss(model, x, cosmos_plan(2, 2, [1], 3.), args)
-    z = model.encode(x[:, :4])
-    p, state = model.dynamics(z)
-    rollout = model.rollout(p[:, 1:], state, 2)[:, 1:]
-    for name, latent, target in (("recon_loss", z[:, 1:], x[:, 2:4]), ("one_step_loss", p[:, :1], x[:, 2:4]),
-                                 ("rollout_loss", rollout, x[:, 6:8])):
-        value = cosmos.pixel_loss(model.decode(latent), target, background, "mse", 3.)
-        assert terms[name].item() == pytest.approx(value.item(), rel=1e-5)
-    motion = (model.decode(rollout).diff(dim=1) - x[:, 6:8].diff(dim=1)).abs().mean()
+    with torch.no_grad():
+        loss, terms = cosmos.world_model_loss(model, x, cosmos_plan(2, 2, [1], 3.), args,
+                                              cosmos.load_vgg(args, "cpu"))
+        z = model.encode(x[:, :4])
+        p, state = model.dynamics(z)
+        rollout = model.rollout(p[:, 1:], state, 2)[:, 1:]
+        for name, latent, target in (("recon_loss", z[:, 1:], x[:, 2:4]),
+                                     ("one_step_loss", p[:, :1], x[:, 2:4]),
+                                     ("rollout_loss", rollout, x[:, 6:])):
+            value = cosmos.pixel_loss(model.decode(latent), target, background, "mse", 3.)
+            assert terms[name].item() == pytest.approx(value.item(), rel=1e-5)
+        y, target = model.decode(rollout), x[:, 6:]
+        motion = (y.diff(dim=1) - target.diff(dim=1)).abs().mean()
+        pairs = zip(vgg(y.flatten(0, 1)), vgg(target.flatten(0, 1)))
+        perceptual = sum(F.mse_loss(a, b) for a, b in pairs) / 4
     assert terms["temporal_loss"].item() == pytest.approx(motion.item(), rel=1e-5)
-    whole = sum(value for name, value in terms.items() if name != "temporal_loss") + .01 * motion
-    assert loss.item() == pytest.approx(whole.item(), rel=1e-5)
+    assert terms["perceptual_loss"].item() == pytest.approx(perceptual.item(), rel=1e-4)
+    whole = sum(terms[name] for name in ("recon_loss", "one_step_loss", "rollout_loss"))
+    assert loss.item() == pytest.approx((whole + .01 * motion + .1 * perceptual).item(), rel=1e-5)
     half = torch.ones(1, 1, 3, 64, 64)
     half[..., :32] = 0                   # foreground in one half: weight 4 there, 1 elsewhere
     assert cosmos.pixel_loss(half + 1, half, background, "mse", 3.).item() == pytest.approx(2.5)
     assert cosmos.pixel_loss(half + 2, half, background, "l1", 0.).item() == pytest.approx(2)
 
 
-def test_perceptual_loss(tmp_path):
-    torch.manual_seed(0)
-    vgg, args = cosmos.VGGFeatures(), cosmos_args("--perceptual_weight 0.1")
-    assert common.count_params(vgg) == 7_635_264                       # of relu4_3 and before
-    maps = vgg(torch.rand(1, 3, 64, 64) * 2 - 1)
-    assert [tuple(x.shape[1:]) for x in maps] == [(64, 64, 64), (128, 32, 32), (256, 16, 16), (512, 8, 8)]
-    assert all(x.min() == 0 for x in maps)                 # after the ReLUs
-    file = {f"features.{name}": value for name, value in vgg.state_dict().items()}
-    torch.save({**file, "classifier.0.bias": torch.zeros(1)}, tmp_path / "vgg.pth")        # as published
-    args.vgg_weights = str(tmp_path / "vgg.pth")
-    loaded = cosmos.load_vgg(args, "cpu")
-    assert_same(loaded.state_dict(), vgg.state_dict())
-    model, x = cosmos_model("--latent_dim 16"), torch.rand(1, 8, 3, 64, 64) * 2 - 1
-    with torch.no_grad():
-        loss, terms = cosmos.world_model_loss(model, x, cosmos_plan(2, 2, [0]), args, loaded)
-        a, b = vgg(model.decode(model(x[:, :4], 2)[1])[0]), vgg(x[0, 4:6])
-        without, _ = cosmos.world_model_loss(model, x, cosmos_plan(2, 2, [0]), args)
-    expected = sum(F.mse_loss(u, v) for u, v in zip(a, b)) / 4
-    assert terms["perceptual_loss"].item() == pytest.approx(expected.item(), rel=1e-4)
-    assert (loss - without).item() == pytest.approx(.1 * expected.item(), rel=1e-3)
-    for source in ("http://127.0.0.1:9/vgg16-397923af.pth", str(tmp_path)):        # no server; a folder
-        args.vgg_weights = source
-        with pytest.raises(common.UserError, match="cannot load --vgg_weights"):
-            cosmos.load_vgg(args, "cpu")
-
-
-@pytest.mark.parametrize("name", ["resnet50", "dinov2_vits14"])
-def test_pretrained_encoders(name, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name, latent, freeze", [("resnet50", "vector", "--freeze_encoder"),
+                                                  ("dinov2_vits14", "grid", "")])
+def test_pretrained_encoders(name, latent, freeze, tmp_path, monkeypatch):
     """Small ones of the same classes, saved as the hub's are and read from a folder."""
     import transformers
     repository, kind, _ = cosmos.PRETRAINED[name]
@@ -2538,49 +1716,24 @@ def test_pretrained_encoders(name, tmp_path, monkeypatch):
                             patch_size=14)}[kind]
     stage = "stage3" if kind == "resnet" else "stage1"
     monkeypatch.setitem(cosmos.PRETRAINED, name, (repository, kind, small | {"out_features": [stage]}))
-    torch.manual_seed(0)
-    if kind == "resnet":                 # published files have a fourth stage
-        small = dict(depths=[1, 1, 1, 1], hidden_sizes=[16, 32, 16, 16], embedding_size=8)
-    config = transformers.AutoConfig.for_model(kind, **small)
-    published = transformers.AutoModel.from_config(config)
-    published.save_pretrained(tmp_path / "weights")
-    x = torch.rand(2, 4, 3, 64, 64) * 2 - 1
-    for latent, side in (("grid", 8), ("vector", 1)):
-        for freeze in ("", "--freeze_encoder"):
-            args = cosmos_args(f"--encoder {name} --encoder_weights {tmp_path / 'weights'} --latent {latent} "
-                               f"--latent_dim 32 --hidden_dim 16 {freeze}")
-            model = cosmos.VideoWorldModel(args, load=True)
-            weights = {key.removeprefix("encoder."): value for key, value in published.state_dict().items()}
-            ours = {key.removeprefix("encoder."): value
-                    for key, value in model.encoder.backbone.net.state_dict().items()}
-            shared = ours.keys() & weights.keys()
-            assert len(shared) > .7 * len(ours) and all(torch.equal(ours[k], weights[k]) for k in shared)
-            assert model.encode(x).shape == (2, 2, 32, side, side)
-            for p in model.decoder.parameters():
-                nn.init.normal_(p, std=.1)
-            cosmos.world_model_loss(model.train(), x, cosmos_plan(1, 1, [0], 1.), args)[0].backward()
-            learns = [p.grad is not None for p in model.encoder.backbone.parameters() if p.ndim > 1]
-            assert not any(learns) if freeze else any(learns)
-            assert model.encoder.backbone.net.training == (not freeze)
-            assert any(isinstance(m, cosmos.SelfAttention) for m in model.decoder.modules())   # enhanced
-            model.load_state_dict(cosmos.VideoWorldModel(args).state_dict())       # built without the weights
+    published = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(kind, **small))
+    published.save_pretrained(tmp_path)
+    args = cosmos_args(f"--encoder {name} --encoder_weights {tmp_path} --latent {latent} {freeze}")
+    model, x = cosmos.VideoWorldModel(args, load=True).train(), torch.rand(2, 4, 3, 64, 64) * 2 - 1
+    net = model.encoder.backbone.net
+    ours, weights = ({key.removeprefix("encoder."): value for key, value in module.state_dict().items()}
+                     for module in (net, published))
+    shared = ours.keys() & weights.keys()
+    assert len(shared) > .7 * len(ours) and all(torch.equal(ours[key], weights[key]) for key in shared)
+    for p in model.decoder.parameters():
+        nn.init.normal_(p, std=.1)
+    cosmos.world_model_loss(model, x, cosmos_plan(1, 1, [0], 1.), args)[0].backward()
+    learns = [p.grad is not None for p in net.parameters() if p.ndim > 1]
+    assert any(learns) != bool(freeze) and net.training == (not freeze)
 
 
-def test_objects_are_located():
-    for kind in cosmos_prepare.PHYSICS:
-        state = cosmos_prepare.simulate(kind, 30, [0, 7])
-        x = torch.from_numpy(cosmos_prepare.render(state)).permute(0, 3, 1, 2).float()
-        x = F.adaptive_avg_pool2d(x, 64) / 255
-        scaled = {"pos": (state["pos"] * 64 / state["size"]).tolist(), "colour": state["colour"].tolist()}
-        perfect = cosmos.object_scores(x[10:], x[10:], scaled, 10)
-        assert perfect["position_px"].mean() < .6 and perfect["missed"].max() == 0, kind
-        gone = cosmos.object_scores(torch.ones_like(x[10:]), x[10:], scaled, 10)
-        assert gone["missed"].min() == 1 and gone["position_px"].isnan().all()
-    assert cosmos.object_scores(x[10:], x[10:], None, 10)["missed"].isnan().all()
-
-
-def test_constant_velocity():
-    """Two squares that move uniformly are predicted; without colours the foreground is one object."""
+def test_constant_velocity_and_object_scores():
+    """Two squares that move uniformly are predicted; positions of simulated objects are found."""
     def square(x, y, colour, frame):
         frame[:, y:y + 6, x:x + 6] = torch.tensor(colour)[:, None, None]
         return frame
@@ -2589,12 +1742,12 @@ def test_constant_velocity():
                           for t in range(5)])
     y = cosmos.constant_velocity(frames[:2], white, torch.tensor([red, blue]), 3)
     assert torch.allclose(y, frames[2:], atol=1e-3)
-    dark = torch.full((3, 64, 64), .2)
-    alone = torch.stack([square(10 + t, 10 + 2 * t, red, dark.clone()) for t in range(5)])
-    y = cosmos.constant_velocity(alone[:2], dark, torch.zeros(1, 3), 3)
-    assert torch.allclose(y, alone[2:], atol=.02)
-    assert torch.equal(cosmos.constant_velocity(white.expand(2, -1, -1, -1), white, torch.zeros(1, 3), 3),
-                       white.expand(3, -1, -1, -1))
+    x, state = projectile(30)
+    scaled = {"pos": (state["pos"] * 64 / state["size"]).tolist(), "colour": state["colour"].tolist()}
+    perfect = cosmos.object_scores(x[10:], x[10:], scaled, 10)
+    assert perfect["position_px"].mean() < .6 and perfect["missed"].max() == 0
+    gone = cosmos.object_scores(torch.ones_like(x[10:]), x[10:], scaled, 10)
+    assert gone["missed"].min() == 1 and gone["position_px"].isnan().all()
 
 
 def test_augmentation_is_alike_in_all_frames():
@@ -2606,27 +1759,12 @@ def test_augmentation_is_alike_in_all_frames():
     for b, order in enumerate(itertools.permutations(range(3))):
         factor = 1 + .5 * (2 * values["contrast"][b] - 1)
         expected = x[b].flip(-1) if b % 2 else x[b]
-        expected = (1 + factor * (expected - 1)).clamp(-1, 1)[:, order]
-        assert torch.allclose(y[b], expected, atol=1e-6)
-
-
-def test_rollout_demo(trained, tmp_path):
-    """40 frames after 6 of a video of 12: the truth ends."""
-    base = trained("cosmos_lite")
-    run = shutil.copytree(base.run, tmp_path / "run")
-    shutil.rmtree(run / "samples")
-    flags = f"--sample --video_idx 1 --num_predict 40 --data_dir {base.data} --output_dir {run}"
-    assert launch("cosmos_lite", flags, full=True) == 0
-    assert {path.name for path in (run / "samples").iterdir()} == {"rollout_1.mp4", "rollout_1.png"}
-    assert len(common.read_video(run / "samples/rollout_1.mp4")) == 2 + 40
+        assert torch.allclose(y[b], (1 + factor * (expected - 1)).clamp(-1, 1)[:, order], atol=1e-6)
 
 
 def test_use_from_python(trained, tmp_path):
-    """The reference project's calls; --best evaluates the weights of the lowest validation loss."""
+    """The reference project's calls; best=True gives the weights of the lowest validation loss."""
     base = trained("cosmos_lite")
-    context, target = next(iter(cosmos.create_data_loader(
-        f"{base.data}/train", T_in=6, T_out=4, batch_size=3, shuffle=True, augment=True)))
-    assert context.shape == (3, 6, 3, 64, 64) and target.shape == (3, 4, 3, 64, 64)
     context, target = next(iter(cosmos.create_data_loader(f"{base.data}/test", 6, 4, 2, shuffle=False)))
     frames = torch.from_numpy(np.load(base.data / "test.npy")[12:22])
     assert torch.equal(common.to_uint8(torch.cat([context[1], target[1]])), frames)
@@ -2636,115 +1774,37 @@ def test_use_from_python(trained, tmp_path):
     step = min(losses, key=losses.get)
     state, _ = common.load_checkpoint(base.run / f"ckpt/step_{step:06d}", "cosmos_lite")
     assert_same(dict(cosmos.load_model(base.run, best=True).state_dict()), state["ema"])
-    run = shutil.copytree(base.run, tmp_path / "run")
-    weights = common.load_weights(run / "best/world_model.safetensors")
-    common.save_weights(run / "best/world_model.safetensors", {k: v * 0 for k, v in weights.items()})
-    results = []
-    for more in ("", "--best"):
-        flags = f"--data_dir {base.data} --output_dir {run} --eval {more}"
-        assert launch("cosmos_lite", flags, full=True) == 0
-        results.append(json.loads((run / "eval.json").read_text())["results"]["mse"])
-    assert results[0] != results[1]
-
-
-def test_learns_physics():
-    """Ten seconds of training beat persistence and the white frame on clips that it has not seen."""
-    args = cosmos_args("--latent_dim 16 --T_in 8 --T_out 8 --context 6 --rollout 8 --max_steps 120")
-    torch.manual_seed(0)
-    train, held_out = projectiles(0, 48, 16), projectiles(1000, 12, 16)
-    model = cosmos.VideoWorldModel(args)
-    optimizer = torch.optim.AdamW(model.parameters(), 4e-3, betas=(.9, .95))
-    for step in range(args.max_steps):
-        plan = cosmos.rollout_plan(args, step)
-        length = (plan.context + plan.rollout) * 2
-        start = torch.randint(16 - length + 1, ()).item()
-        x = train[torch.randint(len(train), (8,))][:, start:start + length]
-        for group in optimizer.param_groups:
-            group["lr"] = cosmos.get_lr(step, 4e-3, 10, args.max_steps)
-        loss, _ = cosmos.world_model_loss(model, x, plan, args)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1)
-        optimizer.step()
-    with torch.no_grad():
-        y = model.eval()(held_out[:, :8], 8)[0]
-    truth = held_out[:, 8:]
-    guesses = (y, held_out[:, 7:8], torch.ones(()))
-    error, still, white = (((z - truth) ** 2).mean((0, 2, 3, 4)) for z in guesses)
-    assert error[0] < .7 * min(still[0], white[0]) and error.mean() < min(still.mean(), white.mean())
-    assert y.std(0).mean() > .3 * truth.std(0).mean()      # not the same picture for every clip
-    assert y.diff(dim=1).abs().mean() > .2 * truth.diff(dim=1).abs().mean()            # nor a frozen one
+    run = halfway(base.run, tmp_path / "run")    # after a validation that is not surpassed
+    shutil.rmtree(run / "best")
+    edit(run / "metrics.jsonl", '"val_loss": [^,}]*', '"val_loss": 1e-9')
+    assert launch("cosmos_lite", f"{base.inputs} --output_dir {run}") == 0 and not (run / "best").exists()
 
 
 # ---- data/cosmos_lite/prepare.py ------------------------------------------------------------------------
-
-def test_simulated_videos(tmp_path, monkeypatch, capsys):
-    """Gravity and energy as in closed form; videos, states and split; a killed call is continued."""
-    state = cosmos_prepare.simulate("projectile", 20, [0, 0])
-    fall = np.diff(state["pos"][:, 0, 1], 2)
-    assert np.allclose(fall[:5], .3) and np.allclose(np.diff(state["pos"][:5, 0, 0], 2), 0)
-    state = cosmos_prepare.simulate("pendulum", 60, [0, 1])
-    assert np.allclose(np.linalg.norm(state["pos"][:, 0] - state["pivot"], axis=1), state["length"])
-    a, b = np.array([[10., 10.], [20., 10.]]), np.array([[1., 0.], [-2., 0.]])
-    cosmos_prepare.collide(a, b, np.array([6., 6.]))
-    assert np.allclose(b, [[-2, 0], [1, 0]]) and np.isclose(a[1, 0] - a[0, 0], 12)     # exchanged, apart
-    names = [f"{kind}/{kind}_{i:03d}.mp4" for kind in cosmos_prepare.PHYSICS for i in range(128)]
-    split = cosmos_prepare.split_videos(names)
-    assert {part: len(own) for part, own in split.items()} == {"train": 409, "val": 51, "test": 52}
-    assert sorted(itertools.chain(*split.values())) == sorted(names)   # each in exactly one
-    for own in split.values():
-        counts = [sum(name.startswith(kind) for name in own) for kind in cosmos_prepare.PHYSICS]
-        assert max(counts) - min(counts) <= 1
-    flags, root = ["--num_videos", "2", "--num_frames", "4", "--data_dir"], tmp_path / "set"
-    assert cosmos_prepare.main([*flags, str(tmp_path / "whole")]) == 0
-    render, made = cosmos_prepare.render, []
-    monkeypatch.setattr(cosmos_prepare, "render", lambda state: made.append(1) or render(state))
-    with monkeypatch.context() as patch:
-        patch.setattr(cosmos_prepare.np.lib.format, "open_memmap", disk_full)
-        assert cosmos_prepare.main([*flags, str(root)]) == 2 and not root.exists()
-    assert cosmos_prepare.main([*flags, str(root)]) == 0 and len(made) == 8
-    assert not (tmp_path / "set.partial").exists()
-    same = lambda folder: {name: data for name, data in files(folder).items() if not name.endswith(".npz")}
-    assert same(root) == same(tmp_path / "whole") and len(files(root, "*.npz")) == 8
-    assert cosmos_prepare.main([*flags, str(root)]) == 2
-    assert "set exists: remove it" in capsys.readouterr().err
-
 
 def test_own_videos(tmp_path, capsys):
     """Another size, links, an ending in capitals; short and damaged files are named; states by content."""
     raw, video = tmp_path / "raw", torch.zeros(14, 3, 96, 128, dtype=torch.uint8)
     video[:, :, 20:40, 40:60] = 200
-    for name in ("a/1", "a/2", "a/3", "b/1", "b/2", "b/3"):
-        common.write_video(raw / f"{name}.mp4", video)
-        np.savez(raw / f"{name}.npz", pose=np.zeros(3))                # a foreign file
     state = {"pos": np.full((14, 1, 2), 48.), "colour": np.array([[.2, .2, .2]]), "size": 96}
-    for name in ("a/1", "a/2", "a/3"):
-        np.savez(raw / f"{name}.npz", **state)
-    (raw / "b/1.mp4").rename(raw / "b/1.MP4")
-    common.write_video(tmp_path / "far/4.mp4", video)
+    for name in ("raw/a/1.mp4", "raw/a/2.mp4", "raw/b/1.MP4", "raw/b/2.mp4", "far/4.mp4"):
+        common.write_video((tmp_path / name).with_suffix(".mp4"), video)
+        (tmp_path / name).with_suffix(".mp4").rename(tmp_path / name)
+        np.savez((tmp_path / name).with_suffix(".npz"), **(state if "/a/" in name else {"pose": np.zeros(3)}))
     (raw / "link").symlink_to(tmp_path / "far")
     common.write_video(raw / "short.mp4", video[:5])
     (raw / "cut.mp4").write_bytes((raw / "a/1.mp4").read_bytes()[:700])
-    (raw / "notes.txt").touch()
     flags = ["--raw", str(raw), "--min_frames", "10", "--data_dir", str(tmp_path / "set")]
     assert cosmos_prepare.main(flags) == 0
-    out, err = capsys.readouterr()
-    assert "'train': 5, 'val': 1, 'test': 1}, 2 left out" in out and "1 .txt" in err
-    assert "left out short.mp4: 5 frames" in err and "left out cut.mp4: cannot read video" in err
+    printed = capsys.readouterr().err
+    assert "left out cut.mp4: cannot read video" in printed and "left out short.mp4: 5 frames" in printed
     split = json.loads((tmp_path / "set/split.json").read_text())
     names = {name for part in split.values() for name, _ in part}
-    assert names == {"a/1.mp4", "a/2.mp4", "a/3.mp4", "b/1.MP4", "b/2.mp4", "b/3.mp4", "link/4.mp4"}
+    assert names == {"a/1.mp4", "a/2.mp4", "b/1.MP4", "b/2.mp4", "link/4.mp4"}
     frames = np.load(tmp_path / "set/test.npy")
     assert frames.shape == (14, 3, 64, 64) and frames[0, 0, 20, 22] > 190 and frames[0, 0, 2, 2] < 8
     states = json.loads((tmp_path / "set/test_states.json").read_text())
     assert states.keys() == {name for name, _ in split["test"] if name.startswith("a/")}
-    assert cosmos_prepare.read_state(raw / "a/1.npz", 14)
-    assert not cosmos_prepare.read_state(raw / "b/2.npz", 14)
-    assert not cosmos_prepare.read_state(raw / "a/1.npz", 13)          # of another video
-    run = f"--data_dir {tmp_path / 'set'} --output_dir {tmp_path / 'run'}"
-    assert launch("cosmos_lite", f"{run} --batch_size 2", full=True) == 0
-    assert json.loads((tmp_path / "run/eval.json").read_text())["results"]["mse"] >= 0
-    assert cosmos_prepare.main(["--raw", str(tmp_path / "far"), "--data_dir", str(tmp_path / "none")]) == 2
 
 
 # ---- sim_physics_heads.py -------------------------------------------------------------------------------
@@ -2780,14 +1840,9 @@ def clip_tensors(B=2, T=5, side=32, seed=0):
 def overfit_physics():
     model, args = physics_model("--head_width 32 --head_blocks 2 --cells 8")
     z, noise, text, batch = clip_tensors()
-    optimizer, losses = torch.optim.Adam(model.heads.parameters(), lr=3e-3), []
-    for _ in range(100):
-        loss, _ = model(z, noise, torch.full((2,), physics.READ_SIGMA), text, batch, velocity=False)
-        losses.append(loss.detach())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return losses
+    sigma = torch.full((2,), physics.READ_SIGMA)
+    return minimize(lambda: model(z, noise, sigma, text, batch, velocity=False)[0],
+                    model.heads.parameters(), 3e-3, 100)
 
 
 def test_hidden_states_and_early_exit():
@@ -2804,7 +1859,6 @@ def test_hidden_states_and_early_exit():
     assert torch.equal(v, expected) and v.std() > 0
     assert torch.equal(hidden[1], between[0]) and torch.equal(hidden[2], between[-1])
     assert torch.equal(hidden[0], model.dit.patch_embedding(x).flatten(2).transpose(1, 2))
-    assert time.shape == (2, t.shape[1], hidden[0].shape[-1]) and not torch.equal(time[0], time[1])
     for taps, count in (([0, 1], 1), ([0], 0)):
         passed.clear()
         v, early, same = physics.run_backbone(model.dit, x, t, text, taps, velocity=False)
@@ -2821,11 +1875,7 @@ def test_the_given_frame_stays_clean():
     model, args = physics_model("--frames 9", "backbone", noise=.05)
     loss, terms = model(z, noise, torch.tensor([.3, .8]), text, batch)
     v = model.dit(x, 1000 * sigma.flatten(1), text).sample
-    assert set(terms) == {"flow_loss"}
     assert torch.allclose(loss, F.mse_loss(v[:, :, 1:], (noise - z)[:, :, 1:]))
-    other = noise.clone()
-    other[:, :, 0] = 9                   # neither seen nor predicted
-    assert torch.equal(model(z, other, torch.tensor([.3, .8]), text, batch)[0], loss)
 
 
 def test_heads_layout():
@@ -2843,82 +1893,26 @@ def test_heads_layout():
         assert torch.allclose(y[0, channel, frame], expected)
     nn.init.normal_(heads.project_out.weight)
     heads.norm, heads.blocks = nn.Identity(), nn.ModuleList()      # these mix tokens
-    for f, i, j in ((0, 0, 1), (1, 1, 0), (2, 0, 0)):
-        other = [state.clone() for state in hidden]
-        other[1][0, f, i, j] = torch.randn(16)
-        changed = sum((a - b).abs().sum((0, 1)) for a, b in zip(
-            heads(hidden, time).values(), heads(other, time).values())) > 1e-6
-        expected = torch.zeros(9, 12, 12, dtype=torch.bool)
-        expected[max(0, 4 * f - 3):4 * f + 1, 6 * i:6 * i + 6, 6 * j:6 * j + 6] = True
-        assert torch.equal(changed, expected)
-
-
-def test_linear_codec():
-    """Exact where as many components as rows are kept; causal, as Wan's VAE is; a still video is zeros."""
-    x = torch.rand(2, 5, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    x = torch.cat([x, x.flip(-1)])               # the decoder is fitted to mirror images too
-    codec = common.LinearCodec.fit(x, 16)                          # there are 16 patches of each kind
-    z = common.wan_encode(codec, x)
-    assert z.shape == (4, 16, 2, 2, 2) and (common.wan_decode(codec, z) - x).abs().max() < 1e-3
-    assert torch.equal(common.wan_encode(codec, x[:, :1]), z[:, :, :1])
-    later = torch.cat([x[:, :1], x[:, 1:].flip(1)], dim=1)
-    assert torch.equal(common.wan_encode(codec, later)[:, :, 0], z[:, :, 0])
-    still = common.wan_encode(codec, x[:, :1].expand_as(x))
-    assert still[:, :, 1].abs().max() < 1e-3 and torch.equal(still[:, :, 0], z[:, :, 0])
-    assert torch.allclose(z.square().mean((0, 1, 3, 4)), torch.ones(2), rtol=.01)
-    flat = common.wan_encode(common.LinearCodec.fit(x, 8, flatness=1), x)
-    assert torch.allclose(flat.square().mean((0, 3, 4)), torch.ones(8, 2), rtol=.01)
-    coarse = common.LinearCodec.fit(torch.rand(40, *x.shape[1:]) * 2 - 1, 4)       # of 160 patches
-    assert .1 < (common.wan_decode(coarse, common.wan_encode(coarse, x)) - x).abs().mean() < .6
-
-
-def test_linear_codec_has_no_block_edges():
-    """On held-out smooth scenes: the error jumps at patch borders as it does inside, at least 1 dB over the
-    components of a patch alone, and a video in chunks is the whole's to the last bit."""
-    generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(24, 6, 3, 14, 14, generator=generator)
-    path = torch.stack([noise[:, :5].cumsum(1)[:, t] / 3 + noise[:, 5] for t in range(5)], dim=1)
-    x = F.interpolate(path.flatten(0, 1), size=(64, 64), mode="bicubic").unflatten(0, (24, 5)).tanh()
-    codec, x = common.LinearCodec.fit(x[:20], 16), x[20:]
-    z, plain = common.wan_encode(codec, x), common.LinearCodec(codec.tensors)
-    for name in ("first", "later"):              # middle cells alone
-        decoder = torch.zeros_like(codec.tensors[f"{name}_decoder"]).unflatten(1, (-1, 16))
-        decoder[:, 4] = (codec.tensors[name] * codec.tensors[f"{name}_scale"][:, None]).T
-        if name == "later":
-            decoder[:, 13] = plain.tensors["first_decoder"].unflatten(1, (-1, 16))[:, 4].repeat(4, 1)
-        plain.tensors[f"{name}_decoder"] = decoder.flatten(1)
-
-    def blockiness(error):                       # mean jump across patch borders over that inside patches
-        jumps = error.diff(dim=-1).abs().mean((0, 1, 2, 3))
-        border = torch.arange(1, 64) % 8 == 0
-        return jumps[border].mean() / jumps[~border].mean()
-
-    errors = [common.wan_decode(vae, z) - x for vae in (plain, codec)]
-    before, after = [-10 * error.square().mean().log10() for error in errors]
-    assert after > before + 1
-    assert blockiness(errors[0]) > 1.3 and .8 < blockiness(errors[1]) < 1.2
-    video = common.wan_decode(codec, torch.cat([z, z[:, :, 1:]], dim=2))
-    assert torch.equal(video[:, :5], common.wan_decode(codec, z)) and torch.equal(video[:, 5:], video[:, 1:5])
-
-
-def perfect_outputs(batch):
-    """Outputs of perfect heads."""
-    gate = torch.where(batch["moving"], 20., -20.)[:, None]
-    sky = torch.where(batch["sky"][:, :, 0] > 0, 20., -20.)[:, None]
-    return {"motion": torch.cat([batch["motion"].movedim(1, 2), gate], dim=1),
-            "depth": batch["depth"].movedim(1, 2).log(), "sky": sky}
+    other = [state.clone() for state in hidden]
+    other[1][0, 1, 1, 0] = torch.randn(16)
+    changed = sum((a - b).abs().sum((0, 1)) for a, b in zip(
+        heads(hidden, time).values(), heads(other, time).values())) > 1e-6
+    expected = torch.zeros(9, 12, 12, dtype=torch.bool)
+    expected[1:5, 6:12, 0:6] = True
+    assert torch.equal(changed, expected)
 
 
 def test_physics_losses_and_scores():
     """The truth costs nothing and scores best; what is not known teaches nothing."""
     _, _, _, batch = clip_tensors()
-    args, truth = Namespace(height=96), perfect_outputs(batch)
-    assert .1 < batch["moving"].float().mean() < .99
+    args, gate = Namespace(height=96), torch.where(batch["moving"], 20., -20.)[:, None]
+    truth = {"motion": torch.cat([batch["motion"].movedim(1, 2), gate], dim=1),
+             "depth": batch["depth"].movedim(1, 2).log(), "sky": torch.full_like(gate, -20)}
+    hole = torch.ones_like(batch["moving"])
+    hole[:, :, 8:20, 5:17] = False
+    masked = {key: mask & hole if mask.dtype == torch.bool else mask for key, mask in batch.items()}
     for name, quantity in physics.QUANTITIES.items():
         assert quantity.loss(truth[name], batch, args).abs() < 1e-5
-        hole = torch.ones_like(batch["moving"])
-        hole[:, :, 8:20, 5:17] = False
-        masked = {key: mask & hole if mask.dtype == torch.bool else mask for key, mask in batch.items()}
         y = (truth[name] + .1).requires_grad_()
         quantity.loss(y, masked, args).backward()
         assert not y.grad[:, :, :, 8:20, 5:17].any() and y.grad.any()
@@ -2932,18 +1926,13 @@ def test_physics_losses_and_scores():
     values = {name: quantity.decode(truth[name]) for name, quantity in physics.QUANTITIES.items()}
     assert torch.allclose(values["depth"], batch["depth"], rtol=1e-4)
     assert torch.allclose(values["motion"], batch["motion"] * batch["moving"][:, :, None], atol=1e-6)
-    values["motion"] = batch["motion"] + 3
-    values["depth"] = 2 * batch["depth"]
+    values |= {"motion": batch["motion"] + 3, "depth": 2 * batch["depth"]}
     scores = {}
     for quantity in physics.QUANTITIES.values():
         scores |= quantity.scores(values, batch)
     assert torch.allclose(scores["epe"], torch.tensor(math.sqrt(18))) and scores["epe"].shape == (2,)
     assert torch.allclose(scores["abs_rel"], torch.ones(2)) and not scores["delta1"].any()
     assert torch.equal(scores["sky_accuracy"], torch.ones(2))
-    batch["moving"][0] = False
-    assert physics.motion_scores(values, batch)["epe_moving"].isnan().tolist() == [True, False]
-    picture = physics.motion_picture({"motion": batch["motion"][0]}, {"motion": batch["motion"][0]})
-    assert picture.shape == (5, 3, 32, 32) and picture.abs().max() <= 1
 
 
 @pytest.mark.parametrize("stage", ["backbone", "heads", "lora"])
@@ -2953,19 +1942,23 @@ def test_what_a_stage_trains(stage):
     pattern = {"backbone": r"dit\.", "heads": r"heads\.", "lora": r"heads\.|dit\..*\.lora_[AB]\."}[stage]
     assert set(named) == {name for name, _ in model.named_parameters() if re.match(pattern, name)}
     z, noise, text, batch = clip_tensors()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
     for p in named.values():                     # off their zeros, so that all of them matter
         nn.init.normal_(p, std=.05)
-    optimizer = torch.optim.AdamW(named.values(), .1)
     model(z, noise, torch.tensor([.2, .6]), text, batch, velocity=stage != "heads")[0].backward()
     assert all(p.grad is not None and p.grad.any() for p in named.values())
-    optimizer.step()
-    after = model.state_dict()
-    assert {name for name in before if not torch.equal(before[name], after[name])} == set(named)
     kind = torch.linspace(0, .999, 100)
     sigma, for_heads = physics.draw_sigma(stage, {"kind": kind, "u": torch.full((100,), .5)}, 5.)
     assert for_heads.float().mean() == {"backbone": 0, "heads": 1, "lora": .5}[stage]
     assert (sigma == physics.READ_SIGMA).sum() == {"backbone": 0, "heads": 50, "lora": 25}[stage]
+
+
+def test_noisy_samples_do_not_train_the_heads(trained, tmp_path, monkeypatch):
+    base = trained("sim_physics_heads")
+    run = begun("sim_physics_heads", base.run, tmp_path / "run")
+    monkeypatch.setattr(physics, "draw_sigma", lambda stage, values, shift: (values["u"], values["u"] > 2))
+    assert launch("sim_physics_heads", f"{base.inputs} --output_dir {run}") == 0
+    steps = [row for row in rows(run) if "loss" in row]
+    assert all(row["motion_loss"] == row["depth_loss"] == 0 < row["flow_loss"] for row in steps)
 
 
 def test_trained_weights_load_elsewhere(trained):
@@ -2978,8 +1971,7 @@ def test_trained_weights_load_elsewhere(trained):
     model = physics.load_model(str(run))
     assert not torch.equal(velocity(pipe.transformer), plain)
     torch.testing.assert_close(velocity(pipe.transformer), velocity(model.dit))
-    heads = common.load_weights(run / "final/heads.safetensors")
-    assert_same(heads, dict(model.heads.state_dict()))
+    assert_same(common.load_weights(run / "final/heads.safetensors"), dict(model.heads.state_dict()))
     with contextlib.chdir(run.parent.parent):
         values = physics.predict_video(model, torch.zeros(5, 3, 32, 32, dtype=torch.uint8), "a ball rolls")
     assert values["motion"].shape == (5, 2, 32, 32) and values["depth"].shape == (5, 1, 32, 32)
@@ -2993,10 +1985,7 @@ def test_cache_follows_its_data_and_flags(trained, tmp_path):
     assert folder("--clips 1") != old
     path = data / "test_ball_ramp/env_0/0/0/distance_to_camera/step_0003.npy"
     np.save(path, np.load(path) + 1)
-    changed = folder()
-    assert changed != old
-    shutil.copytree(data / "test_ball_ramp", data / "test_new_scene")
-    assert folder() != changed
+    assert folder() != old
 
 
 @pytest.mark.parametrize("scale", [1, 3])
@@ -3007,14 +1996,14 @@ def test_generated_from_a_known_velocity(scale, monkeypatch):
     noise, seen = physics.fixed_noise(target, 7), []
 
     def field(dit, x, t, text):
-        seen.append((x, t, text))
+        seen.append((x, t))
         return noise - target - (0 if text == "prompt" else 2 / 3 * noise), [], None
     monkeypatch.setattr(physics, "run_backbone", field)
     z = physics.generate(None, z0, "prompt", "negative", args, 7)
     end = target[:, :, 1:] if scale == 1 else target[:, :, 1:] - 4 / 3 * noise[:, :, 1:]
     assert torch.equal(z[:, :, :1], z0) and torch.allclose(z[:, :, 1:], end, atol=1e-5)
     assert len(seen) == (4 if scale == 1 else 8)
-    for (x, t, _), u in zip(seen[::len(seen) // 4], (1, .75, .5, .25)):
+    for (x, t), u in zip(seen[::len(seen) // 4], (1, .75, .5, .25)):
         assert torch.equal(x[:, :, :1], z0) and t.shape == (1, 3 * 4) and not t[:, :4].any()
         assert torch.allclose(t[:, 4:], torch.tensor(1000 * 5 * u / (1 + 4 * u)))
 
@@ -3380,20 +2369,15 @@ def test_robot_data_deploy_adapter(monkeypatch):
 
 # ---- data/sim_physics_heads -----------------------------------------------------------------------------
 
-@pytest.fixture(scope="session")
-def recordings(tmp_path_factory):
-    """Two scenes with much motion."""
-    root = tmp_path_factory.mktemp("recordings")
-    for number, name in enumerate(("ball_collide", "ball_and_block_fall")):
-        folder = root / f"test_{name}/env_0/0/0"
-        folder.parent.mkdir(parents=True)
-        physics_prepare.record((name, folder, 30, 64, [number]))
-    return root
-
-
 @pytest.fixture
-def root(recordings, tmp_path):
-    return shutil.copytree(recordings, tmp_path / "set")
+def recordings(shared, tmp_path):
+    """Two scenes with much motion."""
+    def make(root):
+        for number, name in enumerate(("ball_collide", "ball_and_block_fall")):
+            folder = root / f"test_{name}/env_0/0/0"
+            folder.parent.mkdir(parents=True)
+            physics_prepare.record((name, folder, 30, 64, [number]))
+    return shutil.copytree(shared("recordings", make), tmp_path / "set")
 
 
 def listed(root):
@@ -3401,32 +2385,21 @@ def listed(root):
     return json.loads(json.dumps(physics_check.find_scenes(root), default=str))
 
 
-def test_simulated_scenes(tmp_path, monkeypatch, capsys):
-    """Functions of the seed; balls bounce and dominoes fall; a command that was killed is continued."""
-    assert len(physics_prepare.SCENES) == 21 and "block_domino" in physics_prepare.SCENES
-    heights = {}
-    for name in ("ball_and_block_fall", "block_domino"):
-        model, data = physics_prepare.build_model(name, np.random.default_rng(0))
-        again, _ = physics_prepare.build_model(name, np.random.default_rng(0))
-        assert np.array_equal(model.geom_rgba, again.geom_rgba)
-        heights[name] = []
-        for _ in range(60):
-            physics_prepare.mujoco.mj_step(model, data, nstep=8)
-            heights[name].append(data.geom_xpos[1:, 2].copy())
-    ball = np.array(heights["ball_and_block_fall"])[:, 0]
-    lowest = ball.argmin()
-    assert .2 < ball.min() < .35 and ball[lowest:].max() > ball.min() + .3         # bounces, does not sink
-    assert heights["block_domino"][0][0] > .5 and heights["block_domino"][-1][0] < .4      # has fallen
-    flags = ["--data_dir", str(tmp_path / "set"), "--frames", "3", "--size", "16", "--takes", "1"]
-    whole = [*flags[:1], str(tmp_path / "whole"), *flags[2:]]
-    assert physics_prepare.main(whole) == 0
-    monkeypatch.setattr(physics_prepare, "SCENES", physics_prepare.SCENES[:3])
-    monkeypatch.setattr(Path, "rename", disk_full)
-    assert physics_prepare.main(flags) == 2
-    monkeypatch.undo()
-    assert physics_prepare.main(flags) == 0 and physics_prepare.main(flags) == 2
-    assert "exists: remove it" in capsys.readouterr().err
-    assert files(tmp_path / "set") == files(tmp_path / "whole")
+@pytest.mark.parametrize("program,flags", [
+    (river_prepare, "--clips 3 --frames 2"), (cosmos_prepare, "--num_videos 2 --num_frames 4"),
+    (physics_prepare, "--frames 3 --size 16 --takes 1")], ids=["river", "cosmos", "physics"])
+def test_an_interrupted_simulation_continues(program, flags, tmp_path, monkeypatch, capsys):
+    """A function of the seed, whole or absent, never overwritten."""
+    command = [*flags.split(), "--data_dir"]
+    assert program.main([*command, str(tmp_path / "whole")]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", disk_full)
+        assert program.main([*command, str(tmp_path / "set")]) == 2 and not (tmp_path / "set").exists()
+    assert program.main([*command, str(tmp_path / "set")]) == 0 and not (tmp_path / "set.partial").exists()
+    same = lambda folder: {name: data for name, data in files(folder).items() if not name.endswith(".npz")}
+    assert same(tmp_path / "set") == same(tmp_path / "whole")
+    assert program.main([*command, str(tmp_path / "set")]) == 2
+    assert "set exists: remove it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stride", [2, 3])
@@ -3437,8 +2410,7 @@ def test_composed_motion_is_exact(recordings, stride):
         name = scene["name"].removeprefix("test_")
         seed = ("ball_collide", "ball_and_block_fall").index(name)
         model, data = physics_prepare.build_model(name, np.random.default_rng([seed]))
-        frames = range(0, 30, stride)
-        motion, valid = physics_clips.read_motion(scene, frames, stride)
+        motion, valid = physics_clips.read_motion(scene, range(0, 30, stride), stride)
         poses, errors, missed = [], [], 0
         for t in range(30):
             poses.append((data.geom_xpos.copy(), data.geom_xmat.reshape(-1, 3, 3).copy()))
@@ -3456,81 +2428,62 @@ def test_composed_motion_is_exact(recordings, stride):
                 missed += (~known).sum()
             physics_prepare.mujoco.mj_step(model, data, nstep=8)
         errors = np.concatenate(errors)
-        print(name, stride, errors.mean(), len(errors), missed)
-        assert len(errors) > 500 and errors.mean() < .1 and missed < .35 * len(errors)
+        assert len(errors) > 500 and errors.mean() < .1 and missed < .35 * len(errors), name
 
 
-@pytest.mark.parametrize("change,shift,message", [
-    (lambda a: a, 0, None), (lambda a: -a, 0, "multiply by -1"), (lambda a: a / 32, 0, "their unit is NDC"),
-    (lambda a: a, 1, "file of step t[+]1"), (lambda a: a, -1, "file of step t-1"),
-    (lambda a: a[..., [1, 0, 2, 3]], 0, "do not explain"), (lambda a: 0 * a, 0, None),
-    ("depth", 1000, "millimetres")],
-    ids=["right", "sign", "NDC", "late", "early", "swapped", "still", "millimetres"])
-def test_check_names_the_fault(root, capsys, change, shift, message):
-    for folder in root.glob("*/env_0/0/0"):
-        paths = sorted(folder.glob(f"{'distance_to_camera' if change == 'depth' else 'motion_vectors'}/*"))
+@pytest.mark.parametrize("kind,change,shift,message", [
+    ("motion_vectors", lambda a: a, 0, None), ("motion_vectors", lambda a: -a, 0, "multiply by -1"),
+    ("motion_vectors", lambda a: a / 32, 0, "their unit is NDC"),
+    ("motion_vectors", lambda a: a, 1, "file of step t[+]1"),
+    ("motion_vectors", lambda a: a[..., [1, 0, 2, 3]], 0, "do not explain"),
+    ("motion_vectors", lambda a: a[..., :3], 0, "floats of shape .H, W, 2 or 4."),
+    ("distance_to_camera", lambda a: 1000 * a, 0, "millimetres"),
+    ("distance_to_camera", lambda a: a[:, :16], 0, "16 x 64, the pictures are 64 x 64")])
+def test_check_names_the_fault(recordings, capsys, kind, change, shift, message):
+    for folder in recordings.glob(f"*/env_0/0/0/{kind}"):
+        paths = sorted(folder.iterdir())
         given = [np.load(path) for path in paths]
         for i, path in enumerate(paths):
-            array = given[i if change == "depth" else min(max(i - shift, 0), len(given) - 1)]
-            np.save(path, array * shift if change == "depth" else change(array) if array.size else array)
-    assert physics_check.main([str(root)]) == (2 if message else 0)
-    printed = capsys.readouterr()
-    assert re.search(message, printed.err) if message else not printed.err
-    assert "30 steps" in printed.out
+            array = given[max(i - shift, 0)]
+            np.save(path, change(array) if array.size else array)
+    assert physics_check.main([str(recordings)]) == (2 if message else 0)
+    printed = capsys.readouterr().err
+    assert re.search(message, printed) if message else not printed
 
 
-def test_table_of_scenes(root, tmp_path, capsys):
-    """Columns by name in any case, commas without quotes, other encodings, scenes that it does not list."""
-    collide = "test_ball_collide/env_0/0/0"
-    prompts = lambda: [scene["prompt"] for scene in physics_check.find_scenes(root)]
-    assert sorted(prompts())[0] == "A physics simulation of ball and block fall" and len(prompts()) == 2
-    for text, prompt in ((f"video,prompt\n{collide},red ball, rolling, stop\n", "red ball, rolling, stop"),
-                         (f"Prompt, VIDEO \n\"a, b\", {collide}\n", "a, b"),
-                         (f"num_frames;video;caption\n12;{collide};a; b\n", "a; b"),
-                         ("video,text\ntest_ball_collide,\n", "A physics simulation of ball collide")):
-        (root / "metadata.csv").write_text(text)
-        assert prompts() == [prompt]
-        assert "left out: " + str(root / "test_ball_and_block_fall") in capsys.readouterr().out
-    for raw, message in ((f"video,prompt\n{collide},a “ball”\n".encode("cp1252"), "not UTF-8"),
-                         (f"video,prompt\n{collide},a\n".encode("utf-16"), "UTF-16"),
-                         (b"prompt,video\nonly a prompt\n", "line 2 does not fit"),
-                         (f"prompt,video\na,b,{collide}\n".encode(), "line 2 does not fit"),
-                         (b"prompt\na\n", "no column video"), (b"video\nnowhere\n", "no folder .*nowhere")):
-        (root / "metadata.csv").write_bytes(raw)
-        with pytest.raises(common.UserError, match=message):
-            prompts()
+@pytest.mark.parametrize("text, prompt", [
+    ("video,prompt\n{scene},red ball, rolling, stop\n", "red ball, rolling, stop"),
+    ("Prompt, VIDEO \n\"a, b\", {scene}\n", "a, b"), ("n;video;caption\n12;{scene};a; b\n", "a; b"),
+    ("video,text\n{scene},\n", "A physics simulation of ball collide"), ("prompt\na\n", "no column video"),
+    ("prompt,video\nonly a prompt\n", "line 2 does not fit"), ("video\nnowhere\n", "no folder .*nowhere")])
+def test_table_of_scenes(recordings, text, prompt):
+    """Columns by name in any case, commas without quotes, scenes that it does not list."""
+    (recordings / "metadata.csv").write_text(text.format(scene="test_ball_collide/env_0/0/0"))
+    try:
+        assert [scene["prompt"] for scene in physics_check.find_scenes(recordings)] == [prompt]
+    except common.UserError as error:
+        assert re.search(prompt, str(error))
 
 
-def test_files_are_paired_by_step(root, tmp_path):
-    shutil.rmtree(root / "test_ball_collide")
-    shutil.move(root / "test_ball_and_block_fall", tmp_path / "fall")
-    (root / "test_ball_and_block_fall").symlink_to(tmp_path / "fall")              # links are followed
-    folder = root / "test_ball_and_block_fall/env_0/0/0"
-    (folder / "rgb/step_0001.png").rename(folder / "rgb/view_2_0001.png")
-    (folder / "rgb").rename(folder / "rgb_capture")
-    full = physics_clips.read_clip(*listed(root), 2, 2, 4, (64, 64))
+def test_clips_are_cut_from_files_of_equal_steps(recordings):
+    shutil.rmtree(recordings / "test_ball_collide")
+    folder = recordings / "test_ball_and_block_fall/env_0/0/0"
+    read = lambda size, **more: physics_clips.read_clip(*listed(recordings), 2, 2, 4, size, **more)
+    full, half, wide = read((64, 64)), read((32, 32)), read((32, 64))              # wide: the middle rows
     assert full["motion"].abs().max() > 1 and not full["motion_valid"][0].any()
-    half = physics_clips.read_clip(*listed(root), 2, 2, 4, (32, 32))
     assert torch.equal(half["motion"] * 2, full["motion"][..., 1::2, 1::2])
     assert torch.equal(half["depth"], full["depth"][..., 1::2, 1::2])
-    mean = full["video"].float().reshape(4, 3, 32, 2, 32, 2).mean((3, 5))
-    assert (half["video"].float() - mean).abs().mean() < 4
-    wide = physics_clips.read_clip(*listed(root), 2, 2, 4, (32, 64))               # the middle rows
     assert all(torch.equal(wide[name], full[name][..., 16:48, :]) for name in full)
-    flip = physics_clips.read_clip(*listed(root), 2, 2, 4, (64, 64), mirror=True)
+    flip = read((64, 64), mirror=True)
     assert torch.equal(flip["motion"], full["motion"].flip(-1) * torch.tensor([-1., 1]).view(2, 1, 1))
-    assert all(torch.equal(flip[name], full[name].flip(-1)) for name in ("video", "depth", "sky_valid"))
     # An empty or a missing file breaks only the chains through it.
     np.save(folder / "motion_vectors/step_0005.npy", np.zeros((0, 4), np.float32))
-    (folder / "rgb_capture/step_0008.png").unlink()
+    (folder / "rgb/step_0008.png").unlink()
     physics_clips.load.cache_clear()
-    scene, = listed(root)
+    scene, = listed(recordings)
     assert scene["steps"] == [*range(8), *range(9, 30)]
     valid = physics_clips.read_motion(scene, range(11), 1)[1].any((1, 2))
     assert valid.tolist() == [i not in (0, 5, 8) for i in range(11)]
-    (folder / "rgb_capture/step_1_0003.png").touch()
-    with pytest.raises(common.UserError, match="have the same step number"):
-        listed(root)
 
 
 def test_split_and_clips():
@@ -3538,17 +2491,13 @@ def test_split_and_clips():
     scenes = [{"name": f"{i:02d}", "steps": list(range(9 + 3 * i))} for i in range(21)]
     args = Namespace(frames=9, strides="3,1", clips=40, eval_clips=5, permute_colours=1)
     clips = physics_clips.choose_clips(scenes, args)
-    names = {split: sorted({name[-2:] for name in clips if name.startswith(split)})
-             for split in ("train", "val", "test")}
-    assert names["val"] == ["03", "10", "17"] and names["test"] == ["05", "12", "19"]
-    assert sum(map(len, names.values())) == 21 and len(clips) == 40 * 15 + 5 * 6
+    splits = [{name[-2:] for name in clips if name.startswith(split)} for split in ("train", "val", "test")]
+    assert list(map(len, splits)) == [15, 3, 3] and len(set.union(*splits)) == 21
     for name, (scene, start, stride, mirror, colours) in clips.items():
         assert 0 <= start and start + 8 * stride < len(scene["steps"]) and sorted(colours) == [0, 1, 2]
         assert name.startswith("train") or not mirror and colours == [0, 1, 2]
-    assert {clip[2] for clip in clips.values()} == {1, 3}
-    for count, message in ((2, "2 scenes cannot be split"), (3, "no scene of split train has 9 frames")):
-        with pytest.raises(common.UserError, match=message):
-            physics_clips.choose_clips([{"name": f"{i}", "steps": [0]} for i in range(count)], args)
+    with pytest.raises(common.UserError, match="no scene of split train has 9 frames"):
+        physics_clips.choose_clips([{"name": f"{i}", "steps": [0]} for i in range(3)], args)
 
 
 # ---- well_i2v.py ----------------------------------------------------------------------------------------
