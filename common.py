@@ -4,7 +4,7 @@ Flags        at_least between Parser parse_args auto_preset choose_device choose
 Tensors      seed_all sample_global_batch expand_to to_uint8 from_uint8 EMA count_params
 Processes    all_mean gather_rows barrier shutdown print_once announce simulate_missing_data
 Metrics      mse psnr ssim fair_crps frechet_distance fvd
-Files        read_text read_image read_images find_files video_frames read_video write_video video_grid
+Files        read_text read_image read_images find_files video_frames read_video write_video
              picture_grid write_panels
 Checkpoints  save_run load_run find_checkpoint save_checkpoint load_checkpoint save_weights load_weights
              save_pt gather_state restore_state install_sigterm_handler
@@ -292,17 +292,6 @@ class EMA:
                 for p, value in zip(self.params, trained):
                     p.copy_(value)
 
-
-@contextlib.contextmanager
-def swapped(trained, averages):
-    """Within it the parameters `trained` have the values `averages`, afterwards their own again."""
-    own = [p.detach().clone() for p in trained]
-    with torch.no_grad():
-        for p, average in zip(trained, averages):
-            p.copy_(average)
-        yield
-        for p, value in zip(trained, own):
-            p.copy_(value)
 
 
 def gather_rows(tables):
@@ -645,29 +634,6 @@ def write_video(path, x, fps=8, options=("-crf", "16", "-pix_fmt", "yuv420p")):
         ffmpeg([*raw, "-i", "-", "-c:v", "libx264", *options, "-y", f"file:{path}"], frames.tobytes())
     return str(path)
 
-
-def video_grid(videos, scale=2, gap=4, columns=False):
-    """Labelled videos in one picture per frame: {"truth": T C H W in [-1, 1], ...} -> T 3 H' W' uint8.
-
-    One below the other with names on the left, or with columns=True side by side with names on top. Enlarged
-    `scale` times without smoothing: a pixel stays a pixel.
-    """
-    from PIL import Image, ImageDraw, ImageFont
-    font = ImageFont.load_default(size=13)
-    tiles = [to_uint8(v).expand(-1, 3, -1, -1).repeat_interleave(scale, -1).repeat_interleave(scale, -2).cpu()
-             for v in videos.values()]
-    T, _, H, W = tiles[0].shape
-    left = 0 if columns else 12 + int(max(font.getlength(name) for name in videos))
-    top = 20 if columns else 0
-    corners = [(top, i * (W + gap)) if columns else (i * (H + gap), left) for i in range(len(tiles))]
-    page = Image.new("RGB", (corners[-1][1] + W, corners[-1][0] + H), "gainsboro")
-    for name, (y, x) in zip(videos, corners):
-        middle = (x + W // 2, top // 2) if columns else (left // 2, y + H // 2)
-        ImageDraw.Draw(page).text(middle, name, fill="black", font=font, anchor="mm")
-    grid = torch.from_numpy(np.array(page)).permute(2, 0, 1).repeat(T, 1, 1, 1)
-    for tile, (y, x) in zip(tiles, corners):
-        grid[:, :, y:y + H, x:x + W] = tile
-    return grid
 
 
 def picture_grid(rows, columns, scale=2, gap=4, forecast_from=None):
