@@ -72,6 +72,7 @@ def load_program(path):
 
 river_prepare = load_program(HERE / "data/river_smoke/prepare.py")
 cosmos_prepare = load_program(HERE / "data/cosmos_lite/prepare.py")
+reader = importlib.import_module("data.well_i2v.reader")
 well_prepare = load_program(HERE / "data/well_i2v/prepare.py")
 physics_prepare, physics_check, physics_clips = (
     load_program(HERE / f"data/sim_physics_heads/{name}.py") for name in ("prepare", "check", "clips"))
@@ -2789,9 +2790,9 @@ def test_well_other_modes_run(flags, trained, tmp_path):
 
 def test_well_python_interface(trained):
     run = trained("well_i2v").run
-    file, = [f for f in well.open_split(well_args("--data_dir", str(trained("well_i2v").data)), "test")
+    file, = [f for f in reader.open_split(well_args("--data_dir", str(trained("well_i2v").data)), "test")
              if f.scalars["tcool"] == [pytest.approx(.1)]]
-    history = well.read_window(file, 0, 3, 1)
+    history = reader.read_window(file, 0, 3, 1)
     forecast = well.predict_fields(well.load_model(run), history, "simulated radiative layer, tcool 0.1")
     assert forecast.shape == (8, 4, 16, 48) and forecast.isfinite().all()
 
@@ -2910,12 +2911,12 @@ def write_well(path, dims=2, text=str, scalars=(("nu", (), 0, 0),), boundary="WA
 def test_well_other_2d_sets(tmp_path, text):
     scalars = ("nu", (), 0, 0), ("Re", (3,), 1, 0), ("drive", (5,), 0, 1)
     arrays = write_well(tmp_path / "data/train/a.hdf5", text=text, scalars=scalars)
-    file, = well.open_split(well_args("--data_dir", str(tmp_path)), "train")
+    file, = reader.open_split(well_args("--data_dir", str(tmp_path)), "train")
     assert file.names == ["a", "b_x", "b_y", "D_xx", "D_xy", "D_yx", "D_yy"]
     assert (file.grid, file.periodic, file.dataset) == ((16, 32), (False, True), "some_set")
     assert file.left_out == ["field k, which is constant in time", "scalar drive, which varies in time"]
     assert file.scalars == {"nu": [arrays["nu"]] * 3, "Re": arrays["Re"].tolist()}
-    window = well.read_window(file, 2, 1, 3).numpy()
+    window = reader.read_window(file, 2, 1, 3).numpy()
     assert window.shape == (3, 7, 16, 32)
     assert np.array_equal(window[:, 0], arrays["a"][2, 1:4])
     assert np.array_equal(window[:, 4], arrays["D"][2, 1:4, ..., 0, 1])
@@ -2933,7 +2934,7 @@ def test_well_sets_of_several_files(tmp_path):
     assert windows.prompt(0, 1) == f"some set, nu {first['nu']:g}, Re {first['Re'][1]:g}"
     assert windows.prompt(1, 2) == f"some set, Re {second['Re'][2]:g}, nu {second['nu']:g}"
     assert windows.prompt(2, 0) == "some set"
-    even = well.list_windows(windows.files, 9, 6)
+    even = reader.list_windows(windows.files, 9, 6)
     assert [i for i, *_ in even] == [0, 0, 1, 1, 2, 2]
     rolled = windows.fields([0], torch.tensor([.25]))
     assert torch.equal(rolled, windows.fields([0]).roll(int(.25 * 7919 % 1 * 32), -1))       # y is periodic
@@ -2946,7 +2947,7 @@ def test_well_sets_of_several_files(tmp_path):
 def test_well_files_that_cannot_be_used(damage, message, tmp_path):
     write_well(tmp_path / "data/train/a.hdf5", **damage)
     with pytest.raises(common.UserError, match=f"a.hdf5 is not in The Well's 2-D format .{message}"):
-        well.open_split(well_args("--data_dir", str(tmp_path)), "train")
+        reader.open_split(well_args("--data_dir", str(tmp_path)), "train")
 
 
 def test_well_own_fields(tmp_path):

@@ -27,9 +27,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
 
-import h5py
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -38,6 +36,7 @@ import torch.nn.functional as F
 
 import common
 from common import UserError, at_least, expand_to
+from data.well_i2v.reader import Windows, list_windows, read_window
 
 SCRIPT = "well_i2v"
 DATASET = "turbulent_radiative_layer_2D"
@@ -596,166 +595,7 @@ def rollout(model, history, steps, seeds, members=1, text=None):
     return frames[:, N:N + steps].unflatten(0, (B, members))
 
 
-# ---- data set: The Well's format ------------------------------------------------------------------------
-
-class WellFile(NamedTuple):
-    """A file's metadata. Channels are t0 fields, t1 components, t2 components, in the file's order."""
-    path: Path
-    dataset: str
-    fields: list                                 # (group, name, components) of fields that vary in time
-    names: list                                  # of the channels
-    grid: tuple                                  # H, W
-    periodic: tuple                              # of these axes
-    trajectories: int
-    steps: int
-    scalars: dict                                # name -> a number per trajectory
-    left_out: list                               # fields and scalars that the model is not given
-
-
-def strings(value):
-    """A string attribute of HDF5, which may be stored as bytes or as an array -> list of str."""
-    return [name.decode() if isinstance(name, bytes) else str(name) for name in np.ravel(value)]
-
-
-def open_split(args, split):
-    """-> [WellFile] of a split, by name. UserError if there is none, or if fields or grids differ."""
-    root = Path(args.data_dir)
-    folders = [root, root / args.dataset, root / "datasets" / args.dataset]
-    folder = next((folder / "data" / split for folder in folders if (folder / "data").is_dir()), None)
-    if folder is None:
-        raise UserError(f"no data set in {' or '.join(f'{folder}/data' for folder in folders)}: "
-                        f"python data/{SCRIPT}/prepare.py --download --data_dir {root}")
-    paths, _ = common.find_files(folder, (".hdf5", ".h5")) if folder.is_dir() else ([], None)
-    if not paths:
-        raise UserError(f"no .hdf5 files in {folder}: a set has data/train, data/valid and data/test")
-    files = []
-    for path in paths:
-        try:
-            with h5py.File(path) as file:
-                files.append(read_metadata(path, file))
-        except Exception as error:   # h5py raises KeyError, OSError, ValueError, ..., by what is damaged
-            raise UserError(f"{path} is not in The Well's 2-D format ({common.reason(error)}): "
-                            f"data/{SCRIPT}/prepare.py has write_well_file") from error
-        mine, first = ((file.names, file.grid, file.periodic) for file in (files[-1], files[0]))
-        if mine != first:
-            raise UserError(f"{path} has fields, grid and periodic axes {mine}, {paths[0].name} {first}")
-    return files
-
-
-def read_metadata(path, file):
-    """An open h5py.File -> WellFile. ValueError where sizes contradict each other."""
-    dims = strings(file["dimensions"].attrs["spatial_dims"])
-    if len(dims) != 2:
-        raise ValueError(f"{len(dims)} spatial axes")
-    grid = tuple(file["dimensions"][dim].shape[-1] for dim in dims)
-    trajectories, steps = int(np.ravel(file.attrs["n_trajectories"])[0]), file["dimensions/time"].shape[-1]
-    fields, names, left_out, scalars = [], [], [], {}
-    for order, components in enumerate(([""], dims, [a + b for a in dims for b in dims])):
-        group = f"t{order}_fields"
-        for name in strings(file[group].attrs["field_names"]) if group in file else ():
-            attrs, shape = file[group][name].attrs, file[group][name].shape
-            varying = [np.ravel(attrs["sample_varying"])[0], np.ravel(attrs["time_varying"])[0]]
-            varying += list(attrs["dim_varying"])
-            sizes = [n for n, used in zip((trajectories, steps, *grid), varying) if used] + [2] * order
-            if shape != tuple(sizes):
-                raise ValueError(f"field {name} has shape {shape}, its attributes say {tuple(sizes)}")
-            if varying[1]:
-                fields.append((group, name, len(components)))
-                names += [f"{name}_{part}" if part else name for part in components]
-            else:
-                left_out.append(f"field {name}, which is constant in time")
-    for name in strings(file["scalars"].attrs["field_names"]) if "scalars" in file else ():
-        values = np.ravel(file["scalars"][name][()]).astype(float)
-        if np.ravel(file["scalars"][name].attrs.get("time_varying", False))[0]:
-            left_out.append(f"scalar {name}, which varies in time")
-        elif len(values) not in (1, trajectories):
-            raise ValueError(f"scalar {name} has {len(values)} values for {trajectories} trajectories")
-        else:
-            scalars[name] = np.resize(values, trajectories).tolist()
-    if not names:
-        raise ValueError("no field varies in time")
-    kinds = {dim: set() for dim in dims}
-    for boundary in file.get("boundary_conditions", {}).values():
-        for dim in strings(boundary.attrs["associated_dims"]):
-            kinds[dim].update(strings(boundary.attrs["bc_type"]))
-    periodic = tuple({kind.upper() for kind in kinds[dim]} == {"PERIODIC"} for dim in dims)
-    dataset, = strings(file.attrs.get("dataset_name", path.stem))
-    return WellFile(path, dataset, fields, names, grid, periodic, trajectories, steps, scalars, left_out)
-
-
-def read_window(file, trajectory, start, length):
-    """Frames start .. start + length - 1 of a trajectory -> T C H W float32, in physical units.
-
-    UserError where the trajectory is too short, and for NaN or Inf, naming file, trajectory and step.
-    """
-    if start + length > file.steps:
-        raise UserError(f"{file.path} has {file.steps} steps: a window of {length} from {start} does not fit")
-    channels = []
-    with h5py.File(file.path) as opened:
-        for group, name, components in file.fields:
-            stored = opened[group][name]
-            index = (trajectory,) if np.ravel(stored.attrs["sample_varying"])[0] else ()
-            values = np.asarray(stored[(*index, slice(start, start + length))], np.float32)
-            sizes = [n if used else 1 for n, used in zip(file.grid, stored.attrs["dim_varying"])]
-            values = values.reshape(length, *sizes, components)
-            channels.append(np.broadcast_to(values, (length, *file.grid, components)))
-    window = torch.from_numpy(np.concatenate(channels, -1)).permute(0, 3, 1, 2).contiguous()
-    finite = window.isfinite().flatten(1).all(1)
-    if not finite.all():
-        raise UserError(f"{file.path}: trajectory {trajectory} has NaN or Inf at step "
-                        f"{start + int(finite.int().argmin())}")
-    return window
-
-
-def list_windows(files, length, count=0):
-    """-> [(index of the file, trajectory, start)] of windows of `length` steps: all, or `count` of them, of
-    each file equally many and those evenly over its trajectories and starts."""
-    rows = []
-    for i, file in enumerate(files):
-        starts = range(file.steps - length + 1)
-        if not starts:
-            raise UserError(f"{file.path} has {file.steps} steps, too few for a window of {length}")
-        windows = [(i, k, start) for k in range(file.trajectories) for start in starts]
-        share = len(windows)
-        if count:
-            share = min(count // len(files) + (i < count % len(files)), len(windows))
-        rows += [windows[(2 * j + 1) * len(windows) // (2 * share)] for j in range(share)]
-    return rows
-
-
-class Windows:
-    """Windows of n_in + n_out frames of a split: all of them, or `count`, evenly chosen."""
-    def __init__(self, args, split, count=0):
-        self.files, self.args = open_split(args, split), args
-        self.rows = list_windows(self.files, args.n_in + args.n_out, count)
-        self.names, self.grid, self.periodic = self.files[0].names, self.files[0].grid, self.files[0].periodic
-        self.texts = {}                          # prompt -> L D, by open_data
-
-    def fields(self, numbers, shifts=None):
-        """Windows -> B T C H W. shifts: B in [0, 1), by which periodic axes are rolled."""
-        windows = []
-        for b, n in enumerate(numbers):
-            i, trajectory, start = self.rows[n]
-            window = read_window(self.files[i], trajectory, start, self.args.n_in + self.args.n_out)
-            for axis, periodic in enumerate(self.periodic if shifts is not None else ()):
-                if periodic:                     # by another share of the second axis
-                    share = shifts[b].item() * 7919 ** axis % 1
-                    window = window.roll(int(share * self.grid[axis]), 2 + axis)
-            windows.append(window)
-        return torch.stack(windows)
-
-    def prompt(self, i, k):
-        """Of trajectory k of file i: the set's name and its scalars, as "shear flow, Reynolds 1e+05"."""
-        scalars = [f"{name} {values[k]:g}" for name, values in self.files[i].scalars.items()]
-        return ", ".join([self.files[i].dataset.replace("_", " "), *scalars])
-
-    def text(self, places, device):
-        """[(file, trajectory, ...)] -> B L D, or None where no network reads text."""
-        if not self.texts:
-            return None
-        texts = [self.texts[self.prompt(i, k)] for i, k, *_ in places]
-        return common.pad_text(texts, self.args.text_length).to(device)
-
+# ---- data set -------------------------------------------------------------------------------------------
 
 def open_data(args, run):
     """-> {split: Windows}, with texts encoded in --mode native: the encoder, which has 11 GB, is loaded and
