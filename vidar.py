@@ -786,7 +786,7 @@ def train(args, run, script, stage, model, loss_fn, val_fn, checkpoint):
     net = wrap(model, args, run)
     params = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, stage.lr, betas=(0.9, 0.98 if args.model == "tiny" else 0.999),
-                                  weight_decay=stage.weight_decay)
+                                  weight_decay=stage.weight_decay, fused=True)
     ema = common.EMA(params, stage.ema_decay)
     start = common.load_run(checkpoint, net, optimizer, ema)
     log = common.open_log(script, stage.folder, args, start, stage.steps)
