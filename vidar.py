@@ -10,7 +10,7 @@ Equations   Eq. 1  x_t = t x_1 + (1 - t) x_0, |v - (x_0 - x_1)|^2          -> ad
             Eq. 7  |(1 + eta U) (v - (x_0 - x_1))|^2, U the IDM's mask     -> flow_loss, arm_to_latent
             The first latent frame is given: clean, timestep 0, no loss    -> add_noise, VideoModel
             UniPC of order 2 from noise to video                           -> generate
-Run         python vidar.py                          # simulate, train, evaluate: 7 min on 2 CPU cores
+Run         python vidar.py                          # simulate, train, evaluate: 8 min on 2 CPU cores
             python vidar.py --sample --num_samples 3                              # or --eval
             torchrun --nproc_per_node=8 vidar.py --preset ti2v_5b --fsdp --stage idm --output_dir runs/idm
             torchrun --nproc_per_node=8 vidar.py --preset ti2v_5b --fsdp --idm runs/idm/final/idm.pt
@@ -57,8 +57,8 @@ PRESETS = {
     "tiny": dict(
         model="tiny", stage="all", data_dir="data/vidar/simulated", height=112, width=96, frames=33,
         prompt_views="none", windows=3, text_length=64, batch_size=2, global_batch=0, max_steps=1650, lr=3e-3,
-        warmup_steps=50, ema_decay=.99, eta=1., shift=8.0, num_inference_steps=2, guidance_scale=1.,
-        idm_steps=1850, idm_lr=3e-3, idm_batch_size=32, idm_frames=12, idm_generated=300, mask_weight=.06,
+        warmup_steps=50, ema_decay=.99, eta=3., shift=8.0, num_inference_steps=2, guidance_scale=1.,
+        idm_steps=1850, idm_lr=3e-3, idm_batch_size=32, idm_frames=12, idm_generated=150, mask_weight=.06,
         cfg_drop=0., eval_every=500, save_every=500, eval_clips=24),
     # Table 5 of the paper. Any number of GPUs: gradients are accumulated to 128 samples.
     "ti2v_5b": dict(data_dir="data/robotwin", max_steps=14000, lr=2e-5, batch_size=8, warmup_steps=200,
@@ -786,7 +786,7 @@ def train(args, run, script, stage, model, loss_fn, val_fn, checkpoint):
     net = wrap(model, args, run)
     params = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, stage.lr, betas=(0.9, 0.98 if args.model == "tiny" else 0.999),
-                                  weight_decay=stage.weight_decay)
+                                  weight_decay=stage.weight_decay, fused=True)
     ema = common.EMA(params, stage.ema_decay)
     start = common.load_run(checkpoint, net, optimizer, ema)
     log = common.open_log(script, stage.folder, args, start, stage.steps)
