@@ -2929,7 +2929,7 @@ def test_well_sets_of_several_files(tmp_path):
     first = write_well(tmp_path / "data/train/a.hdf5", scalars=(nu, re_), steps=20)
     second = write_well(tmp_path / "data/train/b.hdf5", scalars=(re_, nu), steps=9)
     write_well(tmp_path / "data/train/c.hdf5", scalars=(), steps=9)
-    windows = well.Windows(well_args("--data_dir", str(tmp_path)), "train")
+    windows = reader.Windows(well_args("--data_dir", str(tmp_path)), "train")
     assert len(windows.rows) == 3 * 12 + 3 + 3 and max(start for *_, start in windows.rows) == 11
     assert windows.prompt(0, 1) == f"some set, nu {first['nu']:g}, Re {first['Re'][1]:g}"
     assert windows.prompt(1, 2) == f"some set, Re {second['Re'][2]:g}, nu {second['nu']:g}"
@@ -2953,7 +2953,7 @@ def test_well_files_that_cannot_be_used(damage, message, tmp_path):
 def test_well_own_fields(tmp_path):
     """write_well_file: what README shows. Two fields on 32 x 32 train, are evaluated and sampled."""
     rng = np.random.default_rng(0)
-    for split in well.SPLITS:
+    for split in reader.SPLITS:
         u = np.cumsum(rng.random((12, 32, 32)), axis=0)
         well_prepare.write_well_file(tmp_path / f"data/{split}/run.hdf5", {"u": u, "h": u ** 2},
                                      ("PERIODIC", "PERIODIC"), {"nu": .1}, dataset="my_set")

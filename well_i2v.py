@@ -36,11 +36,9 @@ import torch.nn.functional as F
 
 import common
 from common import UserError, at_least, expand_to
-from data.well_i2v.reader import Windows, list_windows, read_window
+from data.well_i2v.reader import DATASET, PUBLISHED, list_windows, open_data, read_window
 
 SCRIPT = "well_i2v"
-DATASET = "turbulent_radiative_layer_2D"
-SPLITS = ("train", "valid", "test")
 BOUNDARY = 0.9                           # sigma from which on Wan2.2-I2V-A14B uses its high-noise expert
 TRANSFORMERS = {"high": "transformer", "low": "transformer_2"}                 # names in diffusers' pipeline
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")       # Wan's names
@@ -597,37 +595,19 @@ def rollout(model, history, steps, seeds, members=1, text=None):
 
 # ---- data set -------------------------------------------------------------------------------------------
 
-def open_data(args, run):
-    """-> {split: Windows}, with texts encoded in --mode native: the encoder, which has 11 GB, is loaded and
-    dropped. UserError where splits do not fit together."""
-    data = {split: Windows(args, split, count) for split, count in zip(SPLITS, (0, 32, 0))}
-    train = data["train"]
+def encode_prompts(args, run, data):
+    """Gives each split the texts that --mode native reads. The encoder (11 GB) is loaded and dropped."""
+    parts = [load_part(args, part, run.device) for part in ("tokenizer", "text_encoder")]
+    prompts = sorted({windows.prompt(i, k) for windows in data.values()
+                      for i, file in enumerate(windows.files) for k in range(file.trajectories)})
+    texts = [text.cpu() for text in common.encode_text(*parts, prompts, args.text_length)]
+    if max(map(len, texts)) >= args.text_length:
+        raise UserError(f"--text_length {args.text_length}: a prompt has as many tokens or more")
     for windows in data.values():
-        if (windows.names, windows.grid) != (train.names, train.grid):
-            raise UserError(f"{windows.files[0].path} has other fields or another grid than split train")
-    counts = [f"{split}: {len(windows.rows)} windows" for split, windows in data.items()]
-    left_out = [f"left out: {name}" for name in train.files[0].left_out]
-    common.print_once("; ".join([f"{', '.join(train.names)} on {train.grid}", *counts, *left_out]))
-    if args.mode == "native":
-        parts = [load_part(args, part, run.device) for part in ("tokenizer", "text_encoder")]
-        prompts = sorted({windows.prompt(i, k) for windows in data.values()
-                          for i, file in enumerate(windows.files) for k in range(file.trajectories)})
-        texts = [text.cpu() for text in common.encode_text(*parts, prompts, args.text_length)]
-        if max(map(len, texts)) >= args.text_length:
-            raise UserError(f"--text_length {args.text_length}: a prompt has as many tokens or more")
-        for windows in data.values():
-            windows.texts = dict(zip(prompts, texts))
-    return data
+        windows.texts = dict(zip(prompts, texts))
 
 
 # ---- evaluate and sample --------------------------------------------------------------------------------
-
-# Ohana 2024, tables 2 and 3: VRMSE on the test split of turbulent_radiative_layer_2D, from 4 given frames.
-PUBLISHED = {"FNO": {"one_step": 0.5001, "rollout_6:12": 1.79, "rollout_13:30": 3.54},
-             "TFNO": {"one_step": 0.5016, "rollout_6:12": 6.01},               # 13:30: above 10
-             "U-Net": {"one_step": 0.2418, "rollout_6:12": 0.66, "rollout_13:30": 1.04},
-             "CNextU-Net": {"one_step": 0.1956, "rollout_6:12": 0.54, "rollout_13:30": 1.01}}
-
 
 def vrmse(prediction, truth):
     """... C H W in physical units -> ... C, as the_well.benchmark.metrics.VRMSE: over the spatial axes, with
@@ -1079,8 +1059,6 @@ def dry_run(args):
             parts = nn.ModuleList([module, *(part for part in context if isinstance(part, nn.Module))])
             print(common.dry_run_report(f"stage {stage}", parts, lambda: module(*inputs)[0], B, tokens, world,
                                         args.fsdp and tokens > 0))
-    if not tiny:
-        print("  beside the experts, 0.5 GB of VAE in fp32")
 
 
 def run_script(argv):
@@ -1091,7 +1069,9 @@ def run_script(argv):
     inference_only = args.sample or args.eval
     common.announce(SCRIPT, args, why_preset, run, checkpoint)
     common.simulate_missing_data(SCRIPT, args.data_dir, default=PRESETS["tiny"]["data_dir"])
-    data = open_data(args, run)
+    data = open_data(args)
+    if args.mode == "native":
+        encode_prompts(args, run, data)
     if run.rank == 0 and checkpoint:
         common.copy_stages(checkpoint, args.output_dir, ["adapter", "base", "high", "low"])
     common.barrier()

@@ -14,6 +14,14 @@ import torch
 import common
 from common import UserError
 
+DATASET = "turbulent_radiative_layer_2D"
+SPLITS = ("train", "valid", "test")
+# Ohana 2024, tables 2 and 3: VRMSE on the test split of turbulent_radiative_layer_2D, from 4 given frames.
+PUBLISHED = {"FNO": {"one_step": 0.5001, "rollout_6:12": 1.79, "rollout_13:30": 3.54},
+             "TFNO": {"one_step": 0.5016, "rollout_6:12": 6.01},               # 13:30: above 10
+             "U-Net": {"one_step": 0.2418, "rollout_6:12": 0.66, "rollout_13:30": 1.04},
+             "CNextU-Net": {"one_step": 0.1956, "rollout_6:12": 0.54, "rollout_13:30": 1.01}}
+
 
 class WellFile(NamedTuple):
     """A file's metadata. Channels are t0 fields, t1 components, t2 components, in the file's order."""
@@ -172,3 +180,16 @@ class Windows:
             return None
         texts = [self.texts[self.prompt(i, k)] for i, k, *_ in places]
         return common.pad_text(texts, self.args.text_length).to(device)
+
+
+def open_data(args):
+    """-> {split: Windows}, of "valid" 32 of them. UserError where splits do not fit together."""
+    data = {split: Windows(args, split, count) for split, count in zip(SPLITS, (0, 32, 0))}
+    train = data["train"]
+    for windows in data.values():
+        if (windows.names, windows.grid) != (train.names, train.grid):
+            raise UserError(f"{windows.files[0].path} has other fields or another grid than split train")
+    counts = [f"{split}: {len(windows.rows)} windows" for split, windows in data.items()]
+    left_out = [f"left out: {name}" for name in train.files[0].left_out]
+    common.print_once("; ".join([f"{', '.join(train.names)} on {train.grid}", *counts, *left_out]))
+    return data
