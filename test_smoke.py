@@ -896,8 +896,7 @@ def test_imports():
         names |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
         names = {name.split(".")[0] for name in names} - sys.stdlib_module_names
         names -= {other.stem for other in path.parent.glob("*.py") if path.parent != HERE}
-        if path.stem in ("vidar", "vidarc", "test_smoke"):             # modules of data/vidar
-            names -= {"data"}
+        names -= {"data"}                                              # modules of data/<script>
         ours = {name for name in names if (HERE / f"{name}.py").exists()}
         called = {"PIL": "pillow", "yaml": "pyyaml"}
         assert {called.get(name, name) for name in names - ours} <= known, path
