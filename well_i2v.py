@@ -52,7 +52,7 @@ PRESETS = {
     "tiny": dict(
         model="tiny", data_dir=f"data/{SCRIPT}/simulated", adapter="tile", frame_repeat=4, text_length=64,
         base_steps=700, base_lr=2e-3, max_steps=200, lr=1e-3, lora_targets=",".join(LORA_TARGETS),
-        decoder_steps=600, adapter_lr=1e-3, shift=40.0, batch_size=4, warmup_steps=30, ema_decay=0.99,
+        decoder_steps=750, adapter_lr=1e-3, shift=40.0, batch_size=4, warmup_steps=30, ema_decay=0.99,
         num_inference_steps=1, members=1, eval_clips=32, rollout_frames=30, sample_frames=16, eval_every=300,
         save_every=300),
     # The reference project's configuration: 20 epochs of 6,696 windows, batch 1 on each of 4 GPUs.
