@@ -58,7 +58,7 @@ PRESETS = {
         model="tiny", stage="all", data_dir="data/vidar/simulated", height=112, width=96, frames=33,
         prompt_views="none", windows=3, text_length=64, batch_size=2, global_batch=0, max_steps=1650, lr=3e-3,
         warmup_steps=50, ema_decay=.99, eta=3., shift=8.0, num_inference_steps=2, guidance_scale=1.,
-        idm_steps=1850, idm_lr=3e-3, idm_batch_size=32, idm_frames=12, idm_generated=150, mask_weight=.06,
+        idm_steps=1850, idm_lr=3e-3, idm_batch_size=32, idm_frames=12, idm_generated=600, mask_weight=.015,
         cfg_drop=0., eval_every=500, save_every=500, eval_clips=24),
     # Table 5 of the paper. Any number of GPUs: gradients are accumulated to 128 samples.
     "ti2v_5b": dict(data_dir="data/robotwin", max_steps=14000, lr=2e-5, batch_size=8, warmup_steps=200,
@@ -380,8 +380,7 @@ def keep_time_in_fp32(dit):
 
 @torch.no_grad()
 def init_small(dit):
-    """Initialises the tiny model so that its velocity begins as the noise, a part of every velocity: small
-    blocks, and an output layer that inverts the patch embedding."""
+    """Initialises the tiny model: small blocks, and an output layer with which its velocity is the noise."""
     for name, p in dit.named_parameters():
         if name.endswith(("scale_shift_table", "embedding.bias", "proj_out.bias")):
             nn.init.zeros_(p)
@@ -390,8 +389,9 @@ def init_small(dit):
     patch = nn.init.orthogonal_(dit.patch_embedding.weight.flatten(1))             # D (C 2 2)
     dit.patch_embedding.weight.copy_(patch.view_as(dit.patch_embedding.weight))
     patch = patch.unflatten(1, (-1, 4)).transpose(1, 2).flatten(1)                 # D (2 2 C), as the output
-    output = dit.proj_out.weight                                                   # of normalised tokens
-    output += (math.sqrt(patch.shape[1] / patch.shape[0]) * torch.eye(len(output)) - output @ patch) @ patch.T
+    output = dit.proj_out.weight
+    identity = math.sqrt(patch.shape[1] / patch.shape[0]) * torch.eye(len(output), device=output.device)
+    output += (identity - output @ patch) @ patch.T
 
 
 def load_idm(path, config=IDM_FULL) -> IDM:
@@ -887,7 +887,7 @@ def write_generated_frames(args, run, model, folder, windows, path):
     for number in spread(len(windows.rows), args.idm_generated):
         batch = collate(windows, [number], args, run.device)
         z = batch["latents"]
-        sigma = torch.full((1,), shift_sigma(rng.random(), args.shift), device=z.device)
+        sigma = torch.full((1,), max(0., 1.6 * rng.random() - .6), device=z.device)     # often 0: codec only
         x, levels = add_noise(z, fixed_noise(z, number), sigma)
         with run.autocast():
             v = run_backbone(model.dit, x, 1000 * levels, batch["text"])

@@ -11,7 +11,6 @@ Run         python vidarc.py                         # 13 min on 2 CPU cores, st
             python vidarc.py --sample --num_samples 3                      # or --eval
             python vidarc.py --serve 8000                                  # actions over a websocket
             torchrun --nproc_per_node=8 vidarc.py --preset ti2v_5b --fsdp --data_dir data/robotwin
-            python vidarc.py --preset ti2v_5b --global_batch 1 --batch_size 1 --max_steps 100    # one GPU
 From Python policy = vidarc.load_policy("runs/vidarc"); actions = policy.act(frames, instruction, joints)
 Shapes      B batch  T frames  F = (T - 1) / 4 + 1 latent frames  C latent channels  H W pixels  h w latent
             cells  S = h/2 w/2 tokens of a latent frame  N = F S  D width  L text tokens. Latents are
@@ -56,8 +55,8 @@ PRESETS = {
             "idm_frames", "batch_size", "global_batch", "lr", "warmup_steps", "ema_decay", "shift",
             "cfg_drop", "eval_every", "save_every", "eval_clips")},
         vidar="runs/vidar/video/final/vidar.safetensors", idm="runs/vidar/final/idm.pt", max_steps=1150,
-        num_inference_steps=1, guidance_scale=1., chunk_size=8, kv_cache_length=32, self_forcing=.1,
-        self_forcing_after=850, worlds=48),
+        num_inference_steps=1, guidance_scale=1., chunk_size=8, kv_cache_length=32, context_noise=.02,
+        self_forcing=.1, self_forcing_after=850, worlds=48),
     "ti2v_5b": dict({**vidar.PRESETS["ti2v_5b"], "max_steps": 4000, "save_every": 250, "eval_every": 250},
                     vidar="checkpoints/vidar/vidar.pt", idm="checkpoints/vidar/idm.pt"),
 }
@@ -68,6 +67,7 @@ def build_parser():
     parser = vidar.add_stage_flags(common.Parser(SCRIPT, PRESETS, __doc__.split("\n")[0]))
     add = parser.add_argument_group("stage 2").add_argument
     add("--eta", type=at_least(0, float), default=3., help="weight of the arms in the loss (Eq. 7)")
+    add("--context_noise", type=between(0, 1), default=0., help="largest noise level of the past (Eq. 6: 0)")
     add("--self_forcing", type=between(0, 1), default=.5, help="share of steps behind generated latents")
     add("--self_forcing_after", type=at_least(0), default=1000, help="first step of self-forcing")
     add("--rollout_denoise_steps", type=at_least(1), default=4, help="sampler steps of self-forcing")
@@ -405,8 +405,12 @@ class CausalModel(nn.Module):
         z, noise = batch["latents"], values["noise"]
         F_ = z.shape[2]
         sigma = vidar.shift_sigma(values["u"], self.args.shift)
-        x = torch.cat([z[:, :, :-1], mix_noise(z[:, :, 1:], noise[:, :, 1:], sigma)], dim=2)
-        t = torch.cat([torch.zeros_like(sigma), 1000 * sigma], dim=1)
+        past, level = z[:, :, :-1], torch.zeros_like(sigma)
+        if "context" in values:                  # a little noise: what a robot observes is no training video
+            level = level + self.args.context_noise * values["context"][:, None]
+            past = mix_noise(past, values["rollout_noise"][:, :, :-1], level)
+        x = torch.cat([past, mix_noise(z[:, :, 1:], noise[:, :, 1:], sigma)], dim=2)
+        t = torch.cat([1000 * level, 1000 * sigma], dim=1)
         positions = torch.arange(F_, device=z.device)
         positions = torch.cat([positions[:-1], positions[1:]])
         v = self.dit(x, t, batch["text"], teacher_plan(F_), positions)[:, :, F_ - 1:]
@@ -434,14 +438,8 @@ class CausalModel(nn.Module):
 # ---- closed loop ----------------------------------------------------------------------------------------
 
 class Policy:
-    """What a robot's client calls: images and an instruction in, actions out.
-
-        policy = load_policy("runs/vidarc")
-        frames = [first]                               # H W 3 uint8, as data/vidar/server.py's mosaic()
-        while not done:
-            actions = policy.act(np.stack(frames), instruction, joints)      # (chunk_size, 14)
-            frames = [execute(action) for action in actions]                 # at 10 fps, best in fours
-    """
+    """What a robot's client calls: images and an instruction in, actions out. act() is called with what was
+    observed while the actions before were executed, at 10 fps and best in fours."""
     def __init__(self, args, run, dit, idm, vae, encode_prompt):
         self.args, self.run, self.dit, self.idm, self.vae = args, run, dit, idm, vae
         self.encode_prompt = encode_prompt
@@ -719,7 +717,8 @@ def draw_batch(args, run, windows, step, micro, grad_accum):
     """-> batch, values for CausalModel.forward. Which loss, and where it begins, is the same in all of a
     step: FSDP needs equal calls on all processes."""
     spec = {"window": ("randint", len(windows.rows)), "u": ("rand", (args.frames - 1) // 4),
-            "drop": ("rand",), "noise": ("randint", 2 ** 62), "rollout_noise": ("randint", 2 ** 62)}
+            "context": ("rand",), "drop": ("rand",), "noise": ("randint", 2 ** 62),
+            "rollout_noise": ("randint", 2 ** 62)}
     values, seed = vidar.sample_numbers(args, run, spec, 1, step, micro, grad_accum, args.batch_size)
     unconditional = (values["drop"] < args.cfg_drop).nonzero().flatten().tolist()
     batch = vidar.collate(windows, values["window"].tolist(), args, run.device, unconditional)
@@ -727,7 +726,8 @@ def draw_batch(args, run, windows, step, micro, grad_accum):
         values[name] = vidar.noise_like(batch["latents"], values[name])
     coin, start, length = torch.rand(3, generator=torch.Generator().manual_seed(seed + 1)).tolist()
     use_self_forcing = step >= args.self_forcing_after and coin < args.self_forcing
-    return batch, {**values, "u": values["u"].to(run.device), "use_self_forcing": use_self_forcing,
+    values |= {name: values[name].to(run.device) for name in ("u", "context")}
+    return batch, {**values, "use_self_forcing": use_self_forcing,
                    "rollout_start": start, "rollout_length": length}
 
 
