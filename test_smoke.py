@@ -200,7 +200,7 @@ SCRIPTS = {
         set=["--nx", "16", "--frames", "16", "--spacing", ".08", "--train", "1", "--t_cools", "0.1", "1"],
         prepare=lambda: well_prepare.main([*SCRIPTS["well_i2v"]["set"], "--data_dir",
                                            well.PRESETS["tiny"]["data_dir"]]),
-        stages=("adapter", "base", "high", "low", "."), reuse="", steps="--decoder_steps", typed=False,
+        stages=("adapter", "base", "high", "low", "."), reuse="", steps="--decoder_steps",
         double="--batch_size 8",
         headline=("results/one_step", "results/all_steps", "results/rollout_6:12",
                   "baselines/persistence/one_step", "baselines/base without LoRA/one_step",
@@ -239,7 +239,7 @@ SCRIPTS = {
              "--num_inference_steps 2 --num_samples 1",
         prepare=lambda: robot_prepare.main(shlex.split(
             "--data_dir data/vidar/simulated --episodes 10 --poses 8 --frames 9 --size 48 32")),
-        stages=("video", "."), reuse="", steps="--idm_steps", typed=False,
+        stages=("video", "."), reuse="", steps="--idm_steps",
         pair="--stage video", double="--batch_size 8",           # batch norm is of a process's own batch
         headline=("results/psnr_arm_beyond_1s", "results/action_accuracy_generated",
                   "baselines/persistence/psnr_arm_beyond_1s", "baselines/codec/ssim_beyond_1s",
@@ -283,7 +283,7 @@ SCRIPTS = {
              "--kv_cache_length 8 --self_forcing 1 --self_forcing_after 2 --worlds 1 --num_samples 1",
         prepare=lambda: SCRIPTS["vidar"]["prepare"]() or launch("vidar", "", full=True),
         inputs="--vidar {run}/../vidar/video/final/vidar.safetensors --idm {run}/../vidar/final/idm.pt",
-        stages=(".",), reuse="", double="--batch_size 8", typed=False, offload=True,
+        stages=(".",), reuse="", double="--batch_size 8", offload=True,
         headline=("results/psnr_arm", "results/action_accuracy", "results/success_moved",
                   "results/seconds_first_action_p50", "results/seconds_bidirectional",
                   "baselines/generated past/psnr_arm_h01", "baselines/persistence/action_l1",
@@ -788,11 +788,7 @@ def test_all_tensors_lie_on_the_device(script, base, tmp_path, monkeypatch):
     """Training, resuming, evaluation, samples: what would stop on a GPU stops here."""
     monkeypatch.setattr(common, "choose_device", lambda name: PretendedGPU.device)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)          # diffusers avoids float64
-    module, run = importlib.import_module(script), tmp_path / "run"
-    if hasattr(module, "Run"):
-        init = module.Run.__init__
-        monkeypatch.setattr(module.Run, "__init__", lambda self, args: (
-            init(self, args), setattr(self, "device", PretendedGPU.device))[0])
+    run = tmp_path / "run"
     flags = f"{base.inputs} --output_dir {run} --save_every 0 {SCRIPTS[script].get('steps', '--max_steps')}"
     with PretendedGPU() as gpu:
         with pytest.raises(AssertionError, match="of two devices"):
@@ -816,12 +812,7 @@ def printed_commands():
 
 def parsed(script, argv):
     """The flags that a script makes of a command, after its checks."""
-    module = importlib.import_module(script)
-    args = module.parse_args(argv)
-    if hasattr(module, "check_args"):
-        module.check_args(args)
-        return args
-    return args[0]
+    return importlib.import_module(script).parse_args(argv)[0]
 
 
 def test_printed_commands_are_valid(monkeypatch, tmp_path):
