@@ -39,7 +39,6 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import safe_open
 from tqdm import tqdm
 
 import common
@@ -53,7 +52,8 @@ IDM_CHUNK = 32                           # frames that the IDM takes at a time i
 # ---- presets and flags ----------------------------------------------------------------------------------
 
 PRESETS = {
-    # mask_weight .06: with .003 the mask would close later than two CPU cores can wait for.
+    # mask_weight: with .003 the mask would close later than two CPU cores can wait for; with .06 it lets only
+    # a few points through.
     "tiny": dict(
         model="tiny", stage="all", data_dir="data/vidar/simulated", height=112, width=96, frames=33,
         prompt_views="none", windows=3, text_length=64, batch_size=2, global_batch=0, max_steps=1650, lr=3e-3,
@@ -181,7 +181,7 @@ class VideoModel(nn.Module):
         self.dit, self.eta = dit, args.eta
 
     def forward(self, batch, noise, sigma):
-        """batch as of Windows.get, noise B C F h w, sigma B -> loss, {name: term to log}."""
+        """batch as of collate(), noise B C F h w, sigma B -> loss, {name: term to log}."""
         z = batch["latents"]
         x, levels = add_noise(z, noise, sigma)
         v = run_backbone(self.dit, x, 1000 * levels, batch["text"])
@@ -568,21 +568,17 @@ def build_cache(args, run, splits, folder, kinds, idm=None):
 
 
 class Cache:
-    """Windows or frames of a split, read from the cache's files as needed: 14 GB for a thousand episodes."""
+    """Windows or frames of a split. Files are mapped, not read: a thousand episodes take 14 GB."""
     def __init__(self, paths):
-        self.rows = []                                       # (file, row in it)
-        for path in paths:
-            with safe_open(path, "pt") as file:
-                self.rows += [(path, i) for i in range(len(file.get_tensor("actions")))]
+        files = [common.load_weights(path) for path in paths]
+        self.rows = [(file, i) for file in files for i in range(len(file["actions"]))]
 
     def get(self, numbers):
         """-> {name: [tensor of each row]}."""
         columns = {}
-        for path, i in (self.rows[number] for number in numbers):
-            with safe_open(path, "pt") as file:
-                for name in file.keys():
-                    value = file.get_tensor(name) if name in ("text", "empty") else file.get_slice(name)[i]
-                    columns.setdefault(name, []).append(value)
+        for file, i in (self.rows[number] for number in numbers):
+            for name, value in file.items():
+                columns.setdefault(name, []).append(value if name in ("text", "empty") else value[i])
         return columns
 
 

@@ -372,7 +372,7 @@ def decode_next(vae, z, state=None):
 
 
 # ---- objective ------------------------------------------------------------------------------------------
-# batch    as of vidar.Windows.get: latents B C F h w, text B L D, valid B F, arm B 1 F h w
+# batch    as of vidar.collate(): latents B C F h w, text B L D, valid B F, arm B 1 F h w
 # values   drawn outside, so that all processes make the same calls: u B F-1 in [0, 1), the noise level of
 #          each latent frame; noise, rollout_noise B C F h w; and the same for all samples: use_self_forcing,
 #          rollout_start and rollout_length in [0, 1)

@@ -907,8 +907,16 @@ class Stage:
         self.model = Forecaster(args, adapter, vae, {})
         if name == "decoder":
             self.model = load_forecaster(args, run, before=name)
+        self.forecast = functools.lru_cache(2048)(self.make_forecast)          # networks before are frozen
         self.spec = {"window": ("randint", len(data["train"].rows)), "shift": ("rand",), "u": ("rand",),
                      "noise": ("randn", *latent_shape(args, adapter))}
+
+    def make_forecast(self, split, number):
+        """A window's forecast before the decoder, n_out C H W, with noise of its own."""
+        fields, text = split.fields([number]), split.text([split.rows[number]], self.run.device)
+        z, cond = self.model.encode(fields.to(self.run.device))
+        noise = seeded_noise(z, [(self.args.seed, number)])
+        return self.model.decode(self.model.sample_latents(cond, noise, text))[0]
 
     def inputs(self, split, numbers, values, shifts=None):
         """-> arguments of the module's forward."""
@@ -916,14 +924,13 @@ class Stage:
         fields = split.fields(numbers, shifts).to(self.run.device)
         if self.name in ("adapter", "convlstm"):
             return fields, *self.context
-        text = split.text([split.rows[n] for n in numbers], self.run.device)
-        z, cond = model.encode(fields)
         if self.name != "decoder":
-            return z, cond, text, draw_sigma(values["u"], self.name, self.args.shift), values["noise"]
-        mapped = model.adapter.map(fields, fields[:, :1])[:, -n_out - 1:]
-        y = None
+            text = split.text([split.rows[n] for n in numbers], self.run.device)
+            sigma = draw_sigma(values["u"], self.name, self.args.shift)
+            return *model.encode(fields), text, sigma, values["noise"]
+        mapped, y = model.adapter.map(fields, fields[:, :1])[:, -n_out - 1:], None
         if self.args.mode == "native":
-            y = model.decode(model.sample_latents(cond, values["noise"], text))
+            y = split.roll(torch.stack([self.forecast(split, n) for n in numbers]), shifts)
         # Up to four successive frames, from a random true one on: each costs a pass of the decoder.
         unroll = min(4, n_out)
         lead = 1 + (values["u"] * (n_out - unroll + 1)).long().clamp(max=n_out - unroll)

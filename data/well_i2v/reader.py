@@ -157,17 +157,23 @@ class Windows:
         self.texts = {}                          # prompt -> L D, by open_data
 
     def fields(self, numbers, shifts=None):
-        """Windows -> B T C H W. shifts: B in [0, 1), by which periodic axes are rolled."""
-        windows = []
-        for b, n in enumerate(numbers):
-            i, trajectory, start = self.rows[n]
-            window = read_window(self.files[i], trajectory, start, self.args.n_in + self.args.n_out)
-            for axis, periodic in enumerate(self.periodic if shifts is not None else ()):
+        """Windows -> B T C H W, rolled by `shifts`."""
+        length = self.args.n_in + self.args.n_out
+        places = [self.rows[n] for n in numbers]
+        windows = [read_window(self.files[i], trajectory, start, length) for i, trajectory, start in places]
+        return self.roll(torch.stack(windows), shifts)
+
+    def roll(self, windows, shifts):
+        """B T C H W, rolled along periodic axes by shifts B in [0, 1) of the grid; None: as they are."""
+        if shifts is None:
+            return windows
+        rolled = []
+        for window, share in zip(windows, shifts.tolist()):
+            for axis, periodic in enumerate(self.periodic):
                 if periodic:                     # by another share of the second axis
-                    share = shifts[b].item() * 7919 ** axis % 1
-                    window = window.roll(int(share * self.grid[axis]), 2 + axis)
-            windows.append(window)
-        return torch.stack(windows)
+                    window = window.roll(int(share * 7919 ** axis % 1 * self.grid[axis]), 2 + axis)
+            rolled.append(window)
+        return torch.stack(rolled)
 
     def prompt(self, i, k):
         """Of trajectory k of file i: the set's name and its scalars, as "shear flow, Reynolds 1e+05"."""
