@@ -100,7 +100,7 @@ def add_stage_flags(parser):
     add("--cpu_offload", action="store_true", help="with --fsdp: keep weights and optimizer on the CPU")
     add = parser.add_argument_group("sampling and evaluation").add_argument
     add("--eval_clips", type=at_least(0), default=0, help="held-out episodes of --eval (0: all)")
-    add("--num_samples", type=at_least(1), default=3, help="videos of --sample")
+    add("--num_samples", type=at_least(1), default=3, help="videos to sample: 3 are best, median and worst")
     return parser
 
 
@@ -643,7 +643,7 @@ def sample_video(args, run, model, vae, encode_prompt, first, episode, seed):
 @torch.no_grad()
 def evaluate(args, run, model, idm, splits, folder):
     """Scores on held-out episodes -> [eval.json, curves.png]. model or idm may be None."""
-    began, videos, actions = time.time(), {}, {}
+    began, videos, actions, clips = time.time(), {}, {}, {"name": []}
     if model is not None:
         vae, encode_prompt = load_codec(args, folder, run.device), text_encoder(args, run.device)
     count = len(tasks(splits["test"]))           # random poses follow
@@ -665,17 +665,18 @@ def evaluate(args, run, model, idm, splits, folder):
                       "codec": (common.wan_decode(vae, z)[0].cpu() + 1) / 2}
             for method, video in frames.items():
                 videos.setdefault(method, []).append(video_scores(video, truth, arm, valid))
+            clips["name"].append(episode.folder.name)
             predictions["persistence", "generated"] = target[:1].expand_as(target), later
             if idm is not None:
                 predicted, _ = predict_actions(idm, frames["model"], run.device)
                 predictions["model", "generated"] = predicted, later
         for key, (predicted, known) in predictions.items():
             actions.setdefault(key, []).append((predicted[known], target[known]))
-    videos, actions = common.gather_rows(videos), common.gather_rows(actions)
-    return [] if run.rank else report(args, videos, actions, began)
+    videos, actions, clips = (common.gather_rows(table) for table in (videos, actions, clips))
+    return [] if run.rank else report(args, videos, actions, clips, began)
 
 
-def report(args, videos, actions, began):
+def report(args, videos, actions, clips, began):
     """Means, eval.json, curves.png and the printed table of what evaluate() collected."""
     scores = {}
     for method, tables in videos.items():
@@ -686,16 +687,19 @@ def report(args, videos, actions, began):
     for (method, source), rows in actions.items():
         values = idm_scores(*(torch.cat(column) for column in zip(*rows)))
         scores.setdefault(method, {}).update({f"action_{name}_{source}": x for name, x in values.items()})
+    names, ranking = clips.pop("name"), {}
     results = scores.pop("model")
     headline = "action_l1_real", "mean action", True
     if "psnr_beyond_1s" in results:
-        arm = "psnr_arm_beyond_1s" in results
-        headline = "psnr_arm_beyond_1s" if arm else "psnr_beyond_1s", "persistence", False
+        metric = "psnr_arm" if "psnr_arm" in results else "psnr"
+        headline = f"{metric}_beyond_1s", "persistence", False
+        for name, table in zip(names, videos["model"]):
+            ranking[name] = table[metric][0, min(FPS, (args.frames - 1) // 2):].nanmean().item()
     columns = ["psnr_arm_beyond_1s", "psnr_beyond_1s", "ssim_beyond_1s", "action_r2_real",
                "action_r2_worst_real", "action_l1_real", "action_r2_generated"]
     weights = args.vidar or ("tiny, trained by this run" if args.model == "tiny" else args.weights_from)
     return common.report(SCRIPT, args, weights, began, headline, results, scores,
-                         [name for name in columns if name in results],
+                         [name for name in columns if name in results], ranking,
                          [name for name in ("psnr_arm", "psnr") if name in results],
                          [stage.folder for stage in stage_plan(args)])
 
@@ -705,19 +709,21 @@ def sample(args, run, model, idm, splits, folder):
     if run.rank or model is None:
         return []
     vae, encode_prompt, files = load_codec(args, folder, run.device), text_encoder(args, run.device), []
-    labels = ["given", *(f"t+{t}" for t in range(1, args.frames))]
-    for number, episode in enumerate(tasks(splits["test"])[:args.num_samples]):
+    episodes = {episode.folder.name: episode for episode in tasks(splits["test"])}
+    for case, number in common.pick_cases(args.output_dir, list(episodes), args.num_samples).items():
+        name, episode = list(episodes.items())[number]
         truth = robot_data.load_window(episode, args.frames, (args.height, args.width))[0]
         video = sample_video(args, run, model, vae, encode_prompt, truth[0], episode, args.seed + number)
-        panels = {"real video": truth * 2 - 1, "sampled video": video * 2 - 1}
-        stem = Path(args.output_dir, "samples", episode.folder.name)
-        files.append(common.write_video(f"{stem}_sampled.mp4", panels["sampled video"], FPS))
+        panels = {"ground truth": truth * 2 - 1, "prediction": video * 2 - 1}
+        panels["error"] = common.error_picture(*panels.values())
+        stem = Path(args.output_dir, "samples", f"{case}_{name}")
+        files.append(common.write_video(f"{stem}_sampled.mp4", panels["prediction"], FPS))
         if idm is not None:
             actions, mask = predict_actions(idm, video, run.device)
-            panels["seen by the IDM"] = video * (resize(mask, video.shape[-2:]) >= .5) * 2 - 1
+            panels["seen by\nthe IDM"] = video * (resize(mask, video.shape[-2:]) >= .5) * 2 - 1
             np.save(f"{stem}_actions.npy", actions.numpy())
             files.append(f"{stem}_actions.npy")
-        files += common.write_panels(stem, panels, labels, 1, FPS, max(1, 224 // args.height), columns=7)
+        files += common.write_panels(stem, {"": panels}, 1, FPS, max(1, 224 // args.height))
     return files
 
 
@@ -1033,12 +1039,11 @@ def run_script(argv):
             shutil.copy(folder / "codec.safetensors", args.output_dir)
         common.barrier()
     models = load_models(args, run.device, checkpoint if inference_only else None)
-    files = evaluate(args, run, *models, splits, args.output_dir) if args.eval or not inference_only else []
+    files = evaluate(args, run, *models, splits, args.output_dir) if common.wants_evaluation(args) else []
     if args.sample or not inference_only:
         files += sample(args, run, *models, splits, args.output_dir)
     if run.rank == 0:
         common.show_results(args.output_dir, files, args.tensorboard, args.wandb)
-        print("wrote " + ", ".join(files))
     common.shutdown()
 
 
