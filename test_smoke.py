@@ -3335,6 +3335,26 @@ def test_vidar_episodes(trained, tmp_path, capsys):
     assert "train: 9 episodes, 8 with a task" in capsys.readouterr().out
 
 
+def test_vidar_following_an_instruction():
+    """The expert of a simulated world follows its instruction and not the other one."""
+    world = robot_world.ArmWorld(3, (112, 96))
+    frames, states = [world.observe()], [world.state]
+    for action in world.expert_actions(30):
+        world.step(action)
+        frames.append(world.observe())
+        states.append(world.state)
+    video = torch.from_numpy(np.stack(frames)).movedim(-1, 1) / 255
+    states = torch.from_numpy(np.stack(states))
+    task = robot_data.Episode(Path(), states.numpy(), world.instruction, False, ())
+    other = robot_data.other_task(task)
+    assert {"left", "right", "red", "blue"} <= set(f"{task.instruction} {other.instruction}".split())
+    for episode, follows in ((task, 1), (other, 0)):
+        scores = robot_data.follows_instruction(video, states, episode)
+        assert scores == {"follows_arm": follows, "follows_block": follows}
+    task.instruction = "put the left cup away."
+    assert robot_data.other_task(task) is None
+
+
 # ---- vidarc.py ------------------------------------------------------------------------------------------
 
 def vidarc_args(flags=""):

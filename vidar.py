@@ -670,6 +670,13 @@ def evaluate(args, run, model, idm, splits, folder):
             if idm is not None:
                 predicted, _ = predict_actions(idm, frames["model"], run.device)
                 predictions["model", "generated"] = predicted, later
+                task = robot_data.other_task(episode)
+                if task:                         # the same first frame with both instructions
+                    other = sample_video(args, run, model, vae, encode_prompt, truth[0], task, number)
+                    others = predict_actions(idm, other, run.device)[0]
+                    for row in (frames["model"], predicted, episode), (other, others, task):
+                        for name, value in robot_data.follows_instruction(*row).items():
+                            clips.setdefault(name, []).append(value)
         for key, (predicted, known) in predictions.items():
             actions.setdefault(key, []).append((predicted[known], target[known]))
     videos, actions, clips = (common.gather_rows(table) for table in (videos, actions, clips))
@@ -688,6 +695,9 @@ def report(args, videos, actions, clips, began):
         values = idm_scores(*(torch.cat(column) for column in zip(*rows)))
         scores.setdefault(method, {}).update({f"action_{name}_{source}": x for name, x in values.items()})
     names, ranking = clips.pop("name"), {}
+    for name, values in clips.items():           # of both instructions: .5 for a model that ignores them
+        scores["model"][name] = float(np.mean(values))
+        scores.setdefault("chance", {})[name] = .5
     results = scores.pop("model")
     headline = "action_l1_real", "mean action", True
     if "psnr_beyond_1s" in results:
@@ -696,7 +706,8 @@ def report(args, videos, actions, clips, began):
         for name, table in zip(names, videos["model"]):
             ranking[name] = table[metric][0, min(FPS, (args.frames - 1) // 2):].nanmean().item()
     columns = ["psnr_arm_beyond_1s", "psnr_beyond_1s", "ssim_beyond_1s", "action_r2_real",
-               "action_r2_worst_real", "action_l1_real", "action_r2_generated"]
+               "action_r2_worst_real", "action_l1_real", "action_r2_generated", "follows_arm",
+               "follows_block"]
     weights = args.vidar or ("tiny, trained by this run" if args.model == "tiny" else args.weights_from)
     return common.report(SCRIPT, args, weights, began, headline, results, scores,
                          [name for name in columns if name in results], ranking,
