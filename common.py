@@ -683,13 +683,15 @@ def picture_grid(rows, columns, scale=2, gap=4, forecast_from=None, legends=None
     from PIL import Image, ImageDraw, ImageFont
     legends = legends or {}
     H, W = (scale * side for side in next(iter(rows.values()))[0].shape[-2:])
-    size = max(13, W // 6)                       # legible where a phone shows seven columns
+    size = max(13, min(H, W) // 6)               # legible where a phone shows seven columns
     font = ImageFont.load_default(size=size)
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1))).multiline_textbbox
     left = 12 + int(max(measure((0, 0), name, font)[2] for name in rows))
     top = 6 + int(max(measure((0, 0), name, font)[3] for name in columns))
-    values = [font.getlength(text) for legend in legends.values() for text in (legend.low, legend.high)]
-    right = 12 + int(max(values)) if values else 0
+    tall = max(4, H - 2 * size - 8)              # of a legend, between its two numbers
+    wide = {name: 14 if x.legend.shape[-1] == 1 else tall for name, x in legends.items()}
+    texts = [font.getlength(value) for x in legends.values() for value in (x.low, x.high)]
+    right = 12 + int(max([*wide.values(), *texts])) if legends else 0
     edge = left + len(columns) * (W + gap)
     page = Image.new("RGB", (edge - gap + right, top + len(rows) * (H + gap) - gap), "white")
     canvas = ImageDraw.Draw(page)
@@ -709,10 +711,9 @@ def picture_grid(rows, columns, scale=2, gap=4, forecast_from=None, legends=None
         for i, picture in enumerate(pictures):
             paste(picture, left + i * (W + gap), y, W, H)
         if name in legends:
-            legend, tall = legends[name], H - 2 * size - 8
-            paste(legend.legend, edge + 2, y + size + 4, 14 if legend.legend.shape[-1] == 1 else tall, tall)
-            text(edge + 2, y, legend.high, "la")
-            text(edge + 2, y + H, legend.low, "ld")
+            paste(legends[name].legend, edge + 2, y + size + 4, wide[name], tall)
+            text(edge + 2, y, legends[name].high, "la")
+            text(edge + 2, y + H, legends[name].low, "ld")
     if forecast_from:
         x = left + forecast_from * (W + gap) - gap // 2
         canvas.line((x, 0, x, page.height), fill="red", width=2)
