@@ -656,7 +656,7 @@ def sample(args, run, model, test):
         labels = ["t"] + [f"t+{n}\nMSE {e:.0f}" for n, e in enumerate(mse[1:].tolist(), 1)]
         labels += [f"t+{n}" for n in range(len(labels), len(truth))]
         rows = {"ground truth": truth, "prediction": prediction, "error": error}
-        stem = f"{args.output_dir}/samples/{case}_{names[i].replace('/', '_')}"
+        stem = f"{args.output_dir}/samples/{case}_{os.path.splitext(names[i])[0].replace('/', '_')}"
         files += common.write_panels(stem, {"": rows}, fps=15, labels=labels)
     return files
 
