@@ -3335,6 +3335,11 @@ def test_vidar_episodes(trained, tmp_path, capsys):
     assert "train: 9 episodes, 8 with a task" in capsys.readouterr().out
 
 
+def test_vidar_words_have_embeddings_of_their_own():
+    red, blue, none = map(vidar.embed_words, ("the red block.", "the blue block.", ""))
+    assert (red == blue).all(1).tolist() == [True, True, False, True] and none.tolist() == red[:1].tolist()
+
+
 def test_vidar_following_an_instruction():
     """The expert of a simulated world follows its instruction and not the other one."""
     world = robot_world.ArmWorld(3, (112, 96))

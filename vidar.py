@@ -28,9 +28,11 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -67,8 +69,6 @@ PRESETS = {
 TINY = {
     "transformer": {"num_attention_heads": 4, "attention_head_dim": 32, "in_channels": 16, "out_channels": 16,
                     "text_dim": 32, "freq_dim": 64, "ffn_dim": 384, "num_layers": 4},
-    "text_encoder": {"vocab_size": 259, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2,
-                     "num_heads": 2},
 }
 # These shape the weights or give them their meaning: a checkpoint's values hold.
 MODEL_FLAGS = ("model", "stage", "text_length", "height", "width")
@@ -344,7 +344,7 @@ def load_part(args, part, device, source=None):
     """A part of Wan from `source` (default --weights_from): pretrained weights, or random ones in its shape
     or the tiny shape. Transformer and VAE are fp32, the text encoder of the 5B model is bf16."""
     tiny = args.model == "tiny"
-    dtype = torch.bfloat16 if part == "text_encoder" and not tiny else torch.float32
+    dtype = torch.bfloat16 if part == "text_encoder" else torch.float32
     torch.manual_seed(0)         # whatever --seed is: no checkpoint holds what is random and frozen
     return common.load_wan(source or args.weights_from, part=part, config=TINY if tiny else args.model,
                            dtype=dtype, device=device, random_init=not source and (args.random_init or tiny))
@@ -357,8 +357,19 @@ def load_codec(args, folder, device):
     return load_part(args, "vae", device).requires_grad_(False)
 
 
+def embed_words(prompt):
+    """The tiny model's text encoder: a fixed random vector per word, L D, behind one of ones. The projection
+    in the transformer, which is trained, gives words a meaning. After a random T5 over bytes, tasks that
+    name another arm or block differ by an eighth."""
+    words, size = re.findall(r"\w+", prompt.lower()), TINY["transformer"]["text_dim"]
+    seeds = [torch.Generator().manual_seed(zlib.crc32(word.encode())) for word in words]
+    return torch.stack([torch.ones(size), *(torch.randn(size, generator=seed) for seed in seeds)])
+
+
 def text_encoder(args, device):
     """-> function: prompt -> embeddings L D on the CPU."""
+    if args.model == "tiny":
+        return embed_words
     parts = [load_part(args, part, device) for part in ("tokenizer", "text_encoder")]
     return functools.cache(lambda prompt: common.encode_text(*parts, [prompt], args.text_length)[0].cpu())
 
@@ -489,6 +500,7 @@ def generate(dit, z0, text, empty, args, seed):
 def cache_folder(args, splits):
     """By a hash of CACHE_FLAGS, of the data set's files, and of the IDM if it has to locate the arms."""
     recipe = [json.dumps({name: getattr(args, name) for name in CACHE_FLAGS}), str(bool(args.eta))]
+    recipe += ["words"] if args.model == "tiny" else []                        # kind of the text's embeddings
     episodes = [episode for part in splits.values() for episode in part]
     paths = [episode.folder / name for episode in episodes
              for name in ("video.mp4", "actions.npy", "mask.npz")]
