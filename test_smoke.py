@@ -1371,7 +1371,7 @@ def test_pictures_begin_at_the_first_horizon(tmp_path, monkeypatch):
     written = common.write_panels(stem, {"depth": {"ground truth": video, "prediction": values}}, observed=4)
     assert written == [f"{stem}.mp4", f"{stem}.png"] and common.read_video(written[0]).shape[0] == 34
     rows, columns, _, settings = grids[-1]
-    assert columns == ["t", "t+1", "t+7", "t+12", "t+18", "t+24", "t+30"] and settings["forecast_from"] == 1
+    assert columns == ["t", "t+1", "t+7", "t+13", "t+18", "t+24", "t+30"] and settings["forecast_from"] == 1
     assert list(rows) == ["ground truth\ndepth", "prediction\ndepth"]
     assert list(settings["legends"]) == ["prediction\ndepth"]
     assert torch.equal(rows["ground truth\ndepth"][1], video[4])
