@@ -3,14 +3,15 @@
 Flags        at_least between Parser parse_args auto_preset choose_device choose_dtype
 Tensors      seed_all sample_global_batch expand_to to_uint8 from_uint8 EMA count_params
 Processes    all_mean gather_rows barrier shutdown print_once announce simulate_missing_data
-Metrics      mse psnr ssim fair_crps frechet_distance fvd
+Metrics      mse psnr ssim fair_crps rank_histogram frechet_distance fvd
 Files        read_text read_image read_images find_files video_frames read_video write_video
-             picture_grid write_panels
+             Coloured coloured error_picture picture_grid write_panels
 Checkpoints  save_run load_run find_checkpoint save_checkpoint load_checkpoint save_weights load_weights
              save_pt gather_state restore_state install_sigterm_handler
 Wan          load_wan official_names wan_encode wan_decode LinearCodec encode_text pad_text save_lora
 Run records  UserError one_line_errors write_json Log horizon_means print_table report describe_data
-             show_results write_report_page loss_panel plot_curves provenance dry_run_report
+             wants_evaluation pick_cases show_results write_report_page loss_panel rank_panel plot_curves
+             provenance dry_run_report
 
 Shapes: B batch, T frames, C channels, H W pixels. A video is B T C H W (or T C H W) in [-1, 1] unless a name
 says otherwise.
@@ -241,9 +242,6 @@ def sample_global_batch(spec, seed, batch_size, rank=0, world=1, micro=0, grad_a
     return values
 
 
-draw = sample_global_batch                       # the old name, until the last script has changed
-
-
 def expand_to(t, x):
     """(B,) -> (B, 1, ..., 1) with as many dimensions as x, to broadcast a per-sample number over x."""
     return t.reshape(t.shape + (1,) * (x.ndim - t.ndim))
@@ -397,6 +395,23 @@ def fvd(detector, predicted, truth, device="cpu"):
         raise UserError(f"--i3d {detector} is not StyleGAN-V's i3d_torchscript.pt, or does not take clips of "
                         f"{truth.shape[1]} frames: {reason(error)}") from error
     return frechet_distance(*features)
+
+
+def rank_histogram(members, truth):
+    """Members m N, truth N -> m + 1 counts: how often 0 to m members are below the truth. They are equal for
+    a calibrated ensemble (Hamill 2001). Ties count in equal parts for all ranks that they span."""
+    below, below_or_equal = (members < truth).sum(0), (members <= truth).sum(0)
+    ranks = torch.arange(len(members) + 1, device=members.device)[:, None]
+    spanned = (below <= ranks) & (ranks <= below_or_equal)
+    return (spanned / (below_or_equal - below + 1)).sum(1).cpu()
+
+
+def rank_panel(counts):
+    """Counts of rank_histogram -> a panel for plot_curves."""
+    m = len(counts) - 1
+    return {"title": "rank of the truth in the ensemble", "xlabel": f"members below the truth, of {m}",
+            "ylabel": "frequency / that of a calibrated one", "lines": {"calibrated": ([0, m], [1, 1])},
+            "bars": (list(range(m + 1)), (counts / counts.mean()).tolist())}
 
 
 def fair_crps(members, truth, dim=0):
@@ -636,50 +651,112 @@ def write_video(path, x, fps=8, options=("-crf", "16", "-pix_fmt", "yuv420p")):
 
 
 
-def picture_grid(rows, columns, scale=2, gap=4, forecast_from=None):
+class Coloured(NamedTuple):
+    """Values drawn in colours, as a video T 3 H W in [-1, 1], and their legend: a picture of the colours
+    3 h w (a bar if w is 1) and the values at its lower and upper end."""
+    video: torch.Tensor
+    legend: torch.Tensor
+    low: str
+    high: str
+
+
+def coloured(values, low, high, unit, cmap="viridis", labels=None):
+    """Values T H W -> Coloured, from `low` to `high`. labels: texts for these two instead of the numbers."""
+    import matplotlib
+    colours = torch.from_numpy(matplotlib.colormaps[cmap](np.arange(256))[:, :3]).float() * 2 - 1
+    index = ((values.cpu() - low) / max(high - low, 1e-12)).clamp(0, 1).mul(255).round().long()
+    low, high = labels or (f"{low:.3g}", f"{high:.3g}")
+    return Coloured(colours[index].movedim(-1, 1), colours.flip(0).T[:, :, None], low, f"{high} {unit}")
+
+
+def error_picture(prediction, truth):
+    """Videos T 3 H W in [-1, 1] -> Coloured: mean over the channels of |error|, of pixels in [0, 1]."""
+    return coloured((prediction - truth).abs().mean(1) / 2, 0.0, 0.5, "", "magma")
+
+
+def picture_grid(rows, columns, scale=2, gap=4, forecast_from=None, legends=None):
     """Labelled pictures: {row name: [C H W in [-1, 1], ...]} and a name per column -> 3 H' W' uint8.
 
     Enlarged `scale` times without smoothing: a pixel stays a pixel. A red line stands before column
-    `forecast_from`, the first one that is not observed.
+    `forecast_from`, the first one that is not observed. legends: {row name: Coloured}.
     """
     from PIL import Image, ImageDraw, ImageFont
-    font = ImageFont.load_default(size=13)
-    C, H, W = next(iter(rows.values()))[0].shape
-    H, W = H * scale, W * scale
-    left = 12 + int(max(font.getlength(name) for name in rows))
-    top = 20
-    width = left + len(columns) * (W + gap) - gap
-    page = Image.new("RGB", (width, top + len(rows) * (H + gap) - gap), "white")
+    legends = legends or {}
+    H, W = (scale * side for side in next(iter(rows.values()))[0].shape[-2:])
+    size = max(13, min(H, W) // 6)               # legible where a phone shows seven columns
+    font = ImageFont.load_default(size=size)
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1))).multiline_textbbox
+    left = 12 + int(max(measure((0, 0), name, font)[2] for name in rows))
+    top = 6 + int(max(measure((0, 0), name, font)[3] for name in columns))
+    tall = max(4, H - 2 * size - 8)              # of a legend, between its two numbers
+    wide = {name: 14 if x.legend.shape[-1] == 1 else tall for name, x in legends.items()}
+    texts = [font.getlength(value) for x in legends.values() for value in (x.low, x.high)]
+    right = 12 + int(max([*wide.values(), *texts])) if legends else 0
+    edge = left + len(columns) * (W + gap)
+    page = Image.new("RGB", (edge - gap + right, top + len(rows) * (H + gap) - gap), "white")
     canvas = ImageDraw.Draw(page)
+
+    def text(x, y, content, anchor="mm"):
+        canvas.text((x, y), content, fill="black", font=font, anchor=anchor, align="center")
+
+    def paste(picture, x, y, width, height):
+        pixels = to_uint8(picture).expand(3, -1, -1).permute(1, 2, 0).cpu().numpy()
+        page.paste(Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST), (x, y))
+
     for i, name in enumerate(columns):
-        canvas.text((left + i * (W + gap) + W // 2, top // 2), name, fill="black", font=font, anchor="mm")
+        text(left + i * (W + gap) + W // 2, top // 2, name)
     for j, (name, pictures) in enumerate(rows.items()):
         y = top + j * (H + gap)
-        canvas.text((left // 2, y + H // 2), name, fill="black", font=font, anchor="mm")
+        text(left // 2, y + H // 2, name)
         for i, picture in enumerate(pictures):
-            pixels = to_uint8(picture).expand(3, -1, -1).permute(1, 2, 0).cpu().numpy()
-            tile = Image.fromarray(pixels).resize((W, H), Image.Resampling.NEAREST)
-            page.paste(tile, (left + i * (W + gap), y))
+            paste(picture, left + i * (W + gap), y, W, H)
+        if name in legends:
+            paste(legends[name].legend, edge + 2, y + size + 4, wide[name], tall)
+            text(edge + 2, y, legends[name].high, "la")
+            text(edge + 2, y + H, legends[name].low, "ld")
     if forecast_from:
         x = left + forecast_from * (W + gap) - gap // 2
         canvas.line((x, 0, x, page.height), fill="red", width=2)
     return torch.from_numpy(np.array(page)).permute(2, 0, 1)
 
 
-def write_panels(stem, videos, labels, observed=0, fps=8, scale=2, columns=12):
-    """Videos of equal size and length, {name: T C H W in [-1, 1]} -> [stem.mp4, stem.png].
+def strip_frames(total, observed, columns):
+    """Numbers of the frames that a picture with `columns` columns shows: all, or the last observed one, the
+    first forecast and, evenly spaced, others up to the last."""
+    if total <= columns:
+        return list(range(total))
+    given = [observed - 1] if observed else []
+    count = min(columns - len(given), total - observed)
+    return given + np.linspace(observed, total - 1, count).round().astype(int).tolist()
 
-    labels: T names of frames, such as "t+1"; the first `observed` frames are given. The .mp4 shows the videos
-    side by side; the .png has a row for each and at most `columns` frames, evenly spaced.
+
+def write_panels(stem, panels, observed=1, fps=8, scale=2, labels=None):
+    """Videos of equal size and length, {quantity: {method: T C H W in [-1, 1] or Coloured}}, the first
+    `observed` frames of which are given -> [stem.mp4, stem.png].
+
+    The .mp4 has a row of videos for each quantity, the .png a row for each video and a column for some of the
+    frames. labels: T names of frames (default: their horizons, ..., t-1, t, t+1, ...).
     """
-    frames = [picture_grid({label: [video[t] for video in videos.values()]}, list(videos), scale)
-              for t, label in enumerate(labels)]
-    width = max(frame.shape[-1] for frame in frames)                 # the labels' widths differ
-    frames = [F.pad(frame, (width - frame.shape[-1], 0), value=255) for frame in frames]
-    shown = torch.linspace(0, len(labels) - 1, min(columns, len(labels))).round().long().tolist()
-    rows = {name: [video[t] for t in shown] for name, video in videos.items()}
-    forecast_from = sum(t < observed for t in shown)
-    strip = picture_grid(rows, [labels[t] for t in shown], scale, forecast_from=forecast_from)
+    legends, rows, tiles = {}, {}, {}
+    for quantity, methods in panels.items():
+        for method, video in methods.items():
+            name = f"{method}\n{quantity}".strip()
+            if isinstance(video, Coloured):
+                legends[name], video = video, video.video
+            rows[name] = tiles.setdefault(quantity, {})[method] = video
+    T = len(video)
+    labels = labels or [f"t{t:+}" if t else "t" for t in range(1 - observed, T - observed + 1)]
+    frames = []
+    for t, label in enumerate(labels):
+        frames.append([picture_grid({f"{quantity}\n{label}".strip(): [video[t] for video in row.values()]},
+                                    list(row), scale) for quantity, row in tiles.items()])
+    width = max(grid.shape[-1] for frame in frames for grid in frame)            # the labels' widths differ
+    frames = [torch.cat([F.pad(grid, (width - grid.shape[-1], 0), value=255) for grid in frame], dim=1)
+              for frame in frames]
+    shown = strip_frames(T, observed, 7)
+    strip = picture_grid({name: [video[t] for t in shown] for name, video in rows.items()},
+                         [labels[t] for t in shown], scale, forecast_from=sum(t < observed for t in shown),
+                         legends=legends)
     return [write_video(f"{stem}.mp4", torch.stack(frames), fps), write_video(f"{stem}.png", strip[None])]
 
 
@@ -1430,8 +1507,8 @@ def open_trackers(folder, tensorboard=False, wandb=None, config=None, purge_step
 
 
 def show_results(folder, written, tensorboard=False, wandb=None):
-    """Shows what evaluation and sampling have `written` into a run's folder (eval.json's results, every .png)
-    where Log shows its curves, at the step of the newest checkpoint. On rank 0.
+    """Prints the files that evaluation and sampling have `written`, and shows eval.json's results and every
+    .png where Log shows its curves, at the step of the newest checkpoint. On rank 0.
 
     The W&B run is the one whose training this process did; --sample or --eval alone begin another one.
     """
@@ -1446,6 +1523,7 @@ def show_results(folder, written, tensorboard=False, wandb=None):
         track(int(newest.name[5:]) if newest else 0, values)
     if (folder / "args.json").is_file():
         write_report_page(folder)
+    print("wrote " + ", ".join(written))
 
 
 class Log:
@@ -1619,25 +1697,47 @@ def print_table(rows, columns):
         print(f"{row:<{left}}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths)))
 
 
-def report(script, args, weights, began, headline, results, baselines, columns, curves=(), stages=(".",)):
+def wants_evaluation(args):
+    """Whether to evaluate: after training, on --eval, and for --sample without scores to pick clips by."""
+    return not args.sample or args.eval or not Path(args.output_dir, "eval.json").is_file()
+
+
+def pick_cases(folder, names, count=3):
+    """The clips to show -> {"best": i, "median": j, "worst": k}, numbers in `names`, the held-out clips, by
+    their scores in folder/eval.json. Another count than 3 takes ranks that are evenly spaced, too."""
+    scores = json.loads(read_text(Path(folder, "eval.json"))).get("clips", {})
+    order = [names.index(name) for name in scores if name in names]              # the best comes first
+    if not order:
+        raise UserError(f"{folder}/eval.json has no scores of these clips: --eval computes them")
+    last = len(order) - 1
+    titles = {last // 2: "median", last: "worst", 0: "best"}
+    ranks = [int(rank) for rank in np.linspace(0, last, count)]
+    return {titles.get(rank, f"rank_{rank + 1}"): order[rank] for rank in ranks}
+
+
+def report(script, args, weights, began, headline, results, baselines, columns, clips, curves=(),
+           stages=(".",), panels=()):
     """Writes eval.json and curves.png, and prints a table with a row per method and `columns` of metrics.
 
     headline: (metric, name of its baseline, whether lower is better). results: {metric: number}; baselines:
-    {name: {metric: number}}. curves: metrics with values per horizon (horizon_means). stages: folders whose
-    losses are drawn. began: time.time() at the start. -> the two files.
+    {name: {metric: number}}. clips: {name: headline metric, or a score in its direction} of the held-out
+    clips. curves: metrics with values per horizon (horizon_means). stages: folders whose losses are drawn.
+    panels: more of them, for plot_curves. began: time.time() at the start. -> the two files.
     """
     folder = Path(args.output_dir)
     metric, baseline, lower = headline
+    clips = sorted(((name, score) for name, score in clips.items() if math.isfinite(score)),
+                   key=lambda clip: clip[1], reverse=not lower)
     write_json(folder / "eval.json", {
         "script": script, "preset": args.preset, "data": describe_data(args.data_dir), "weights": weights,
         "seconds": time.time() - began, "headline": {"metric": metric, "value": results[metric],
                                                      "baseline": baselines[baseline][metric],
                                                      "lower_is_better": lower},
-        "results": results, "baselines": baselines})
+        "results": results, "baselines": baselines, "clips": dict(clips)})
     methods = {"model": results, **baselines}
     print_table(methods, columns)
-    panels = [loss_panel(folder / stage, "loss" if stage == "." else f"loss, {stage}") for stage in stages]
-    panels = [panel for panel in panels if panel["lines"]]             # not of a stage that was reused
+    losses = [loss_panel(folder / stage, "loss" if stage == "." else f"loss, {stage}") for stage in stages]
+    panels = [*(panel for panel in losses if panel["lines"]), *panels]           # no stage that was reused
     for name in curves:
         lines = {}
         for method, values in methods.items():
@@ -1667,12 +1767,15 @@ def loss_panel(folder, title, keys=("loss", "val_loss")):
 
 
 def plot_curves(path, panels):
-    """A picture with a panel per entry: [{"title", "xlabel", "ylabel", "lines": {name: (xs, ys)}, "log"}]."""
+    """A picture with a panel per entry: [{"title", "xlabel", "ylabel", "lines": {name: (xs, ys)}, "log",
+    "bars": (xs, heights)}]."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(1, len(panels), figsize=(4.6 * len(panels), 3.6), squeeze=False)
     for axis, panel in zip(axes[0], panels):
+        if "bars" in panel:
+            axis.bar(*panel["bars"], color="0.8", edgecolor="0.4")
         for name, (xs, ys) in panel["lines"].items():
             axis.plot(xs, ys, label=name, marker="." if len(xs) < 40 else None)
         axis.set(title=panel["title"], xlabel=panel["xlabel"], ylabel=panel["ylabel"],

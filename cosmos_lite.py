@@ -630,33 +630,34 @@ def evaluate(args, run, model, test):
     common.print_table(rows, [f"{kind}/mse" for kind in dict.fromkeys(kinds)])
     weights = "trained from scratch" if args.encoder == "cnn" else f"encoder pretrained: {args.encoder}"
     columns = [*(f"mse_h{h:02d}" for h in horizons), "mse", "psnr", "ssim"]
+    errors = {name: scores["mse"].mean().item() for name, scores in zip(names, tables["model"])}
     return common.report(SCRIPT, args, weights, began, ("mse", "mean frame", True), results, baselines,
-                         columns, ("mse", "position_px") if states else ("mse",))
+                         columns, errors, ("mse", "position_px") if states else ("mse",))
 
 
 @torch.no_grad()
 def sample(args, run, model, test):
-    """Rollouts of --num_predict frames of one test video, or of one of each kind -> [samples/rollout_*]."""
-    kinds = [os.path.dirname(name) for name, _, _ in test.videos]
-    first_of_kind = sorted({kinds.index(kind) for kind in kinds})[:4]
-    files = []
-    for i in first_of_kind if args.video_idx < 0 else [args.video_idx]:
+    """Rollouts of --num_predict frames of the best, median and worst test video of eval.json, or of one video
+    -> [samples/<case>_<video>.*]."""
+    names, files = [name for name, _, _ in test.videos], []
+    cases = {"video": args.video_idx} if args.video_idx >= 0 else common.pick_cases(args.output_dir, names)
+    for case, i in cases.items():
         _, first, length = test.videos[i]
         x = from_uint8(test.frames[first:first + length])
         truth = x[args.T_in:args.T_in + args.num_predict]
         with run.autocast():
             frames = model(x[None, :args.T_in].to(run.device), args.num_predict)[0][0].float().cpu()
-        error = (frames[:len(truth)] - truth).abs() - 1
         unknown = torch.full((args.num_predict - len(truth), 3, SIZE, SIZE), 0.5)      # after the video's end
-        observed = x[max(0, args.T_in - 2):args.T_in]
-        rows = {"ground truth": torch.cat([observed, truth, unknown]),
-                "prediction": torch.cat([observed, frames]),
-                "error": torch.cat([torch.full_like(observed, -1), error, unknown])}
-        mse = [f"  MSE {e:.0f}" for e in common.mse(frames[:len(truth)] * 127.5, truth * 127.5).tolist()]
-        labels = ["t-1", "t"][2 - len(observed):]
-        labels += [f"t+{n}{text}" for n, text in enumerate(mse + [""] * len(unknown), 1)]
-        stem = f"{args.output_dir}/samples/rollout_{i}"
-        files += common.write_panels(stem, rows, labels, len(observed), fps=15)
+        truth = torch.cat([x[args.T_in - 1:args.T_in], truth, unknown])
+        prediction = torch.cat([truth[:1], frames])
+        error = common.error_picture(prediction, truth)
+        error.video[len(truth) - len(unknown):] = 0.5
+        mse = common.mse(prediction * 127.5, truth * 127.5)[:len(truth) - len(unknown)]
+        labels = ["t"] + [f"t+{n}\nMSE {e:.0f}" for n, e in enumerate(mse[1:].tolist(), 1)]
+        labels += [f"t+{n}" for n in range(len(labels), len(truth))]
+        rows = {"ground truth": truth, "prediction": prediction, "error": error}
+        stem = f"{args.output_dir}/samples/{case}_{os.path.splitext(names[i])[0].replace('/', '_')}"
+        files += common.write_panels(stem, {"": rows}, fps=15, labels=labels)
     return files
 
 
@@ -834,11 +835,10 @@ def run_script(argv):
         model = common.load_for_inference(VideoWorldModel(args), state["ema"], path, run.device)
         if args.best:
             model = load_model(args.output_dir, run.device, best=True)
-        files = evaluate(args, run, model, test) if args.eval or not inference_only else []
+        files = evaluate(args, run, model, test) if common.wants_evaluation(args) else []
         if args.sample or not inference_only:
             files += sample(args, run, model, test)
         common.show_results(args.output_dir, files, args.tensorboard, args.wandb)
-        print("wrote " + ", ".join(files))
     common.shutdown()
 
 

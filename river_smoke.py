@@ -78,6 +78,7 @@ def build_parser():
     add("--frames_to_generate", type=at_least(1), default=10, help="frames to predict after them")
     add("--num_inference_steps", type=at_least(1), default=4, help="network calls per frame")
     add("--solver", choices=["euler", "midpoint"], default="midpoint", help="ODE solver")
+    add("--temperature", type=at_least(0, float), default=1.0, help="scale of the noise to start from")
     add("--warm_start", type=between(0, 1, True), default=0.0, help="start time s, near the last frame")
     add("--num_samples", type=at_least(1), default=8, help="ensemble members m")
     add("--eval_clips", type=at_least(1), default=24, help="test clips to evaluate, at most")
@@ -386,7 +387,7 @@ def generate(field, z, args, generator, warm_start=None):
         tau = torch.full((B,), z.shape[1], device=z.device)
         references = reference_frames(z, tau, args.history)
         max_distance = min(z.shape[1], args.num_observations - 1)             # of training
-        eps = torch.randn(z[:, -1].shape, generator=generator, device=z.device)
+        eps = args.temperature * torch.randn(z[:, -1].shape, generator=generator, device=z.device)
         # z'_s ~ p_s(z | z^{T-1}): the path towards the frame before, left at t = s; noise where s = 0.
         x, _ = probability_path(z[:, -1], eps, torch.full((B,), s, device=z.device), args.sigma)
         done = 0
@@ -508,6 +509,15 @@ def forecast_scores(members, truth):
             "ensemble_variance": variance}
 
 
+def smoke_ranks(members, truth):
+    """members W m T 3 H W, truth W T 3 H W -> common.rank_histogram of brightness, of the pixels in which the
+    truth or any member shows smoke: a choice that treats them alike, so that it does not change the ranks."""
+    brightness = (torch.cat([truth[:, None], members], dim=1).amax(3) + 1) / 2           # W m+1 T H W
+    smoke = (brightness > SMOKE_LEVEL).any(1)
+    brightness = brightness.movedim(1, 0)[:, smoke]
+    return common.rank_histogram(brightness[1:], brightness[0])
+
+
 def average_scores(tables):
     """Means over clips, in total and per horizon, and spread/skill, which is 1 for a calibrated ensemble."""
     scores = common.horizon_means(tables)
@@ -521,7 +531,7 @@ def evaluate(args, device, autoencoder, field, windows):
     began = time.time()
     P = args.condition_frames
     tables, warm_tables = {}, {}                 # method -> [{metric: W T}], a table for each four windows
-    predicted = []
+    predicted, ranks = [], 0
     for first in tqdm(range(0, len(windows), 4), "evaluate", unit="x4 clips"):
         x = from_uint8(windows[first:first + 4].to(device))
         seed = common.seed_all(args.seed, EVALUATE, first)
@@ -535,6 +545,7 @@ def evaluate(args, device, autoencoder, field, windows):
                 warm_tables[s] = scores
             if s == args.warm_start:
                 model = members.to(device)
+        ranks = ranks + smoke_ranks(model, x[:, P:])
         predicted.append(torch.cat([x[:, :P], model[:, 0]], dim=1).cpu())
         methods = {"model": model, "persistence": x[:, None, P - 1:P].expand_as(x[:, None, P:]),
                    "black frame": torch.full_like(x[:, None, P:], -1),
@@ -551,28 +562,28 @@ def evaluate(args, device, autoencoder, field, windows):
         clips = torch.cat(predicted), from_uint8(windows)
         results[f"fvd_N{len(windows)}_T{windows.shape[1]}"] = common.fvd(args.i3d, *clips, device)
     columns = "psnr_ensemble_mean", "psnr", "ssim", "mse", "crps", "spread_skill"
+    clips = torch.cat([scores["crps"] for scores in tables["model"]]).mean(1).tolist()
     return common.report(SCRIPT, args, "trained from scratch", began, ("crps", "persistence", True), results,
-                         baselines, columns, ("psnr_ensemble_mean", "crps"), stages=("autoencoder", "."))
+                         baselines, columns, {f"clip_{i:03d}": score for i, score in enumerate(clips)},
+                         ("psnr_ensemble_mean", "crps"), ("autoencoder", "."), [common.rank_panel(ranks)])
 
 
-def sample(args, device, autoencoder, field, windows, count=3):
-    """Forecasts the windows with most motion -> [samples/clip_*.{mp4,png}]."""
-    P = args.condition_frames
-    chosen = windows.float().diff(dim=1).abs().mean(dim=(1, 2, 3, 4)).argsort(descending=True)[:count]
-    x = from_uint8(windows[chosen].to(device))
+def sample(args, device, autoencoder, field, windows):
+    """Forecasts the best, median and worst test window of eval.json -> [samples/<case>_clip_*.{mp4,png}]."""
+    P, files = args.condition_frames, []
+    names = [f"clip_{i:03d}" for i in range(len(windows))]
+    cases = common.pick_cases(args.output_dir, names)
+    x = from_uint8(windows[list(cases.values())].to(device))
     seed = common.seed_all(args.seed, SAMPLE)
-    members = forecast(autoencoder, field, x[:, :P], args, min(3, args.num_samples), seed)
-    observed = min(2, P)                         # the pictures begin with two observed frames
-    labels = ["t-1", "t"][2 - observed:] + [f"t+{n}" for n in range(1, args.frames_to_generate + 1)]
-    files = []
-    for i, number in enumerate(chosen.tolist()):
-        videos = {"ground truth": x[i, P - observed:],
-                  "reconstruction": autoencoder.decode(autoencoder.encode(x[i, P - observed:]))}
-        for k, member in enumerate(members[i], 1):
-            videos[f"sample {k}"] = torch.cat([x[i, P - observed:P], member])
-        videos["error, sample 1"] = (videos["sample 1"] - videos["ground truth"]).abs() - 1
-        stem = Path(args.output_dir, f"samples/clip_{number:03d}")
-        files += common.write_panels(stem, videos, labels, observed)
+    forecasts = forecast(autoencoder, field, x[:, :P], args, min(3, args.num_samples), seed)
+    for (case, number), clip, members in zip(cases.items(), x, forecasts):
+        truth = clip[P - 1:]                     # the pictures begin with the last observed frame
+        samples = [torch.cat([truth[:1], member]) for member in members]
+        videos = {"ground truth": truth, "reconstruction": autoencoder.decode(autoencoder.encode(truth))}
+        videos |= {f"sample {k}": video for k, video in enumerate(samples, 1)}
+        videos["error,\nsample 1"] = common.error_picture(samples[0], truth)
+        stem = f"{args.output_dir}/samples/{case}_{names[number]}"
+        files += common.write_panels(stem, {"": videos})
     return files
 
 
@@ -785,11 +796,10 @@ def run_script(argv):
     common.shutdown()                            # evaluation is rank 0's alone
     if run.rank == 0:
         models = load_models(args, checkpoint, run.device)
-        files = evaluate(args, run.device, *models, windows) if args.eval or not inference_only else []
+        files = evaluate(args, run.device, *models, windows) if common.wants_evaluation(args) else []
         if args.sample or not inference_only:
             files += sample(args, run.device, *models, windows)
         common.show_results(args.output_dir, files, args.tensorboard, args.wandb)
-        print("wrote " + ", ".join(files))
 
 
 def main(argv=None):

@@ -114,7 +114,7 @@ def build_parser():
     add("--shift", type=at_least(1e-3, float), default=5.0, help="shift of Wan's noise schedule")
     add("--num_inference_steps", type=at_least(1), default=50, help="steps of the sampler")
     add("--guidance_scale", type=at_least(0, float), default=5.0, help="guidance (1: none)")
-    add("--num_samples", type=at_least(1), default=3, help="held-out scenes to sample")
+    add("--num_samples", type=at_least(1), default=3, help="clips to sample: 3 are best, median and worst")
     return parser
 
 
@@ -374,14 +374,19 @@ def motion_scores(prediction, clip):
 
 
 def motion_picture(values, truth):
-    """T 2 H W -> T 3 H W in [-1, 1]: hue is where to, brightness how fast, up to the truth's fastest."""
+    """T 2 H W -> common.Coloured: hue is where to, brightness how fast, up to the truth's fastest."""
     import matplotlib.colors
     fastest = speed(truth["motion"]).flatten().quantile(0.998).clamp(min=0.1)
-    dx, dy = (-values["motion"]).unbind(1)                                     # where to, not where from
-    hue = torch.atan2(dy, dx) / (2 * math.pi) % 1
-    brightness = (torch.hypot(dx, dy) / fastest).clamp(0, 1)
-    hsv = torch.stack([hue, torch.ones_like(hue), brightness], dim=-1).numpy()
-    return torch.from_numpy(matplotlib.colors.hsv_to_rgb(hsv)).movedim(-1, 1).float() * 2 - 1
+
+    def colours(dx, dy):
+        hue = torch.atan2(dy, dx) / (2 * math.pi) % 1
+        hsv = torch.stack([hue, torch.ones_like(hue), torch.hypot(dx, dy).clamp(0, 1)], dim=-1).numpy()
+        return torch.from_numpy(matplotlib.colors.hsv_to_rgb(hsv)).movedim(-1, -3).float() * 2 - 1
+
+    dx, dy = (-values["motion"] / fastest).unbind(1)                           # where to, not where from
+    y, x = torch.meshgrid(torch.linspace(-1, 1, 64), torch.linspace(-1, 1, 64), indexing="ij")
+    wheel = torch.where(torch.hypot(x, y) <= 1, colours(x, y), 1.0)
+    return common.Coloured(colours(dx, dy), wheel, "px/frame", f"{fastest:.2g}")
 
 
 def depth_loss(y, batch, args):
@@ -414,14 +419,13 @@ def depth_scores(prediction, clip):
 
 
 def depth_picture(values, truth):
-    """T 1 H W -> T 3 H W in [-1, 1]: near is bright, far dark, on a logarithmic scale; sky is white."""
-    import matplotlib
+    """T 1 H W -> common.Coloured: near is bright, far dark, on a logarithmic scale; sky is white."""
     known = truth["depth"][truth["sky"] == 0].log()
-    near, far = known.quantile(0.02), known.quantile(0.98)
-    value = ((far - values["depth"][:, 0].clamp(min=1e-3).log()) / (far - near).clamp(min=1e-3)).clamp(0, 1)
-    rgb = torch.from_numpy(matplotlib.colormaps["magma"](value.numpy())[..., :3]).float()
-    rgb[values["sky"][:, 0] > 0] = 1
-    return rgb.movedim(-1, 1) * 2 - 1
+    near, far = known.quantile(0.02).item(), known.quantile(0.98).item()
+    labels = f"{math.exp(far):.2g}", f"{math.exp(near):.2g}"
+    picture = common.coloured(-values["depth"][:, 0].clamp(min=1e-3).log(), -far, -near, "m", "magma", labels)
+    picture.video.masked_fill_(values["sky"] > 0, 1)
+    return picture
 
 
 def sky_loss(y, batch, args):
@@ -446,7 +450,7 @@ class Quantity(NamedTuple):
     loss: Callable                               # that output B channels T h w, batch, flags -> scalar
     decode: Callable                             # that output at full resolution -> values B T c H W
     scores: Callable                             # {name: values}, batch -> {metric: B}
-    picture: Callable = None                     # {name: T c H W}, truth likewise -> T 3 H W in [-1, 1]
+    picture: Callable = None                     # {name: T c H W}, truth likewise -> common.Coloured
     weight: float = 1.0                          # of the loss, where there is no flag --<name>_weight
 
 
@@ -573,7 +577,7 @@ class Clips:
     def __init__(self, folder, split, args):
         paths = sorted(folder.glob(f"{split}_*"))
         self.clips = [common.load_weights(path) for path in paths]
-        self.scenes = [path.stem.split("_", 2)[2] for path in paths]
+        self.names = [path.stem for path in paths]
         self.text_length = args.text_length
 
     def get(self, numbers, device):
@@ -614,38 +618,37 @@ def evaluate(args, run, model, clips, means):
     averages = {method: {name: torch.cat([row[name] for row in rows]).nanmean().item() for name in rows[0]}
                 for method, rows in tables.items()}
     results = averages.pop("model")
-    print(f"held-out scenes: {', '.join(dict.fromkeys(clips.scenes))}")
     columns = "epe", "epe_moving", "abs_rel", "abs_rel_moving", "delta1_moving", "sky_accuracy"
     weights = "tiny, trained by this run" if args.model == "tiny" else args.weights_from
+    errors = {name: row["epe_moving"].item() for name, row in zip(clips.names, tables["model"])}
     return common.report(SCRIPT, args, weights, began, ("epe_moving", "mean depth, zero motion", True),
-                         results, averages, columns, stages=[folder for _, folder, _, _ in stage_plan(args)])
+                         results, averages, columns, errors,
+                         stages=[folder for _, folder, _, _ in stage_plan(args)])
 
 
 @torch.no_grad()
 def sample(args, run, model, clips, cache):
-    """Videos of held-out scenes from their first frames, and what the heads predict -> [samples/...]."""
+    """Videos of held-out clips from their first frames, and what the heads predict -> [samples/...]."""
     codec, encode_prompt = load_codec(args, cache, run.device), text_encoder(args, run.device)
     negative = common.pad_text([encode_prompt(NEGATIVE_PROMPT)], args.text_length).to(run.device)
-    labels = ["given", *(f"t+{t}" for t in range(1, args.frames))]
     files = []
-    for scene in list(dict.fromkeys(clips.scenes))[:args.num_samples]:
-        index = clips.scenes.index(scene)
+    for case, index in common.pick_cases(args.output_dir, clips.names, args.num_samples).items():
         clip = clips.get([index], run.device)
         seed = args.seed + index
         with run.autocast():
             z = generate(model.dit, clip["latents"][:, :, :1], clip["text"], negative, args, seed)
-            real = predict(model, clip["latents"], clip["text"], seed)
+            real = predict(model, clip["latents"], clip["text"], index)        # as evaluated
             sampled = predict(model, z, clip["text"], seed)
         truth, real, sampled = ({name: values[name][0].float().cpu() for name in QUANTITIES}
                                 for values in (clip, real, sampled))
-        panels = {"real video": from_uint8(clip["video"][0]).cpu(),
-                  "sampled video": common.wan_decode(codec, z)[0].cpu()}
-        stem = Path(args.output_dir, "samples", scene)
+        panels = {"video": {"ground truth": from_uint8(clip["video"][0]).cpu(),
+                            "sample": common.wan_decode(codec, z)[0].cpu()}}
+        stem = Path(args.output_dir, "samples", f"{case}_{clips.names[index]}")
         for name, quantity in QUANTITIES.items():
             if quantity.picture:
-                panels |= {name: quantity.picture(truth, truth), f"{name} predicted": quantity.picture(
-                    real, truth), f"{name} of sample": quantity.picture(sampled, truth)}
-        files += common.write_panels(stem, panels, labels, 1, 15, max(1, 128 // args.height), columns=9)
+                methods = {"ground truth": truth, "prediction": real, "from sample": sampled}
+                panels[name] = {method: quantity.picture(values, truth) for method, values in methods.items()}
+        files += common.write_panels(stem, panels, 1, 15, max(1, 128 // args.height))
         for name in QUANTITIES:
             np.save(f"{stem}_{name}.npy", sampled[name].numpy())
             files.append(f"{stem}_{name}.npy")
@@ -884,11 +887,10 @@ def run_script(argv):
         model = load_trained(args, checkpoint, run.device)
         clips = Clips(cache, "test", args)
         means = common.load_weights(cache / "pixel_means.safetensors")
-        files = evaluate(args, run, model, clips, means) if args.eval or not inference_only else []
+        files = evaluate(args, run, model, clips, means) if common.wants_evaluation(args) else []
         if args.sample or not inference_only:
             files += sample(args, run, model, clips, cache)
         common.show_results(args.output_dir, files, args.tensorboard, args.wandb)
-        print("wrote " + ", ".join(files))
     common.shutdown()
 
 

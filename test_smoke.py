@@ -556,7 +556,7 @@ def test_one_batch_overfits(script):
 def test_run_on_disk(script, base):
     report = json.loads((base.run / "eval.json").read_text())
     assert set(report) == {"script", "preset", "data", "weights", "seconds", "headline", "results",
-                           "baselines"}
+                           "baselines", "clips"}
     assert set(report["headline"]) == {"metric", "value", "baseline", "lower_is_better"}
     assert (report["script"], report["preset"]) == (script, "tiny")
     for key in ("headline/value", "headline/baseline", *SCRIPTS[script]["headline"]):
@@ -610,10 +610,10 @@ def test_sample_without_checkpoint_trains_first(script, base, tmp_path, shown, m
     assert launch(script, f"{flags} {base.inputs} {base.reuse}", full=True) == 0
     assert re.search("no checkpoint in .*: training preset tiny first", capsys.readouterr().out)
     made = os.listdir(tmp_path / "runs" / script)
-    assert "samples" in made and "ckpt" in made and "eval.json" not in made
+    assert "samples" in made and "ckpt" in made and "eval.json" in made          # which clips to sample
     curves = [row["step"] for row in shown if any(name.endswith("/loss") for name in row)]
     pictures = {f"samples/{path.stem}" for path in Path("runs", script, "samples").glob("*.png")}
-    assert curves[-4:] == [1, 2, 3, 4] and shown[-1].keys() == {"step", *pictures} and shown[-1]["step"] == 4
+    assert curves[-4:] == [1, 2, 3, 4] and shown[-1].keys() > {"step", *pictures} and shown[-1]["step"] == 4
 
 
 def test_sigterm_saves_and_stops(script, base, tmp_path, monkeypatch, capsys):
@@ -1338,6 +1338,59 @@ def test_lora_loads_into_the_pipeline(tmp_path):
     assert torch.equal(velocity(pipe.transformer_2), plain)
     pipe.load_lora_weights(tmp_path, load_into_transformer_2=True)
     torch.testing.assert_close(velocity(pipe.transformer_2), expected)
+
+
+# ---- common.py: pictures and ensembles ------------------------------------------------------------------
+
+def test_samples_are_the_best_median_and_worst_clip(tmp_path):
+    scores = {"a": .3, "b": .1, "c": math.nan, "d": .5, "e": .2, "f": .4}
+    args = Namespace(output_dir=tmp_path, preset="tiny", data_dir=tmp_path)
+    for lower in (True, False):
+        common.report("script", args, "", 0, ("psnr", "none", lower), {"psnr": 1, "psnr_h01": 1},
+                      {"none": {"psnr": 2}}, ["psnr"], scores, ["psnr"])
+        cases = common.pick_cases(tmp_path, list("fabcde"))
+        best, worst = ("b", "d") if lower else ("d", "b")
+        chosen = {case: "fabcde"[i] for case, i in cases.items()}
+        assert chosen == {"best": best, "median": "a", "worst": worst}
+        assert list(common.pick_cases(tmp_path, list("abcdef"), 5)) == ["best", "rank_2", "median", "rank_4",
+                                                                         "worst"]
+    assert common.pick_cases(tmp_path, ["x", "e"]) == {"best": 1}
+    with pytest.raises(common.UserError, match="no scores of these clips"):
+        common.pick_cases(tmp_path, ["x"])
+
+
+def test_pictures_begin_at_the_first_horizon(tmp_path, monkeypatch):
+    grids, grid = [], common.picture_grid
+    monkeypatch.setattr(common, "picture_grid", lambda rows, *a, **k: grids.append((rows, *a, k)) or grid(
+        rows, *a, **k))
+    video = torch.rand(34, 3, 16, 16) * 2 - 1
+    values = common.coloured(torch.linspace(0, 4, 34).view(-1, 1, 1).expand(-1, 16, 16), 0., 4., "m")
+    ends = common.to_uint8(values.video[[0, -1], :, 0, 0])
+    assert ends.tolist() == [[68, 1, 84], [253, 231, 37]] and (values.low, values.high) == ("0", "4 m")
+    stem = tmp_path / "clip"
+    written = common.write_panels(stem, {"depth": {"ground truth": video, "prediction": values}}, observed=4)
+    assert written == [f"{stem}.mp4", f"{stem}.png"] and common.read_video(written[0]).shape[0] == 34
+    rows, columns, _, settings = grids[-1]
+    assert columns == ["t", "t+1", "t+7", "t+13", "t+18", "t+24", "t+30"] and settings["forecast_from"] == 1
+    assert list(rows) == ["ground truth\ndepth", "prediction\ndepth"]
+    assert list(settings["legends"]) == ["prediction\ndepth"]
+    assert torch.equal(rows["ground truth\ndepth"][1], video[4])
+    for total, observed, columns in itertools.product((5, 12, 40), (0, 1, 4), (3, 7)):
+        frames = common.strip_frames(total, observed, columns)
+        assert {observed, total - 1} <= set(frames) and frames == sorted(set(frames))
+        assert len(frames) <= columns
+
+
+def test_rank_histogram():
+    members = torch.tensor([[1., 2, 2, 3], [2, 2, 2, 3], [3, 2, 3, 3]])
+    counts = common.rank_histogram(members, torch.tensor([2.5, 9, 2, 0]))          # ranks 2, 3, 0 to 2, 0
+    torch.testing.assert_close(counts, torch.tensor([4 / 3, 1 / 3, 4 / 3, 1]))
+    generator = torch.Generator().manual_seed(0)
+    calibrated = common.rank_histogram(torch.randn(4, 50_000, generator=generator),
+                                       torch.randn(50_000, generator=generator))
+    assert ((calibrated / 10_000 - 1).abs() < .03).all()
+    bars = common.rank_panel(counts)["bars"]
+    assert bars[0] == [0, 1, 2, 3] and sum(bars[1]) == pytest.approx(4)
 
 
 # ---- river_smoke.py -------------------------------------------------------------------------------------
@@ -3280,6 +3333,31 @@ def test_vidar_episodes(trained, tmp_path, capsys):
     assert robot_data.make_prompt(" Pick it up.", "none") == "Pick it up."
     assert load_program(HERE / "data/vidar/episodes.py").main([str(data)]) == 0
     assert "train: 9 episodes, 8 with a task" in capsys.readouterr().out
+
+
+def test_vidar_words_have_embeddings_of_their_own():
+    red, blue, none = map(vidar.embed_words, ("the red block.", "the blue block.", ""))
+    assert (red == blue).all(1).tolist() == [True, True, False, True] and none.tolist() == red[:1].tolist()
+
+
+def test_vidar_following_an_instruction():
+    """The expert of a simulated world follows its instruction and not the other one."""
+    world = robot_world.ArmWorld(3, (112, 96))
+    frames, states = [world.observe()], [world.state]
+    for action in world.expert_actions(30):
+        world.step(action)
+        frames.append(world.observe())
+        states.append(world.state)
+    video = torch.from_numpy(np.stack(frames)).movedim(-1, 1) / 255
+    states = torch.from_numpy(np.stack(states))
+    task = robot_data.Episode(Path(), states.numpy(), world.instruction, False, ())
+    other = robot_data.other_task(task)
+    assert {"left", "right", "red", "blue"} <= set(f"{task.instruction} {other.instruction}".split())
+    for episode, follows in ((task, 1), (other, 0)):
+        scores = robot_data.follows_instruction(video, states, episode)
+        assert scores == {"follows_arm": follows, "follows_block": follows}
+    task.instruction = "put the left cup away."
+    assert robot_data.other_task(task) is None
 
 
 # ---- vidarc.py ------------------------------------------------------------------------------------------

@@ -28,9 +28,11 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -67,8 +69,6 @@ PRESETS = {
 TINY = {
     "transformer": {"num_attention_heads": 4, "attention_head_dim": 32, "in_channels": 16, "out_channels": 16,
                     "text_dim": 32, "freq_dim": 64, "ffn_dim": 384, "num_layers": 4},
-    "text_encoder": {"vocab_size": 259, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2,
-                     "num_heads": 2},
 }
 # These shape the weights or give them their meaning: a checkpoint's values hold.
 MODEL_FLAGS = ("model", "stage", "text_length", "height", "width")
@@ -100,7 +100,7 @@ def add_stage_flags(parser):
     add("--cpu_offload", action="store_true", help="with --fsdp: keep weights and optimizer on the CPU")
     add = parser.add_argument_group("sampling and evaluation").add_argument
     add("--eval_clips", type=at_least(0), default=0, help="held-out episodes of --eval (0: all)")
-    add("--num_samples", type=at_least(1), default=3, help="videos of --sample")
+    add("--num_samples", type=at_least(1), default=3, help="videos to sample: 3 are best, median and worst")
     return parser
 
 
@@ -344,7 +344,7 @@ def load_part(args, part, device, source=None):
     """A part of Wan from `source` (default --weights_from): pretrained weights, or random ones in its shape
     or the tiny shape. Transformer and VAE are fp32, the text encoder of the 5B model is bf16."""
     tiny = args.model == "tiny"
-    dtype = torch.bfloat16 if part == "text_encoder" and not tiny else torch.float32
+    dtype = torch.bfloat16 if part == "text_encoder" else torch.float32
     torch.manual_seed(0)         # whatever --seed is: no checkpoint holds what is random and frozen
     return common.load_wan(source or args.weights_from, part=part, config=TINY if tiny else args.model,
                            dtype=dtype, device=device, random_init=not source and (args.random_init or tiny))
@@ -357,8 +357,19 @@ def load_codec(args, folder, device):
     return load_part(args, "vae", device).requires_grad_(False)
 
 
+def embed_words(prompt):
+    """The tiny model's text encoder: a fixed random vector per word, L D, behind one of ones. The projection
+    in the transformer, which is trained, gives words a meaning. After a random T5 over bytes, tasks that
+    name another arm or block differ by an eighth."""
+    words, size = re.findall(r"\w+", prompt.lower()), TINY["transformer"]["text_dim"]
+    seeds = [torch.Generator().manual_seed(zlib.crc32(word.encode())) for word in words]
+    return torch.stack([torch.ones(size), *(torch.randn(size, generator=seed) for seed in seeds)])
+
+
 def text_encoder(args, device):
     """-> function: prompt -> embeddings L D on the CPU."""
+    if args.model == "tiny":
+        return embed_words
     parts = [load_part(args, part, device) for part in ("tokenizer", "text_encoder")]
     return functools.cache(lambda prompt: common.encode_text(*parts, [prompt], args.text_length)[0].cpu())
 
@@ -489,6 +500,7 @@ def generate(dit, z0, text, empty, args, seed):
 def cache_folder(args, splits):
     """By a hash of CACHE_FLAGS, of the data set's files, and of the IDM if it has to locate the arms."""
     recipe = [json.dumps({name: getattr(args, name) for name in CACHE_FLAGS}), str(bool(args.eta))]
+    recipe += ["words"] if args.model == "tiny" else []                        # kind of the text's embeddings
     episodes = [episode for part in splits.values() for episode in part]
     paths = [episode.folder / name for episode in episodes
              for name in ("video.mp4", "actions.npy", "mask.npz")]
@@ -639,7 +651,7 @@ def sample_video(args, run, model, vae, encode_prompt, first, episode, seed):
 @torch.no_grad()
 def evaluate(args, run, model, idm, splits, folder):
     """Scores on held-out episodes -> [eval.json, curves.png]. model or idm may be None."""
-    began, videos, actions = time.time(), {}, {}
+    began, videos, actions, clips = time.time(), {}, {}, {"name": []}
     if model is not None:
         vae, encode_prompt = load_codec(args, folder, run.device), text_encoder(args, run.device)
     count = len(tasks(splits["test"]))           # random poses follow
@@ -661,17 +673,25 @@ def evaluate(args, run, model, idm, splits, folder):
                       "codec": (common.wan_decode(vae, z)[0].cpu() + 1) / 2}
             for method, video in frames.items():
                 videos.setdefault(method, []).append(video_scores(video, truth, arm, valid))
+            clips["name"].append(episode.folder.name)
             predictions["persistence", "generated"] = target[:1].expand_as(target), later
             if idm is not None:
                 predicted, _ = predict_actions(idm, frames["model"], run.device)
                 predictions["model", "generated"] = predicted, later
+                task = robot_data.other_task(episode)
+                if task:                         # the same first frame with both instructions
+                    other = sample_video(args, run, model, vae, encode_prompt, truth[0], task, number)
+                    others = predict_actions(idm, other, run.device)[0]
+                    for row in (frames["model"], predicted, episode), (other, others, task):
+                        for name, value in robot_data.follows_instruction(*row).items():
+                            clips.setdefault(name, []).append(value)
         for key, (predicted, known) in predictions.items():
             actions.setdefault(key, []).append((predicted[known], target[known]))
-    videos, actions = common.gather_rows(videos), common.gather_rows(actions)
-    return [] if run.rank else report(args, videos, actions, began)
+    videos, actions, clips = (common.gather_rows(table) for table in (videos, actions, clips))
+    return [] if run.rank else report(args, videos, actions, clips, began)
 
 
-def report(args, videos, actions, began):
+def report(args, videos, actions, clips, began):
     """Means, eval.json, curves.png and the printed table of what evaluate() collected."""
     scores = {}
     for method, tables in videos.items():
@@ -682,16 +702,23 @@ def report(args, videos, actions, began):
     for (method, source), rows in actions.items():
         values = idm_scores(*(torch.cat(column) for column in zip(*rows)))
         scores.setdefault(method, {}).update({f"action_{name}_{source}": x for name, x in values.items()})
+    names, ranking = clips.pop("name"), {}
+    for name, values in clips.items():           # of both instructions: .5 for a model that ignores them
+        scores["model"][name] = float(np.mean(values))
+        scores.setdefault("chance", {})[name] = .5
     results = scores.pop("model")
     headline = "action_l1_real", "mean action", True
     if "psnr_beyond_1s" in results:
-        arm = "psnr_arm_beyond_1s" in results
-        headline = "psnr_arm_beyond_1s" if arm else "psnr_beyond_1s", "persistence", False
+        metric = "psnr_arm" if "psnr_arm" in results else "psnr"
+        headline = f"{metric}_beyond_1s", "persistence", False
+        for name, table in zip(names, videos["model"]):
+            ranking[name] = table[metric][0, min(FPS, (args.frames - 1) // 2):].nanmean().item()
     columns = ["psnr_arm_beyond_1s", "psnr_beyond_1s", "ssim_beyond_1s", "action_r2_real",
-               "action_r2_worst_real", "action_l1_real", "action_r2_generated"]
+               "action_r2_worst_real", "action_l1_real", "action_r2_generated", "follows_arm",
+               "follows_block"]
     weights = args.vidar or ("tiny, trained by this run" if args.model == "tiny" else args.weights_from)
     return common.report(SCRIPT, args, weights, began, headline, results, scores,
-                         [name for name in columns if name in results],
+                         [name for name in columns if name in results], ranking,
                          [name for name in ("psnr_arm", "psnr") if name in results],
                          [stage.folder for stage in stage_plan(args)])
 
@@ -701,19 +728,21 @@ def sample(args, run, model, idm, splits, folder):
     if run.rank or model is None:
         return []
     vae, encode_prompt, files = load_codec(args, folder, run.device), text_encoder(args, run.device), []
-    labels = ["given", *(f"t+{t}" for t in range(1, args.frames))]
-    for number, episode in enumerate(tasks(splits["test"])[:args.num_samples]):
+    episodes = {episode.folder.name: episode for episode in tasks(splits["test"])}
+    for case, number in common.pick_cases(args.output_dir, list(episodes), args.num_samples).items():
+        name, episode = list(episodes.items())[number]
         truth = robot_data.load_window(episode, args.frames, (args.height, args.width))[0]
         video = sample_video(args, run, model, vae, encode_prompt, truth[0], episode, args.seed + number)
-        panels = {"real video": truth * 2 - 1, "sampled video": video * 2 - 1}
-        stem = Path(args.output_dir, "samples", episode.folder.name)
-        files.append(common.write_video(f"{stem}_sampled.mp4", panels["sampled video"], FPS))
+        panels = {"ground truth": truth * 2 - 1, "prediction": video * 2 - 1}
+        panels["error"] = common.error_picture(*panels.values())
+        stem = Path(args.output_dir, "samples", f"{case}_{name}")
+        files.append(common.write_video(f"{stem}_sampled.mp4", panels["prediction"], FPS))
         if idm is not None:
             actions, mask = predict_actions(idm, video, run.device)
-            panels["seen by the IDM"] = video * (resize(mask, video.shape[-2:]) >= .5) * 2 - 1
+            panels["seen by\nthe IDM"] = video * (resize(mask, video.shape[-2:]) >= .5) * 2 - 1
             np.save(f"{stem}_actions.npy", actions.numpy())
             files.append(f"{stem}_actions.npy")
-        files += common.write_panels(stem, panels, labels, 1, FPS, max(1, 224 // args.height), columns=7)
+        files += common.write_panels(stem, {"": panels}, 1, FPS, max(1, 224 // args.height))
     return files
 
 
@@ -1029,12 +1058,11 @@ def run_script(argv):
             shutil.copy(folder / "codec.safetensors", args.output_dir)
         common.barrier()
     models = load_models(args, run.device, checkpoint if inference_only else None)
-    files = evaluate(args, run, *models, splits, args.output_dir) if args.eval or not inference_only else []
+    files = evaluate(args, run, *models, splits, args.output_dir) if common.wants_evaluation(args) else []
     if args.sample or not inference_only:
         files += sample(args, run, *models, splits, args.output_dir)
     if run.rank == 0:
         common.show_results(args.output_dir, files, args.tensorboard, args.wandb)
-        print("wrote " + ", ".join(files))
     common.shutdown()
 
 

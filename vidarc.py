@@ -574,7 +574,7 @@ def run_episode(policy, seed, moved, closed, film=None):
     block is moved. film: a list that takes (observed, generated) for each frame, 3 H W in [0, 1]."""
     args = policy.args
     world = ArmWorld(seed, (args.height, args.width), moved=MOVED_AT if moved else None)
-    policy.reset(seed)
+    policy.reset(seed + args.seed)
     frames, done = [world.observe()], 0
     while done < HORIZON and not world.success:
         if closed or not done:
@@ -635,10 +635,15 @@ def time_bidirectional(policy):
     return time.perf_counter() - began
 
 
+def world_count(args):
+    """Simulated worlds to act in: none where the data are not simulated."""
+    return args.worlds if "simulated" in robot_data.read_manifest(args.data_dir) else 0
+
+
 def evaluate(args, run, policy, splits):
     """Worlds in closed and open loop, held-out episodes, seconds -> [eval.json, curves.png]."""
     began = time.time()
-    videos, actions, worlds, seconds = {}, {}, {}, {"first_action": [], "chunk": []}
+    videos, actions, worlds, clips, seconds = {}, {}, {}, {}, {"first_action": [], "chunk": []}
     episodes = list(enumerate(robot_data.tasks(splits["test"])[:args.eval_clips or None]))
     for number, episode in episodes[run.rank::run.world]:
         window = robot_data.load_window(episode, args.frames, (args.height, args.width))
@@ -653,21 +658,24 @@ def evaluate(args, run, policy, splits):
             T = len(video)
             scores = vidar.video_scores(video, truth[:T], None if arm is None else arm[:T], valid[:T])
             videos.setdefault(method, []).append(scores)
+            if method == "model" and not world_count(args):
+                clips[episode.folder.name] = scores.get("psnr_arm", scores["psnr"]).nanmean(1).tolist()
             pair = torch.from_numpy(predicted)[valid[1:T]], target[1:T].double()[valid[1:T]]
             actions.setdefault(method, []).append(pair)
-    simulated = "simulated" in robot_data.read_manifest(args.data_dir)
-    for number in range(run.rank, args.worlds if simulated else 0, run.world):
+    for number in range(run.rank, world_count(args), run.world):
         for closed in (True, False):
             row = {}
             for kind in ("static", "moved"):
                 scores = run_episode(policy, FIRST_WORLD + number, kind == "moved", closed)
                 row[f"success_{kind}"], row[f"distance_{kind}"] = scores
             worlds.setdefault("model" if closed else "open loop", []).append(row)
-    tables = [common.gather_rows(table) for table in (videos, actions, worlds, seconds)]
+            if closed:
+                clips[f"world_{number}"] = [row["success_moved"] - row["distance_moved"]]
+    tables = [common.gather_rows(table) for table in (videos, actions, worlds, clips, seconds)]
     return [] if run.rank else report(args, policy, *tables, began)
 
 
-def report(args, policy, videos, actions, worlds, seconds, began):
+def report(args, policy, videos, actions, worlds, clips, seconds, began):
     """Means, eval.json, curves.png and the printed table of what evaluate() collected."""
     scores = {method: common.horizon_means(tables) for method, tables in videos.items()}
     for method, rows in actions.items():
@@ -687,27 +695,29 @@ def report(args, policy, videos, actions, worlds, seconds, began):
     print(", ".join(f"{name} {value:.3f}" for name, value in results.items() if name.startswith("seconds")))
     return common.report(SCRIPT, args, str(args.vidar), began, headline, results, scores,
                          [name for name in columns if name in results],
+                         {name: score for name, (score,) in clips.items()},
                          [name for name in ("psnr_arm", "psnr") if name in results])
 
 
 def sample(args, run, policy, splits):
-    """Worlds in which the block is moved, or held-out episodes: observed and generated -> [samples/...]."""
-    files, held_out = [], robot_data.tasks(splits["test"])
-    for number in range(args.num_samples if run.rank == 0 else 0):
-        if robot_data.read_manifest(args.data_dir).get("simulated"):
-            name, film = f"world_{number}", []
-            run_episode(policy, FIRST_WORLD + args.seed + number, True, True, film)
+    """The best, median and worst world in which the block is moved, or held-out episode -> [samples/...]."""
+    episodes, files = robot_data.tasks(splits["test"]), []
+    names = [f"world_{n}" for n in range(world_count(args))] or [episode.folder.name for episode in episodes]
+    cases = common.pick_cases(args.output_dir, names, args.num_samples) if run.rank == 0 else {}
+    for case, number in cases.items():
+        if world_count(args):
+            film = []
+            run_episode(policy, FIRST_WORLD + number, True, True, film)
             observed, generated = (torch.stack(column) for column in zip(*film))
         else:
-            episode = held_out[number % len(held_out)]
-            name = episode.folder.name
-            window = robot_data.load_window(episode, args.frames, (args.height, args.width))
-            generated = forecast(policy, window, episode, args.seed, True)[0][1:]
+            window = robot_data.load_window(episodes[number], args.frames, (args.height, args.width))
+            generated = forecast(policy, window, episodes[number], number + args.seed, True)[0][1:]
             observed = window[0][1:len(generated) + 1]
-        panels = {"observed": observed * 2 - 1, "generated": generated * 2 - 1}
-        labels = [f"t+{t}" for t in range(1, len(observed) + 1)]
-        stem, scale = Path(args.output_dir, "samples", name), max(1, 224 // args.height)
-        files += common.write_panels(stem, panels, labels, 0, vidar.FPS, scale, columns=8)
+        rows = {"ground truth": observed * 2 - 1, "prediction": generated * 2 - 1}
+        rows["error"] = common.error_picture(*rows.values())
+        labels = [f"frame {n + 1}\nt+{n % args.chunk_size + 1}" for n in range(len(observed))]
+        stem, scale = f"{args.output_dir}/samples/{case}_{names[number]}", max(1, 224 // args.height)
+        files += common.write_panels(stem, {"": rows}, 0, vidar.FPS, scale, labels)
     return files
 
 
@@ -833,12 +843,11 @@ def run_script(argv):
     weights = {name.removeprefix("dit."): value
                for name, value in common.load_weights(path / "ema.safetensors").items()}
     policy = make_policy(args, run, common.load_for_inference(dit, weights, path), final)
-    files = evaluate(args, run, policy, splits) if args.eval or not inference_only else []
+    files = evaluate(args, run, policy, splits) if common.wants_evaluation(args) else []
     if args.sample or not inference_only:
         files += sample(args, run, policy, splits)
     if run.rank == 0:
         common.show_results(args.output_dir, files, args.tensorboard, args.wandb)
-        print("wrote " + ", ".join(files))
     common.shutdown()
 
 

@@ -110,7 +110,7 @@ def build_parser():
     add("--members", type=at_least(1), default=4, help="samples of a forecast that --eval averages")
     add("--eval_clips", type=at_least(1), default=90, help="held-out windows to forecast, evenly chosen")
     add("--rollout_frames", type=at_least(0), default=97, help="frames of --eval's rollouts (0: none)")
-    add("--num_samples", type=at_least(1), default=2, help="held-out trajectories to sample")
+    add("--num_samples", type=at_least(1), default=3, help="windows to sample: 3 are best, median and worst")
     add("--sample_frames", type=at_least(1), default=24, help="frames to sample")
     return parser
 
@@ -570,7 +570,7 @@ def vrmse(prediction, truth):
 def forecast_scores(args, run, model, test, starts, steps):
     """Forecasts of `steps` frames from starts [(file, trajectory, first target)] -> {method: VRMSE N T C}, on
     all ranks, each of which makes a share. "model" is the mean of --members samples."""
-    tables, past = {}, max(args.n_in, 2)         # linear extrapolation needs two frames
+    tables, past = {}, max(args.n_in, 2)
     members = args.members if args.mode == "native" else 1
     share = list(range(run.rank, len(starts), run.world))
     for k in range(0, len(share), 8):
@@ -619,12 +619,18 @@ def summarize(short, long, names):
     return metrics
 
 
+def held_out_windows(args, test):
+    """-> {name: (file, trajectory, first target)} of --eval_clips windows."""
+    past = max(args.n_in, 2)                     # linear extrapolation needs two frames
+    return {f"{test.files[i].path.stem}_{k}_{start + past}": (i, k, start + past)
+            for i, k, start in list_windows(test.files, past + args.n_out, args.eval_clips)}
+
+
 def evaluate(args, run, model, test):
     """VRMSE of windows and rollouts of the test split -> [eval.json, curves.png] on rank 0."""
-    began, past, first = time.time(), max(args.n_in, 2), max(FIRST_TARGET, args.n_in)
-    starts = [(i, k, start + past) for i, k, start in list_windows(
-        test.files, past + args.n_out, args.eval_clips)]
-    short = forecast_scores(args, run, model, test, starts, args.n_out)
+    began, first = time.time(), max(FIRST_TARGET, args.n_in)
+    windows = held_out_windows(args, test)
+    short = forecast_scores(args, run, model, test, list(windows.values()), args.n_out)
     starts = [(i, k, first) for i, file in enumerate(test.files) for k in range(file.trajectories)]
     steps = min(args.rollout_frames, min(file.steps for file in test.files) - first)
     long = forecast_scores(args, run, model, test, starts, steps) if steps > 0 else {}
@@ -637,7 +643,8 @@ def evaluate(args, run, model, test):
     weights = "tiny, trained by this run" if args.model == "tiny" else args.weights_from
     files = common.report(
         SCRIPT, args, weights, began, ("one_step", "persistence", True), rows.pop("model"), rows,
-        columns + [f"one_step_{name}" for name in test.names], ("vrmse", "rollout_vrmse"),
+        columns + [f"one_step_{name}" for name in test.names],
+        dict(zip(windows, short["model"][:, 0].mean(1).tolist())), ("vrmse", "rollout_vrmse"),
         [folder for _, folder, _, _ in stage_plan(args)])
     if test.files[0].dataset == DATASET:
         common.print_table({f"{name}, published": row for name, row in PUBLISHED.items()}, columns)
@@ -645,39 +652,35 @@ def evaluate(args, run, model, test):
     return files
 
 
-def picture(values, truth):
-    """T H W -> T 3 H W in [-1, 1], on a colour scale from the truth, symmetric where that has both signs."""
-    import matplotlib
-    low, high = np.percentile(truth.numpy(), [0.1, 99.9])
+def pictures(forecast, truth):
+    """T H W of a field -> {row: common.Coloured}, on a scale from the truth, symmetric where that has both
+    signs; errors up to half of it. The values are in the data set's units, which The Well does not name."""
+    low, high = (float(np.percentile(truth.numpy(), percent)) for percent in (0.1, 99.9))
+    colours = "viridis"
     if low < 0 < high:
-        low, high = -max(-low, high), max(-low, high)
-    rgb = matplotlib.colormaps["RdBu_r" if low < 0 < high else "viridis"](
-        ((values.numpy() - low) / max(high - low, 1e-12)).clip(0, 1))[..., :3]
-    return torch.from_numpy(rgb).movedim(-1, 1).float() * 2 - 1
+        low, high, colours = -max(-low, high), max(-low, high), "RdBu_r"
+    error = (forecast - truth).abs()
+    return {"ground truth": common.coloured(truth, low, high, "", colours),
+            "prediction": common.coloured(forecast, low, high, "", colours),
+            "error": common.coloured(error, 0.0, (high - low) / 2, "", "magma")}
 
 
 @torch.no_grad()
 def sample(args, run, model, test):
-    """Forecasts of held-out trajectories from their middle, where the flow has developed, one sample each,
-    field by field below the truth -> [samples/...]."""
-    files = []
-    places = [(i, k) for i, file in enumerate(test.files) for k in range(file.trajectories)]
-    count = min(args.num_samples, len(places))
-    for i, k in [places[(2 * j + 1) * len(places) // (2 * count)] for j in range(count)]:
-        first = max(args.n_in, test.files[i].steps // 2)
+    """Forecasts of the best, median and worst held-out window of eval.json, one sample each, up to
+    --sample_frames -> [samples/<case>_<window>.*]."""
+    files, windows = [], held_out_windows(args, test)
+    for case, number in common.pick_cases(args.output_dir, list(windows), args.num_samples).items():
+        name, (i, k, first) = list(windows.items())[number]
         steps = min(args.sample_frames, test.files[i].steps - first)
         truth = read_window(test.files[i], k, first - args.n_in, args.n_in + steps)
         history = truth[None, :args.n_in].to(run.device)
-        forecast = rollout(model, history, steps, [(args.seed, i, k)], 1, test.text([(i, k)], run.device))
+        forecast = rollout(model, history, steps, [(args.seed, number)], 1, test.text([(i, k)], run.device))
         forecast = torch.cat([history[0], forecast[0, 0]]).cpu()
-        panels = {}
-        for c, name in enumerate(test.names):
-            panels[name] = picture(truth[:, c], truth[:, c])
-            panels[f"{name}, forecast"] = picture(forecast[:, c], truth[:, c])
-        stem = Path(args.output_dir, "samples", f"{test.files[i].path.stem}_{k}")
-        labels = ["given"] * args.n_in + [f"t+{t}" for t in range(1, steps + 1)]
-        scale = max(1, round(200 / truth.shape[-1]))
-        files += common.write_panels(stem, panels, labels, args.n_in, 8, scale, columns=6)
+        panels = {field: pictures(forecast[:, c], truth[:, c]) for c, field in enumerate(test.names)}
+        stem = Path(args.output_dir, "samples", f"{case}_{name}")
+        scale = max(1, round(128 / truth.shape[-1]))
+        files += common.write_panels(stem, panels, args.n_in, 8, scale)
         np.save(f"{stem}.npy", forecast[args.n_in:].numpy())     # physical units, T C H W
         files.append(f"{stem}.npy")
     return files
@@ -1035,12 +1038,11 @@ def run_script(argv):
     if not (inference_only and checkpoint):
         train_stages(args, run, data, checkpoint)
     model = load_forecaster(args, run)
-    files = evaluate(args, run, model, data["test"]) if args.eval or not inference_only else []
+    files = evaluate(args, run, model, data["test"]) if common.wants_evaluation(args) else []
     if run.rank == 0:
         if args.sample or not inference_only:
             files += sample(args, run, model, data["test"])
         common.show_results(args.output_dir, files, args.tensorboard, args.wandb)
-        print("wrote " + ", ".join(files))
     common.shutdown()
 
 

@@ -11,8 +11,9 @@ Layout      DATA/manifest.json                      {"fps": 10, "episodes": [{"i
 """
 import argparse
 import json
+import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +23,12 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))       # the root of the repository
 import common  # noqa: E402
 from common import UserError  # noqa: E402
+from data.vidar.world import BLOCK_COLORS  # noqa: E402
 
 FPS = 10
 ACTION_DIM = 14
 VIEWS = ("fixed rear", "movable left arm", "movable right arm")
+TASK = re.compile("using (left|right) arm, put the (red|blue) block on the plate[.]")       # of world.py
 
 
 @dataclass
@@ -155,6 +158,34 @@ def make_prompt(instruction, head_view, views=VIEWS) -> str:
         task = task[:1].lower() + task[1:]
     return (f"The whole scene is in a realistic, industrial art style with {count}: {listed}. "
             f"The aloha robot is currently performing the following task: {task}")
+
+
+def other_task(episode):
+    """A simulated Episode, told to use the other arm and the other block; None for other data."""
+    other = {"left": "right", "right": "left", "red": "blue", "blue": "red"}
+    if not TASK.fullmatch(episode.instruction):
+        return None
+    return replace(episode, instruction=re.sub("|".join(other), lambda match: other[match[0]],
+                                               episode.instruction))
+
+
+def block_displacement(video, color):
+    """How far a block's centre moves in the upper view of a mosaic, in pixels, from the first frame that
+    shows it to the last one. video T 3 H W in [0, 1]."""
+    view = 255 * video[:, :, :video.shape[2] * 2 // 3] - torch.tensor(color).view(3, 1, 1)
+    t, y, x = (view.abs().amax(1) < 70).nonzero().float().unbind(1)
+    centres = [torch.stack([x[t == frame].mean(), y[t == frame].mean()]) for frame in t.unique()]
+    return (centres[-1] - centres[0]).norm().item() if centres else 0.0
+
+
+def follows_instruction(video, actions, episode):
+    """Whether the arm and the block that a simulated task names move further than the other ones, in a video
+    T 3 H W in [0, 1] and in its actions T 14 -> {"follows_arm", "follows_block"}: 0 or 1."""
+    side, named = TASK.fullmatch(episode.instruction).groups()
+    turned = (actions.amax(0) - actions.amin(0)).unflatten(0, (2, 7))[:, :6].sum(1)         # left, right
+    moved = {name: block_displacement(video, color) for name, color in BLOCK_COLORS.items()}
+    return {"follows_arm": float(turned.argmax() == ("left", "right").index(side)),
+            "follows_block": float(max(moved, key=moved.get) == named)}
 
 
 def check(argv):
