@@ -3688,9 +3688,9 @@ def test_vidarc_policy_bad_input():
     expected.act(frames[:1], "go")
     bad = {"uint8 .1, 48, 48, 3., not uint8 .n, 48, 32, 3.": (np.zeros((1, 48, 48, 3), np.uint8), "go", None),
            "frames are float64": (frames[:1] / 255, "go", None), "frames are": ([], "go", None),
-           "joints are .14,., with 1 NaN": (frames[1:5], "go", np.where(np.arange(14) == 3, np.nan, 0.)),
+           "joints are .14,. float64": (frames[1:5], "go", np.where(np.arange(14) == 3, np.nan, 0.)),
            "joints are .7,.": (frames[1:5], "go", np.zeros(7)),
-           "joints are not numbers": (frames[1:5], "go", ["a"] * 14),
+           "joints are .14,. <U1": (frames[1:5], "go", ["a"] * 14),
            "instruction is bytes": (frames[1:5], b"go", None)}
     for message, observation in bad.items():
         with pytest.raises(common.UserError, match=message):

@@ -508,14 +508,10 @@ class Policy:
             raise UserError(f"the instruction is {type(instruction).__name__}, not str")
         if joints is None:
             return frames, None
-        try:
-            joints = np.asarray(joints, np.float64)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"joints are not numbers: {common.reason(error)}") from error
-        if joints.shape != (vidar.ACTION_DIM,) or not np.isfinite(joints).all():
-            raise UserError(f"joints are {joints.shape}, with {np.isnan(joints).sum()} NaN, not "
-                            f"({vidar.ACTION_DIM},) and finite")
-        return frames, joints
+        joints, count = np.asarray(joints), vidar.ACTION_DIM
+        if joints.dtype.kind not in "iuf" or joints.shape != (count,) or not np.isfinite(joints).all():
+            raise UserError(f"joints are {joints.shape} {joints.dtype}, not {count} finite numbers")
+        return frames, joints.astype(np.float64)
 
     def observe(self, frames, count):
         """Puts observed frames into the cache, in which `count` latents must still fit -> the present frame
@@ -571,28 +567,23 @@ def make_policy(args, run, dit, final):
 def run_episode(policy, seed, moved, closed, film=None):
     """One simulated world -> success, final distance of the block from the plate. Closed loop: a new plan
     from what is observed after every chunk; else one plan for a whole window, then rest. moved: whether the
-    block is moved. film: a list that takes (observed, generated) for each frame, 3 H W in [0, 1]."""
+    block is moved. film: in closed loop, a list for (observed, generated) of each frame, 3 H W in [0, 1]."""
     args = policy.args
     world = ArmWorld(seed, (args.height, args.width), moved=MOVED_AT if moved else None)
     policy.reset(seed + args.seed)
     frames, done = [world.observe()], 0
     while done < HORIZON and not world.success:
-        if closed or not done:
-            latents = None if closed else policy.cache.capacity - 1
-            plan = list(policy.stream(np.stack(frames), world.instruction, world.state, latents))
-            actions, generated, frames = np.concatenate(plan), torch.cat(policy.generated), []
-        for i in range(len(actions)):
-            world.step(actions[i])
+        latents = None if closed else policy.cache.capacity - 1
+        plan = list(policy.stream(np.stack(frames), world.instruction, world.state, latents))
+        actions, generated, frames = np.concatenate(plan), torch.cat(policy.generated), []
+        rest = 0 if closed else max(0, HORIZON - len(actions))
+        for i, action in enumerate([*actions, *[actions[-1]] * rest]):
+            world.step(action)
             done += 1
             if closed:                           # a picture costs more than the step
                 frames.append(world.observe())
             if film is not None:
-                observed = torch.from_numpy(frames[-1] if closed else world.observe())
-                film.append((observed.movedim(-1, 0) / 255, generated[i]))
-        if not closed:
-            while done < HORIZON and not world.step(actions[-1]):
-                done += 1
-            break
+                film.append((torch.from_numpy(frames[-1]).movedim(-1, 0) / 255, generated[i]))
     return float(world.success), world.distance()
 
 
