@@ -1719,12 +1719,14 @@ def report(script, args, weights, began, headline, results, baselines, columns, 
            stages=(".",), panels=()):
     """Writes eval.json and curves.png, and prints a table with a row per method and `columns` of metrics.
 
-    headline: (metric, name of its baseline, whether lower is better). results: {metric: number}; baselines:
+    weights: what was loaded, None for --weights_from or the tiny model. headline: (metric, name of its
+    baseline, whether lower is better). results: {metric: number}; baselines:
     {name: {metric: number}}. clips: {name: headline metric, or a score in its direction} of the held-out
     clips. curves: metrics with values per horizon (horizon_means). stages: folders whose losses are drawn.
     panels: more of them, for plot_curves. began: time.time() at the start. -> the two files.
     """
     folder = Path(args.output_dir)
+    weights = weights or ("tiny, trained by this run" if args.model == "tiny" else args.weights_from)
     metric, baseline, lower = headline
     clips = sorted(((name, score) for name, score in clips.items() if math.isfinite(score)),
                    key=lambda clip: clip[1], reverse=not lower)

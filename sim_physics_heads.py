@@ -619,11 +619,9 @@ def evaluate(args, run, model, clips, means):
                 for method, rows in tables.items()}
     results = averages.pop("model")
     columns = "epe", "epe_moving", "abs_rel", "abs_rel_moving", "delta1_moving", "sky_accuracy"
-    weights = "tiny, trained by this run" if args.model == "tiny" else args.weights_from
     errors = {name: row["epe_moving"].item() for name, row in zip(clips.names, tables["model"])}
-    return common.report(SCRIPT, args, weights, began, ("epe_moving", "mean depth, zero motion", True),
-                         results, averages, columns, errors,
-                         stages=[folder for _, folder, _, _ in stage_plan(args)])
+    return common.report(SCRIPT, args, None, began, ("epe_moving", "mean depth, zero motion", True), results,
+                         averages, columns, errors, stages=[folder for _, folder, _, _ in stage_plan(args)])
 
 
 @torch.no_grad()

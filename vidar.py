@@ -46,7 +46,7 @@ from tqdm import tqdm
 import common
 from common import UserError, at_least, between, expand_to, from_uint8, to_uint8
 from data.vidar import episodes as robot_data
-from data.vidar.episodes import ACTION_DIM, FPS, resize, tasks
+from data.vidar.episodes import ACTION_DIM, FPS, idm_scores, resize, tasks, video_scores
 
 SCRIPT = "vidar"
 IDM_CHUNK = 32                           # frames that the IDM takes at a time in evaluation
@@ -54,8 +54,7 @@ IDM_CHUNK = 32                           # frames that the IDM takes at a time i
 # ---- presets and flags ----------------------------------------------------------------------------------
 
 PRESETS = {
-    # mask_weight: with .003 the mask would close later than two CPU cores can wait for; with .06 it lets only
-    # a few points through.
+    # mask_weight: with .003 the mask closes after more steps than these, with .06 it passes only a few points.
     "tiny": dict(
         model="tiny", stage="all", data_dir="data/vidar/simulated", height=112, width=96, frames=33,
         prompt_views="none", windows=3, text_length=64, batch_size=2, global_batch=0, max_steps=1650, lr=3e-3,
@@ -614,28 +613,6 @@ def predict_actions(idm, frames, device):
     return [torch.cat([part[i].float().cpu() for part in parts]) for i in (0, 1)]
 
 
-def idm_scores(prediction, target):
-    """Actions N 14 -> {"r2": mean over the joints, "r2_worst", "l1", "accuracy": share of frames in which all
-    joints are within 0.05 rad and both grippers within 0.5}."""
-    error = (prediction - target).abs()
-    tolerance = torch.full((ACTION_DIM,), .05)
-    tolerance[[6, 13]] = .5                      # of the grippers
-    residual = (prediction - target).double().square().sum(0)
-    r2 = 1 - residual / (target - target.mean(0)).double().square().sum(0)
-    return {"r2": r2.mean().item(), "r2_worst": r2.min().item(), "l1": error.mean().item(),
-            "accuracy": (error < tolerance).all(1).float().mean().item()}
-
-
-def video_scores(video, truth, arm, valid):
-    """T 3 H W in [0, 1] twice, arm T H W bool or None, valid T bool -> {metric: 1 T-1}, of the frames after
-    the given one; NaN for padding."""
-    scores = {"psnr": common.psnr(video, truth), "ssim": common.ssim(video, truth)}
-    if arm is not None:
-        error = ((video - truth).square().mean(1) * arm).flatten(1).sum(1) / arm.flatten(1).sum(1)
-        scores["psnr_arm"] = -10 * torch.log10(error.clamp(min=1e-6))
-    return {name: torch.where(valid, value, math.nan)[None, 1:].float() for name, value in scores.items()}
-
-
 @torch.no_grad()
 def sample_video(args, run, model, vae, encode_prompt, first, episode, seed):
     """first 3 H W in [0, 1] -> T 3 H W in [0, 1], on the CPU."""
@@ -716,8 +693,7 @@ def report(args, videos, actions, clips, began):
     columns = ["psnr_arm_beyond_1s", "psnr_beyond_1s", "ssim_beyond_1s", "action_r2_real",
                "action_r2_worst_real", "action_l1_real", "action_r2_generated", "follows_arm",
                "follows_block"]
-    weights = args.vidar or ("tiny, trained by this run" if args.model == "tiny" else args.weights_from)
-    return common.report(SCRIPT, args, weights, began, headline, results, scores,
+    return common.report(SCRIPT, args, args.vidar, began, headline, results, scores,
                          [name for name in columns if name in results], ranking,
                          [name for name in ("psnr_arm", "psnr") if name in results],
                          [stage.folder for stage in stage_plan(args)])

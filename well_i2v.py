@@ -638,14 +638,12 @@ def evaluate(args, run, model, test):
         return []
     rows = {name: summarize(table, long.get(name), test.names) for name, table in short.items()}
     columns = ["one_step", "all_steps", "rollout_6:12", "rollout_13:30"]
-    print(f"VRMSE, mean over fields: held-out windows (all_steps: 1 to {args.n_out}) and rollouts from frame "
-          f"{first - 1}")
-    weights = "tiny, trained by this run" if args.model == "tiny" else args.weights_from
+    print(f"VRMSE of held-out windows (all_steps: 1 to {args.n_out}) and of rollouts from frame {first - 1}")
+    clips = dict(zip(windows, short["model"][:, 0].mean(1).tolist()))
     files = common.report(
-        SCRIPT, args, weights, began, ("one_step", "persistence", True), rows.pop("model"), rows,
-        columns + [f"one_step_{name}" for name in test.names],
-        dict(zip(windows, short["model"][:, 0].mean(1).tolist())), ("vrmse", "rollout_vrmse"),
-        [folder for _, folder, _, _ in stage_plan(args)])
+        SCRIPT, args, None, began, ("one_step", "persistence", True), rows.pop("model"), rows,
+        columns + [f"one_step_{name}" for name in test.names], clips,
+        ("vrmse", "rollout_vrmse"), [folder for _, folder, _, _ in stage_plan(args)])
     if test.files[0].dataset == DATASET:
         common.print_table({f"{name}, published": row for name, row in PUBLISHED.items()}, columns)
         print("published: from 4 given frames, on the test split of the 128 x 384 data set")
@@ -659,10 +657,9 @@ def pictures(forecast, truth):
     colours = "viridis"
     if low < 0 < high:
         low, high, colours = -max(-low, high), max(-low, high), "RdBu_r"
-    error = (forecast - truth).abs()
     return {"ground truth": common.coloured(truth, low, high, "", colours),
             "prediction": common.coloured(forecast, low, high, "", colours),
-            "error": common.coloured(error, 0.0, (high - low) / 2, "", "magma")}
+            "error": common.coloured((forecast - truth).abs(), 0.0, (high - low) / 2, "", "magma")}
 
 
 @torch.no_grad()
@@ -679,8 +676,7 @@ def sample(args, run, model, test):
         forecast = torch.cat([history[0], forecast[0, 0]]).cpu()
         panels = {field: pictures(forecast[:, c], truth[:, c]) for c, field in enumerate(test.names)}
         stem = Path(args.output_dir, "samples", f"{case}_{name}")
-        scale = max(1, round(128 / truth.shape[-1]))
-        files += common.write_panels(stem, panels, args.n_in, 8, scale)
+        files += common.write_panels(stem, panels, args.n_in, 8, max(1, round(192 / truth.shape[-1])))
         np.save(f"{stem}.npy", forecast[args.n_in:].numpy())     # physical units, T C H W
         files.append(f"{stem}.npy")
     return files

@@ -11,6 +11,7 @@ Layout      DATA/manifest.json                      {"fps": 10, "episodes": [{"i
 """
 import argparse
 import json
+import math
 import re
 import sys
 from dataclasses import dataclass, replace
@@ -158,6 +159,28 @@ def make_prompt(instruction, head_view, views=VIEWS) -> str:
         task = task[:1].lower() + task[1:]
     return (f"The whole scene is in a realistic, industrial art style with {count}: {listed}. "
             f"The aloha robot is currently performing the following task: {task}")
+
+
+def idm_scores(prediction, target):
+    """Actions N 14 -> {"r2": mean over the joints, "r2_worst", "l1", "accuracy": share of frames in which all
+    joints are within 0.05 rad and both grippers within 0.5}."""
+    error = (prediction - target).abs()
+    tolerance = torch.full((ACTION_DIM,), .05)
+    tolerance[[6, 13]] = .5                      # of the grippers
+    residual = (prediction - target).double().square().sum(0)
+    r2 = 1 - residual / (target - target.mean(0)).double().square().sum(0)
+    return {"r2": r2.mean().item(), "r2_worst": r2.min().item(), "l1": error.mean().item(),
+            "accuracy": (error < tolerance).all(1).float().mean().item()}
+
+
+def video_scores(video, truth, arm, valid):
+    """T 3 H W in [0, 1] twice, arm T H W bool or None, valid T bool -> {metric: 1 T-1}, of the frames after
+    the given one; NaN for padding."""
+    scores = {"psnr": common.psnr(video, truth), "ssim": common.ssim(video, truth)}
+    if arm is not None:
+        error = ((video - truth).square().mean(1) * arm).flatten(1).sum(1) / arm.flatten(1).sum(1)
+        scores["psnr_arm"] = -10 * torch.log10(error.clamp(min=1e-6))
+    return {name: torch.where(valid, value, math.nan)[None, 1:].float() for name, value in scores.items()}
 
 
 def other_task(episode):
