@@ -54,7 +54,7 @@ IDM_CHUNK = 32                           # frames that the IDM takes at a time i
 # ---- presets and flags ----------------------------------------------------------------------------------
 
 PRESETS = {
-    # mask_weight: with .003 the mask closes after more steps than these, with .06 it passes only a few points.
+    # mask_weight: with .003 the mask would close after more steps than these; .06 passes only a few points.
     "tiny": dict(
         model="tiny", stage="all", data_dir="data/vidar/simulated", height=112, width=96, frames=33,
         prompt_views="none", windows=3, text_length=64, batch_size=2, global_batch=0, max_steps=1650, lr=3e-3,
