@@ -351,8 +351,7 @@ def river_loss(field, z, values, args):
     """
     B, T = z.shape[:2]
     batch = torch.arange(B, device=z.device)
-    # 3. Target frame tau. The paper begins at its third frame; the second one, whose only context is its
-    #    reference, is a target here too, so that forecasts can start from one observed frame.
+    # 3. Target frame tau; the paper's begin one later. So forecasts can start from one observed frame.
     tau = 1 + (values["tau"] * (T - 1)).long()
     # 4. Time t ~ U[0, 1).
     t = values["t"]
@@ -429,7 +428,7 @@ def load_clips(root, split):
     folder, listing = Path(root, split), Path(root, f"{split}_files.txt")
     if not folder.is_dir():
         raise UserError(f"no folder {folder}: make it with python data/{SCRIPT}/prepare.py --extract VIDEOS "
-                        f"--data_dir {root}; without --data_dir the tiny preset simulates its own")
+                        f"--data_dir {root}")
     if listing.is_file():
         name = r"^(?:.*[/\\])?(.*\d\.[a-zA-Z]\w*)(?:\s+\S+)*$"       # of a file, between folders and labels
         lines = [line.strip() for line in common.read_text(listing).splitlines() if line.strip()]
@@ -513,9 +512,8 @@ def smoke_ranks(members, truth):
     """members W m T 3 H W, truth W T 3 H W -> common.rank_histogram of brightness, of the pixels in which the
     truth or any member shows smoke: a choice that treats them alike, so that it does not change the ranks."""
     brightness = (torch.cat([truth[:, None], members], dim=1).amax(3) + 1) / 2           # W m+1 T H W
-    smoke = (brightness > SMOKE_LEVEL).any(1)
-    brightness = brightness.movedim(1, 0)[:, smoke]
-    return common.rank_histogram(brightness[1:], brightness[0])
+    smoke = brightness.movedim(1, 0)[:, (brightness > SMOKE_LEVEL).any(1)]
+    return common.rank_histogram(smoke[1:], smoke[0])
 
 
 def average_scores(tables):
@@ -539,10 +537,9 @@ def evaluate(args, device, autoencoder, field, windows):
         for s in sorted({0.0, 0.2, 0.5, args.warm_start}) if first == 0 else [args.warm_start]:
             clock = time.time()
             members = forecast(autoencoder, field, x[:, :P], args, args.num_samples, seed, warm_start=s).cpu()
-            scores = {"seconds": time.time() - clock, "calls": network_calls(args, s)}
             if first == 0:
-                scores |= average_scores([forecast_scores(members, x[:, P:].cpu())])
-                warm_tables[s] = scores
+                warm_tables[s] = {"seconds": time.time() - clock, "calls": network_calls(args, s),
+                                  **average_scores([forecast_scores(members, x[:, P:].cpu())])}
             if s == args.warm_start:
                 model = members.to(device)
         ranks = ranks + smoke_ranks(model, x[:, P:])
@@ -582,8 +579,7 @@ def sample(args, device, autoencoder, field, windows):
         videos = {"ground truth": truth, "reconstruction": autoencoder.decode(autoencoder.encode(truth))}
         videos |= {f"sample {k}": video for k, video in enumerate(samples, 1)}
         videos["error,\nsample 1"] = common.error_picture(samples[0], truth)
-        stem = f"{args.output_dir}/samples/{case}_{names[number]}"
-        files += common.write_panels(stem, {"": videos})
+        files += common.write_panels(f"{args.output_dir}/samples/{case}_{names[number]}", {"": videos})
     return files
 
 
@@ -699,8 +695,8 @@ def train_autoencoder(args, run, frames, val_frames):
           checkpoint)
     if run.rank == 0:                            # latents get mean 0 and variance 1, as the noise has
         path, state, _ = common.find_checkpoint(folder / "ckpt", SCRIPT, "auto")
-        loss = common.load_for_inference(AutoencoderLoss(args), state["ema"], path, run.device)
-        autoencoder = loss.autoencoder
+        model = common.load_for_inference(AutoencoderLoss(args), state["ema"], path, run.device)
+        autoencoder = model.autoencoder
         subset = torch.linspace(0, len(frames) - 1, min(2048, len(frames))).long()
         z = autoencoder.encode(from_uint8(frames[subset]))
         autoencoder.mean.copy_(z.mean(dim=(0, 2, 3))[:, None, None])
@@ -728,8 +724,7 @@ def train_flow(args, run, data, autoencoder, checkpoint):
     def val_fn(model):                           # the same windows, times and noise at every validation
         seed = common.seed_all(args.seed, VALIDATE)
         values = common.sample_global_batch(specs["val"], seed, 128, device=run.device)
-        loss, _ = loss_fn(model, values, 0, "val")
-        return {"val_loss": loss.item()}
+        return {"val_loss": loss_fn(model, values, 0, "val")[0].item()}
 
     torch.manual_seed(args.seed)
     field = VectorField(args).to(run.device)
