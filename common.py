@@ -866,39 +866,40 @@ def find_checkpoint(folder, script, resume, train=False):
         return None
     if resume != "auto":
         path = latest_checkpoint(Path(resume) / "ckpt") or Path(resume)
-        mine = path.parent.resolve() == Path(folder).resolve()
-        beyond = lambda own: not mine or int(own.name[5:]) > int(path.name[5:])
-        if train and path in checkpoints(path.parent) and any(map(beyond, checkpoints(folder))):
-            found = find_checkpoint(folder, script, "auto")        # not PATH's too, which may be as large
-            if found[2]["args"].get("resume") == str(resume):
-                return found
-            raise UserError(f"{folder} holds {'later' if mine else 'other'} checkpoints, and resuming from "
-                            f"{path} there would mix two runs: choose another --output_dir")
+        same_run = path.parent.resolve() == Path(folder).resolve()
+        others = [other for other in checkpoints(folder)
+                  if not same_run or int(other.name[5:]) > int(path.name[5:])]
+        if train and others and path in checkpoints(path.parent):
+            newest = find_checkpoint(folder, script, "auto")       # not PATH's too, which may be as large
+            if newest.meta["args"].get("resume") == str(resume):
+                return newest
+            raise UserError(f"{folder} holds {'later' if same_run else 'other'} checkpoints, and resuming "
+                            f"from {path} there would mix two runs: choose another --output_dir")
         return Checkpoint(path, *load_checkpoint(path, script))
     problem = None
     for path in reversed(checkpoints(folder)):
         try:
-            found = Checkpoint(path, *load_checkpoint(path, script))
+            checkpoint = Checkpoint(path, *load_checkpoint(path, script))
         except UserError as error:
             problem = problem or error
             continue
         if problem:
             print(f"warning: {problem}; resuming from {path}", file=sys.stderr)
-        return found
+        return checkpoint
     if problem:
         raise problem
     return None
 
 
-def copy_stages(found, folder, stages):
-    """Where a run goes on in another folder than its own, its first stages come along. On rank 0."""
-    for stage in stages if found else ():
-        theirs, own = run_folder(found[0]) / stage, Path(folder) / stage
-        if theirs.is_dir() and not own.exists():
-            part = own.with_name(f".tmp_{stage}")
-            shutil.rmtree(part, ignore_errors=True)
-            shutil.copytree(theirs, part)
-            part.rename(own)
+def copy_stages(checkpoint, folder, stages):
+    """Copies the first stages of a run that is resumed in another folder. Call it on rank 0."""
+    for stage in stages:
+        source, target = run_folder(checkpoint.path) / stage, Path(folder) / stage
+        if source.is_dir() and not target.exists():
+            partial = target.with_name(f".tmp_{stage}")
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(source, partial)
+            partial.rename(target)
 
 
 def save_weights(path, weights):

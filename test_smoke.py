@@ -3680,7 +3680,7 @@ def test_vidarc_policy():
 
 
 def test_vidarc_policy_bad_input():
-    """A line that says what is wrong, and the policy goes on as if nothing had been sent."""
+    """A line that says what is wrong, and the policy continues as if nothing had been sent."""
     policy = vidarc_policy()
     frames = observed_frames(policy, 9)
     policy.act(frames[:1], "go")
