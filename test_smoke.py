@@ -99,13 +99,8 @@ def cut(path):
 
 def hdf5(data, change, split="train"):
     """Changes the first file of a split, as h5py opens it."""
-
     with h5py.File(sorted(data.rglob(f"{split}/*.hdf5"))[0], "r+") as file:
         change(file)
-
-
-def put_nan(file):
-    file["t0_fields/pressure"][...] = np.nan
 
 
 def robot(name, change):
@@ -134,17 +129,13 @@ SCRIPTS = {
         overfit=lambda: overfit_river(),
         bad=[
             ("", "no folder .*val.*prepare.py", lambda data, run: shutil.rmtree(data / "val")),
-            ("", "cannot read image .*gone_frame_0001.png", lambda data, run: (
-                data / "train_files.txt").write_text("gone_frame_0001.png 1\n")),
             ("", "cannot read image", lambda data, run: cut(data / "train/sim000002/0003.png")),
             ("", "is 48x32, expected 64x64", lambda data, run: iio.imwrite(
                 data / "val/sim100001/0003.png", np.zeros((32, 48, 3), np.uint8))),
             ("--num_observations 15", "no clip of train has 15 consecutively", None),
-            ("--heads 3", "--width must be a multiple of --heads 3", None),
             ("--latent_channels 8 --autoencoder {run}/autoencoder/autoencoder.safetensors", "not fit", None),
             ("--output_dir {run} --eval --width 64", "--width 64 does not fit .* trained with 32", None),
             ("--output_dir {run} --eval --i3d {data}/none.pt", "none.pt is not StyleGAN-V's", None),
-            ("--resume {data}", "no checkpoint at .*data", None),                  # of common's parser
             ("--resume {run}/ckpt/step_000004", "step_000004 is truncated", lambda data, run: cut(
                 run / "ckpt/step_000004/model.safetensors")),
         ]),
@@ -165,9 +156,7 @@ SCRIPTS = {
                 data / "val.npy", np.zeros((3, 3, 64, 64), np.uint8))),
             ("--T_in 7 --T_out 7", "no video of test has 14 frames", None),
             ("--encoder dinov2_vits14", "cannot load --encoder dinov2_vits14 .*hf download", None),
-            ("--video_idx 2", "--video_idx 2: the test videos are 0 to 1", None),
             ("--perceptual_weight 1 --vgg_weights {data}/split.json", "cannot load --vgg_weights", None),
-            ("--output_dir {run} --eval --world_model lstm", "lstm does not fit .* trained with gru", None),
         ]),
     "sim_physics_heads": dict(
         tiny="--preset tiny --dtype float32 --height 32 --width 32 --frames 5 --strides 1,2 --clips 2 "
@@ -208,29 +197,18 @@ SCRIPTS = {
         overfit=lambda: overfit_well(),
         bad=[
             ("", "no data set in .*prepare.py --download", lambda data, run: shutil.rmtree(data / "data")),
-            ("", "no .hdf5 files in .*valid", lambda data, run: [
-                path.unlink() for path in data.rglob("valid/*.hdf5")]),
             ("", "hdf5 is not in The Well's 2-D format .*pressure", lambda data, run: hdf5(
                 data, lambda file: file["t0_fields"].__delitem__("pressure"))),
-            ("", "hdf5 is not in The Well's 2-D format .*dimensions", lambda data, run: hdf5(
-                data, lambda file: file.__delitem__("dimensions"))),
             ("", "field density has shape .*, its attributes say", lambda data, run: hdf5(
                 data, lambda file: file["dimensions"].__delitem__("x") or file["dimensions"].create_dataset(
                     "x", data=np.zeros(32)))),
-            ("", "trajectory 0 has NaN or Inf at step [01]", lambda data, run: hdf5(data, put_nan)),
+            ("", "trajectory 0 has NaN or Inf at step [01]", lambda data, run: hdf5(
+                data, lambda file: file["t0_fields/pressure"].__setitem__(..., np.nan))),
             ("--n_out 16", "has 16 steps, too few for a window of 17", None),
             ("--n_out 7", "--n_out 7, --frame_repeat 1: Wan's VAE takes 4k [+] 1 video frames", None),
-            ("--mode convlstm --n_in 4", "--n_in 4, .*: Wan's VAE takes 4k [+] 1", None),
-            ("--n_in 5", "--n_in 5: --mode native starts from one frame", None),
             ("--video_size 20,48", "multiples of 16, not 20,48", None),
-            ("--video_size big", "multiples of 16, not big: give --video_size H,W", None),
             ("--text_length 8", "--text_length 8: a prompt has as many tokens or more", None),
-            ("--lora_targets ff.net.2", "--lora_targets ff.net.2: choose from to_q", None),
-            ("--mode adapter --adapter tile", "--mode adapter trains the adapter", None),
-            ("--adapter pca", "invalid choice: 'pca'", None),
-            ("--members 0", "argument --members: must be finite and at least 1", None),
             ("--shift nan", "argument --shift: must be finite", None),
-            ("--mode convlstm --n_in 5 --fsdp", "--fsdp and --compile are for Wan's experts", None),
         ]),
     "vidar": dict(
         tiny="--preset tiny --dtype float32 --height 48 --width 32 --frames 9 --text_length 16 --max_steps 4 "
@@ -255,26 +233,16 @@ SCRIPTS = {
                 "actions.npy", lambda path: np.save(path, np.load(path)[1:]))),
             ("", "cannot read video .*ep_0003/video.mp4", robot(
                 "video.mp4", lambda path: path.write_bytes(b"none"))),
-            ("", "instruction.txt is not UTF-8 text", robot(
-                "instruction.txt", lambda path: path.write_bytes("Heb den Würfel.".encode("latin-1")))),
-            ("", 'manifest.json must hold "episodes"', lambda data, run: (
-                data / "manifest.json").write_text('{"fps": 10}')),
             ("", "manifest.json has 30 fps, not 10", lambda data, run: edit(
                 data / "manifest.json", '"fps": 10', '"fps": 30')),
             ("", "no data set in .*python data/vidar/prepare.py", lambda data, run: shutil.rmtree(data)),
-            ("--eta 3", "which mask.npz or an IDM must locate: name --idm FILE", lambda data, run: [
-                path.unlink() for path in data.rglob("mask.npz")]),
             ("--height 40", "--height 40 and --width 32 must be multiples of 16", None),
-            ("--preset ti2v_5b --height 720", "multiples of 32", None),
             ("--frames 10", "--frames must be 4k [+] 1, not 10", None),
             ("--global_batch 6", "--global_batch 6 is not a multiple of 4", None),
-            ("--cpu_offload", "--cpu_offload moves sharded weights: add --fsdp", None),
             ("--vidar {data}/w.pt", "cannot load Wan's transformer from .*w.pt .*norm9", lambda data, run:
                 torch.save({**torch.load(run / "video/final/vidar.pt"), "blocks.0.norm9.bias": torch.ones(1)},
                            data / "w.pt")),
             ("--idm {data}/none.pt", "cannot read the IDM .*none.pt", None),
-            ("--lr nan", "argument --lr: must be .*at least 0, not nan", None),
-            ("--output_dir {run} --eval --text_length 8", "--text_length 8 does not fit .* with 16", None),
         ]),
     "vidarc": dict(
         tiny="--preset tiny --dtype float32 --height 48 --width 32 --frames 9 --text_length 16 --max_steps 4 "
@@ -294,14 +262,9 @@ SCRIPTS = {
             ("--kv_cache_length 10", "--kv_cache_length must be a multiple of 4, not 10", None),
             ("--chunk_size 4", "--self_forcing generates a part .* or --self_forcing 0", None),
             ("--vidar {data}/none.pt", "--vidar: no file .*none.pt.* python vidar.py", None),
-            ("--idm {data}/none.pt", "--idm: no file .*none.pt", None),
-            ("--vidar {data}/w.pt", "cannot load Wan's transformer .*patch_embedding.bias", lambda data, run:
-                torch.save({**torch.load(run / "final/vidarc.pt"), "patch_embedding.bias": torch.ones(3)},
-                           data / "w.pt")),
             ("--idm {data}/w.pt", "w.pt does not fit this model: ", lambda data, run: torch.save(
                 {"train_mean": torch.ones(7)}, data / "w.pt")),
             ("--serve 8000", "has no trained policy .*python vidarc.py --output_dir", None),
-            ("--num_inference_steps 0", "--num_inference_steps: must be .*at least 1, not 0", None),
             ("--output_dir {run} --eval --height 64", "--height 64 does not fit .* trained with 48", None),
         ]),
 }
@@ -582,6 +545,17 @@ def test_run_on_disk(script, base):
     assert (base.root / "printed").read_text().startswith(f"{script}: preset tiny (from the command line)")
     links = re.findall(' (?:src|href)="(.*?)"', (base.run / "report.html").read_text())
     assert "curves.png" in links and all((base.run / link).is_file() for link in links)
+    links = re.findall(' (?:src|href)="(.*?)"', (base.root / "runs/index.html").read_text())
+    assert f"{script}/report.html" in links and all((base.root / "runs" / link).is_file() for link in links)
+
+
+@pytest.mark.parametrize("script,stage,name", [
+    ("vidar", "video", "vidar"), ("vidarc", ".", "vidarc"), ("sim_physics_heads", "heads", "heads")])
+def test_exported_weights_are_the_ema(script, stage, name, trained):
+    folder = trained(script).run / stage
+    ema = common.load_weights(common.latest_checkpoint(folder / "ckpt") / "ema.safetensors")
+    assert_same(common.load_weights(folder / f"final/{name}.safetensors"),
+                {key.removeprefix("dit.").removeprefix("heads."): value for key, value in ema.items()})
 
 
 def test_resume_equals_no_stop(script, base, tmp_path):
@@ -669,6 +643,32 @@ def test_divergence_leaves_the_checkpoint_before(script, base, tmp_path, capsys)
     assert launch(script, f"{base.inputs} --output_dir {run} --lr 1e35") == 2
     assert re.search("not finite at step 4: .*step_000002", the_error(capsys, script))
     assert files(run / "ckpt") == before
+
+
+@pytest.mark.parametrize("script", [script for script, row in SCRIPTS.items()
+                                    if len(row["stages"]) > 1 and not row["reuse"]])
+def test_resume_into_another_folder(script, trained, tmp_path):
+    """The first stages come along, and the run that is resumed stays as it is."""
+    base = trained(script)
+    run = halfway(base.run, tmp_path / "run")
+    before = files(run)
+    assert launch(script, f"{base.inputs} --resume {run} --output_dir {tmp_path}/new") == 0
+    assert_same(exports(tmp_path / "new"), exports(base.run))
+    assert files(run) == before
+
+
+@pytest.mark.parametrize("script", ["sim_physics_heads"])
+def test_sigterm_between_two_stages(script, trained, tmp_path):
+    base, run = trained(script), tmp_path / "run"
+    flags, first = f"{base.inputs} --output_dir {run}", SCRIPTS[script]["stages"][0]
+    ranks = start(script, flags, tmp_path / "log")
+    while not (run / first / "ckpt/step_000004/meta.json").exists():
+        assert ranks[0].is_alive()
+        time.sleep(.002)
+    ranks[0].terminate()
+    assert finish(ranks)[0] in (2, -signal.SIGTERM)
+    assert not (run / "ckpt").exists() and launch(script, flags) == 0
+    assert_same(saved(run), saved(base.run))
 
 
 @pytest.mark.parametrize("script,flags,message,damage", BAD)
@@ -821,6 +821,18 @@ def printed_commands():
             if script in SCRIPTS]
 
 
+def test_missing_tiny_data_are_simulated(script, tmp_path, monkeypatch):
+    """Only in the default folder, by the script's prepare.py in a process of its own."""
+    commands, module = [], importlib.import_module(script)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: commands.append(list(map(str, command))) or
+                        Namespace(returncode=2, stdout=""))
+    for argv in (["--data_dir", "typo"], []):
+        assert module.main(argv) == 2
+    (program, *flags), = (command[1:] for command in commands if command[1].endswith("prepare.py"))
+    assert Path(program).is_file() and flags == ["--data_dir", module.PRESETS["tiny"]["data_dir"]]
+
+
 def parsed(script, argv):
     """The flags that a script makes of a command, after its checks."""
     return importlib.import_module(script).parse_args(argv)[0]
@@ -887,21 +899,16 @@ def test_reproduction_names_what_there_is():
 
 
 def test_imports():
-    """What is imported is pinned. Scripts import common.py, vidarc.py vidar.py, and no other script."""
-    requirements = (HERE / "requirements.txt").read_text()
-    pinned = [line for line in requirements.splitlines() if line and not line.startswith("#")]
-    assert all(re.fullmatch(r"[\w-]+(\[\w+\])?==[\w.]+", line) for line in pinned)
-    known = set(re.findall(r"^(?:#   )?([\w-]+)(?:\[|==|  )", requirements, re.MULTILINE))
+    """Every import is in requirements.txt. Scripts import common.py, vidarc.py also vidar.py."""
+    known = set(re.findall(r"^(?:#   )?([\w-]+)", (HERE / "requirements.txt").read_text(), re.MULTILINE))
     for path in (*HERE.glob("*.py"), *HERE.glob("data/*/*.py")):
         nodes = list(ast.walk(ast.parse(path.read_text())))
         names = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
         names |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-        names = {name.split(".")[0] for name in names} - sys.stdlib_module_names
+        names = {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"data"}
         names -= {other.stem for other in path.parent.glob("*.py") if path.parent != HERE}
-        names -= {"data"}                                              # modules of data/<script>
         ours = {name for name in names if (HERE / f"{name}.py").exists()}
-        called = {"PIL": "pillow", "yaml": "pyyaml"}
-        assert {called.get(name, name) for name in names - ours} <= known, path
+        assert {{"PIL": "pillow", "yaml": "pyyaml"}.get(name, name) for name in names - ours} <= known, path
         allowed = {"common", "vidar"} if path.stem == "vidarc" else {"common"}
         assert path.stem == "test_smoke" or ours <= allowed, path
 
@@ -945,6 +952,19 @@ def test_metric_identities():
     pairs = sum((members[i] - members[j]).abs() for i in range(3) for j in range(3)) / (3 * 2)
     assert torch.allclose(common.fair_crps(members, truth), (members - truth).abs().mean(0) - pairs / 2)
     assert torch.equal(common.fair_crps(members[:1], truth), (members[0] - truth).abs())
+
+
+def test_frechet_distance():
+    """Features with covariances I and R' diag(s^2) R, whose means are .5 apart in each of 4 numbers."""
+    g = torch.Generator().manual_seed(0)
+    a, rotation = torch.randn(50, 4, generator=g).double(), torch.randn(4, 4, generator=g).double()
+    a = 7 * torch.linalg.qr(a - a.mean(0))[0]
+    rotation, scale = torch.linalg.qr(rotation)[0], torch.tensor([1., 2., 3., 4.]).double()
+    distance = common.frechet_distance(a, a * scale @ rotation + .5)
+    assert distance == pytest.approx(4 * .5 ** 2 + (scale - 1).square().sum().item())
+
+
+def test_pixel_values_and_horizons():
     levels = torch.arange(256, dtype=torch.uint8)
     assert torch.equal(common.to_uint8(common.from_uint8(levels)), levels)
     assert common.horizon_means([{"mse": torch.tensor([[1., 2.], [3., 4.]])}, {
@@ -1032,6 +1052,20 @@ def test_flags_by_precedence(trained, tmp_path, monkeypatch):
     assert (args.width, args.heads, checkpoint, reason) == (256, 8, None, "from the command line")
 
 
+def test_tensorboard(tmp_path):
+    """Every row is shown; a resumed run replaces the steps that it repeats."""
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for start, factor in ((0, 1.), (2, 10.)):
+        log = common.Log(tmp_path, "run", start, 3, tensorboard=True, log_every=1)
+        for step in range(start + 1, 4):
+            log.add(loss=factor * step)
+            log.step(step)
+        time.sleep(1)                            # event files are ordered by the second
+    scalars = events.EventAccumulator(str(tmp_path))
+    scalars.Reload()
+    assert [(event.step, event.value) for event in scalars.Scalars("run/loss")] == [(1, 1), (2, 2), (3, 30)]
+
+
 # ---- common.py: files of users --------------------------------------------------------------------------
 
 H264 = ["-c:v", "libx264", "-pix_fmt", "yuv420p"]
@@ -1073,62 +1107,64 @@ def test_text(tmp_path, raw, encoding):
     one_line(common.read_text, tmp_path, "directory")
 
 
+def test_find_files(tmp_path):
+    """Links are followed, also in a loop; a file is listed once, by its real name."""
+    root = tmp_path / "root"
+    for name in ("a/1.PNG", "b/2.png", "b/.hidden.png", "b/notes.txt", "../far/3.png"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    for name, target in (("0.png", "a/1.PNG"), ("a/loop", root), ("far", "../far"), ("gone.png", "nowhere")):
+        (root / name).symlink_to(target)
+    found, left_out = common.find_files(root, [".png"])
+    names = [str(path.relative_to(root)) for path in found]
+    assert names == ["a/1.PNG", "b/2.png", "far/3.png"] and left_out == {".txt": 1, "broken link": 1}
+    assert root / "0.png" in common.find_files(root, [".png"], unique=False)[0]
+    one_line(lambda path: common.find_files(path, [".png"]), tmp_path / "none", "cannot read folder")
+
+
 def test_images(tmp_path):
-    """Alpha over black, 16 bits, floats, orientation; whatever cannot be read is one line."""
+    """Alpha over black, orientation, 16 bits; whatever cannot be read is one line."""
     path, exif = tmp_path / "a.png", Image.Exif()
     exif[0x112] = 6                                    # to be turned by 90 degrees clockwise
     Image.fromarray(SMOKE).save(path, exif=exif)
     pixels = np.rot90(common.read_image(path))
     assert all(tuple(pixels[point]) == value for point, value in SMOKE_POINTS.items())
-    for name, dtype in {"a.png": "<u2", "a.tif": ">u2", "c.tif": "<i4"}.items():
-        Image.fromarray(np.array([[0, 64 * 257, 65535]], dtype)).save(tmp_path / name)
-        assert common.read_image(tmp_path / name).tolist() == [[[0] * 3, [64] * 3, [255] * 3]]
-    Image.fromarray(np.array([[.5, np.nan]], np.float32)).save(tmp_path / "a.tif")
-    one_line(common.read_image, tmp_path / "a.tif", "outside 0 to 1")
-    for suffix in ("png", "jpg", "webp"):
+    Image.fromarray(np.array([[0, 64 * 257, 65535]], "<u2")).save(path)
+    assert common.read_image(path).tolist() == [[[0] * 3, [64] * 3, [255] * 3]]
+    for suffix in ("png", "jpg"):
         path = tmp_path / f"noise.{suffix}"
         Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)).save(path)
         path.write_bytes(path.read_bytes()[:-1500])
         one_line(common.read_image, path, "cannot read image")
 
 
-GREY = np.repeat([0, 64 * 257, 200 * 257, 65535], 16).astype(np.uint16)[None, :, None].repeat(64, 0)
-GREY_POINTS = {(30, 8 + 16 * i): (value,) * 3 for i, value in enumerate((0, 64, 200, 255))}
-
-
-@pytest.mark.parametrize("name, frame, points, options", [
-    ("a.mov", SMOKE, SMOKE_POINTS, ["-c:v", "qtrle"]),
-    ("a.mkv", SMOKE, SMOKE_POINTS, ["-c:v", "ffv1", "-pix_fmt", "yuva420p"]),
-    ("a.webm", SMOKE, SMOKE_POINTS, ["-c:v", "libvpx-vp9", "-pix_fmt", "yuva420p"]),
-    ("lr:1e-4 100%.mp4", GREY, GREY_POINTS, [*H264[:-1], "yuv420p10"]),
-    ("[a]*?.mkv", GREY, GREY_POINTS, ["-c:v", "ffv1", "-pix_fmt", "gray16le"])])
-def test_videos_of_users(tmp_path, name, frame, points, options):
-    """Alpha over black, more than 8 bits, pixels that are not square, names with ffmpeg's special signs."""
-    encode(tmp_path / name, *options, frames=np.stack([frame] * 3))
-    video = common.read_video(tmp_path / name)
-    assert video.dtype == torch.uint8 and video.shape == (3, 3, *frame.shape[:2])
-    for (y, x), value in points.items():
+@pytest.mark.parametrize("name, options", [
+    ("a.mov", ["-c:v", "qtrle"]), ("lr:1e-4 [100%].mkv", ["-c:v", "ffv1", "-pix_fmt", "yuva420p"]),
+    ("a.webm", ["-c:v", "libvpx-vp9", "-pix_fmt", "yuva420p"])])
+def test_videos_of_users(tmp_path, name, options):
+    """Alpha over black, pixels that are not square, rotation, names with ffmpeg's special signs."""
+    frames = np.stack([SMOKE] * 3)
+    video = common.read_video(encode(tmp_path / name, *options, frames=frames))
+    assert video.dtype == torch.uint8 and video.shape == (3, 3, 48, 64)
+    for (y, x), value in SMOKE_POINTS.items():
         assert video[2, :, y, x].tolist() == pytest.approx(value, abs=4)
-    wide = encode(tmp_path / "wide.mp4", *H264, "-vf", "setsar=4/3", frames=np.stack([frame] * 3))
-    H, W = frame.shape[:2]
-    assert common.read_video(wide).shape == (3, 3, H, round(W * 4 / 3))
+    wide = encode(tmp_path / "wide.mp4", *H264, "-vf", "setsar=4/3", frames=frames)
+    assert common.read_video(wide).shape == (3, 3, 48, 85)
     assert common.read_video(wide, 16).shape == (3, 3, 16, 16)
     common.ffmpeg(["-display_rotation", 90, "-i", wide, "-c", "copy", tmp_path / "turned.mp4"])
-    assert common.read_video(tmp_path / "turned.mp4").shape == (3, 3, W, round(H * 3 / 4))
+    assert common.read_video(tmp_path / "turned.mp4").shape == (3, 3, 64, 36)
 
 
 @pytest.mark.parametrize("name, options", [
-    ("a.mp4", H264), ("a.mkv", H264), ("a.flv", H264), ("a.ts", H264), ("a.webm", ["-c:v", "libvpx"]),
-    ("a.avi", ["-c:v", "mpeg4", "-q:v", 3]), ("a.gif", [])])
+    ("a.mp4", H264), ("a.mkv", H264), ("a.webm", ["-c:v", "libvpx"]), ("a.gif", [])])
 def test_video_damaged_or_cut(tmp_path, name, options):
     path = encode(tmp_path / name, *options)
     raw = path.read_bytes()
     first, last = len(raw) // 2, len(raw) * 6 // 10
     assert len(common.read_video(path)) == 20
-    for hole in (np.random.default_rng(0).bytes(last - first), None):
-        if hole or name != "a.ts":                     # MPEG-TS declares no length: a cut shows nowhere
-            path.write_bytes(raw[:first] + hole + raw[last:] if hole else raw[:first])
-            one_line(common.read_video, path, "cannot read video")
+    for damaged in (raw[:first] + np.random.default_rng(0).bytes(last - first) + raw[last:], raw[:first]):
+        path.write_bytes(damaged)
+        one_line(common.read_video, path, "cannot read video")
 
 
 # ---- common.py: Wan --------------------------------------------------------------------------------------
@@ -1265,32 +1301,39 @@ def test_linear_codec():
     assert torch.equal(video[:, :5], common.wan_decode(codec, z)) and torch.equal(video[:, 5:], video[:, 1:5])
 
 
+def test_linear_codec_has_no_block_edges():
+    """Where latents are fewer than pixels, the error beside the edges of patches is that inside them."""
+    x = F.interpolate(torch.randn(16, 15, 6, 6, generator=torch.Generator().manual_seed(0)), (64, 64),
+                      mode="bicubic").unflatten(1, (5, 3)).tanh()
+    codec = common.LinearCodec.fit(x, 8)
+    error = (common.wan_decode(codec, common.wan_encode(codec, x)) - x).square().mean((0, 1, 2))
+    edges = torch.arange(64) % codec.side
+    edges = ((edges == 0) | (edges == codec.side - 1))[8:-8]
+    inner = error[8:-8, 8:-8]                    # at the border of the picture there is no neighbour
+    assert inner[edges].mean() < 1.2 * inner[~edges].mean() and error.mean() < .3 * x.var()
+
+
 def test_official_wan_transformers(tmp_path):
-    """A folder of shards for each expert, and a file of a trainer."""
-    model, low = tiny_wan("transformer"), common.load_wan(None, part="transformer", config=TINY_WAN,
-                                                          random_init=True)
+    """A folder of shards for each expert; a shard that is missing; weights that do not fit."""
+    model = tiny_wan("transformer")
+    low = common.load_wan(None, part="transformer", config=TINY_WAN, random_init=True)
     load = functools.partial(common.load_wan, part="transformer", config=TINY_WAN)
     for folder, expert in (("high_noise_model", model), ("low_noise_model", low)):
         weights, index = official_transformer(expert.state_dict()), {}
         (tmp_path / folder).mkdir()
-        for i, names in enumerate((list(weights)[:9], list(weights)[9:])):
-            file = f"diffusion_pytorch_model-{i + 1:05d}-of-00002.safetensors"
+        for file, names in (("a-00001-of-00002.safetensors", list(weights)[:9]),
+                            ("a-00002-of-00002.safetensors", list(weights)[9:])):
             common.save_weights(tmp_path / folder / file, {name: weights[name] for name in names})
             index |= dict.fromkeys(names, file)
         common.write_json(tmp_path / folder / "diffusion_pytorch_model.safetensors.index.json",
                           {"weight_map": index})
-    loaded = load(tmp_path)
-    assert same_weights(model, loaded) and torch.equal(velocity(model), velocity(loaded))
+    assert torch.equal(velocity(model), velocity(load(tmp_path)))
     assert same_weights(low, load(tmp_path, expert="transformer_2")) and not same_weights(model, low)
-    (tmp_path / "high_noise_model/diffusion_pytorch_model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(common.UserError, match="00002-of-00002.safetensors is missing.*hf download"):
-        load(tmp_path)
-    weights = official_transformer(model.state_dict())
-    torch.save({"model": {f"_orig_mod.{name}": value for name, value in weights.items()}, "step": 3},
-               tmp_path / "vidar.pt")
-    assert same_weights(model, load(tmp_path / "vidar.pt"))
-    with pytest.raises(common.UserError, match="blocks.2"):
-        load(tmp_path / "vidar.pt", config={"transformer": {**TINY_WAN["transformer"], "num_layers": 3}})
+    (tmp_path / "high_noise_model" / file).unlink()
+    one_line(load, tmp_path, file, "missing")
+    torch.save(weights, tmp_path / "vidar.pt")
+    one_line(functools.partial(load, config={"transformer": {**TINY_WAN["transformer"], "num_layers": 3}}),
+             tmp_path / "vidar.pt", "blocks.2")
 
 
 def test_official_wan_files(tmp_path):
@@ -1309,20 +1352,19 @@ def test_official_wan_files(tmp_path):
 @pytest.mark.parametrize("part,gone", [("transformer", "proj_out.bias"), ("vae", "quant_conv.bias"),
                                        ("text_encoder", "encoder.final_layer_norm.weight")])
 def test_wan_from_a_diffusers_folder(tmp_path, part, gone):
-    """Whole, in two precisions; with a tensor missing; not there."""
+    """Whole; in bf16; with a tensor missing; not there."""
     tiny_wan(part).save_pretrained(tmp_path / part)
-    assert same_weights(tiny_wan(part), common.load_wan(str(tmp_path), part=part))
-    loaded = common.load_wan(tmp_path, part=part, dtype=torch.bfloat16)
-    drawn = tiny_wan(part, dtype=torch.bfloat16)
+    load = functools.partial(common.load_wan, part=part)
+    assert same_weights(tiny_wan(part), load(str(tmp_path)))
+    loaded, drawn = load(tmp_path, dtype=torch.bfloat16), tiny_wan(part, dtype=torch.bfloat16)
     kinds = [{name: value.dtype for name, value in model.state_dict().items()} for model in (loaded, drawn)]
     assert loaded.dtype == torch.bfloat16 and not loaded.training and kinds[0] == kinds[1]
     file = next((tmp_path / part).glob("*.safetensors"))
     weights = common.load_weights(file)
     del weights[gone]
     safetensors.torch.save_file(weights, file, {"format": "pt"})
-    one_line(lambda path: common.load_wan(path, part=part), tmp_path, gone)
-    words = "hf download Wan-AI/Wan2.2-TI2V-5B-Diffusers --local-dir"
-    one_line(lambda path: common.load_wan(path, part=part), tmp_path / "none", words)
+    one_line(load, tmp_path, gone)
+    one_line(load, tmp_path / "none", "hf download Wan-AI/Wan2.2-TI2V-5B-Diffusers --local-dir")
 
 
 def test_wan_text():
@@ -1541,11 +1583,9 @@ def test_quantizers(flags):
     for _ in range(61 if flags else 0):
         quantizer(z.detach() + 5)
     assert not flags or (quantizer.nearest(z + 5) - z - 5).square().mean() < .7 * z.var()
-    code = quantizer.eval().nearest(quantizer.latent(z))
-    value, _ = quantizer(z)
+    code, (value, _) = quantizer.eval().nearest(quantizer.latent(z)), quantizer(z)
     value.sum().backward()
-    for same in (quantizer.nearest(code), value):
-        assert torch.allclose(same, code, atol=1e-6)
+    assert torch.allclose(value, code, atol=1e-6) and torch.allclose(quantizer.nearest(code), code, atol=1e-6)
     assert (z.grad > 0).all()
 
 
@@ -1735,28 +1775,6 @@ def test_world_model_loss(tmp_path):
     assert cosmos.pixel_loss(half + 2, half, background, "l1", 0.).item() == pytest.approx(2)
 
 
-@pytest.mark.parametrize("name, freeze", [("resnet50", "--freeze_encoder"), ("dinov2_vits14", "")])
-def test_pretrained_encoders(name, freeze, tmp_path, monkeypatch):
-    """Small ones of the same classes, saved as the hub's are and read from a folder."""
-    import transformers
-    repository, kind, _ = cosmos.PRETRAINED[name]
-    small, stage = {
-        "resnet": (dict(depths=[1, 1, 1], hidden_sizes=[16, 32, 16], embedding_size=8), "stage3"),
-        "dinov2": (dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=112,
-                        patch_size=14), "stage1")}[kind]
-    monkeypatch.setitem(cosmos.PRETRAINED, name, (repository, kind, small | {"out_features": [stage]}))
-    published = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(kind, **small))
-    published.save_pretrained(tmp_path)
-    args = cosmos_args(f"--encoder {name} --encoder_weights {tmp_path} {freeze}")
-    model = cosmos.VideoWorldModel(args, load=True).train()
-    net = model.encoder.backbone.net
-    ours, weights = ({key.removeprefix("encoder."): value for key, value in module.state_dict().items()}
-                     for module in (net, published))
-    shared = ours.keys() & weights.keys()
-    assert len(shared) > .7 * len(ours) and all(torch.equal(ours[key], weights[key]) for key in shared)
-    assert any(p.requires_grad for p in net.parameters()) != bool(freeze) and net.training == (not freeze)
-
-
 def test_constant_velocity_and_object_scores():
     """Two squares that move uniformly are predicted; positions of simulated objects are found."""
     def square(x, y, colour, frame):
@@ -1826,30 +1844,6 @@ def test_simulated_motion(monkeypatch):
     assert pos.tolist() == [[30, 60]] and np.allclose(vel, [[floor.friction, -2 * floor.restitution]])
 
 
-def test_own_videos(tmp_path, capsys):
-    """Another size, an ending in capitals; short and damaged files are named; states by content."""
-    raw, video = tmp_path / "raw", torch.zeros(14, 3, 96, 128, dtype=torch.uint8)
-    video[:, :, 20:40, 40:60] = 200
-    state = {"pos": np.full((14, 1, 2), 48.), "colour": np.array([[.2, .2, .2]]), "size": 96}
-    for name in ("a/1.mp4", "a/2.mp4", "b/1.MP4", "b/2.mp4"):
-        (raw / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.move(common.write_video(tmp_path / "video.mp4", video), raw / name)
-        np.savez((raw / name).with_suffix(".npz"), **(state if "a/" in name else {"pose": np.zeros(3)}))
-    common.write_video(raw / "short.mp4", video[:5])
-    (raw / "cut.mp4").write_bytes((raw / "a/1.mp4").read_bytes()[:700])
-    flags = ["--raw", str(raw), "--min_frames", "10", "--data_dir", str(tmp_path / "set")]
-    assert cosmos_prepare.main(flags) == 0
-    printed = capsys.readouterr().err
-    assert "left out cut.mp4: cannot read video" in printed and "left out short.mp4: 5 frames" in printed
-    split = json.loads((tmp_path / "set/split.json").read_text())
-    names = {name for part in split.values() for name, _ in part}
-    assert names == {"a/1.mp4", "a/2.mp4", "b/1.MP4", "b/2.mp4"}
-    frames = np.load(tmp_path / "set/test.npy")
-    assert frames.shape == (14, 3, 64, 64) and frames[0, 0, 20, 22] > 190 and frames[0, 0, 2, 2] < 8
-    states = json.loads((tmp_path / "set/test_states.json").read_text())
-    assert states.keys() == {name for name, _ in split["test"] if name.startswith("a/")}
-
-
 # ---- sim_physics_heads.py -------------------------------------------------------------------------------
 
 def physics_args(flags=""):
@@ -1893,48 +1887,28 @@ def test_hidden_states_and_early_exit():
     model, args = physics_model(noise=.05)
     z, noise, text, _ = clip_tensors()
     x, sigma = physics.add_noise(z, noise, torch.tensor([.3, .8]))
-    t, passed = 1000 * sigma.flatten(1), []
+    t, outputs = 1000 * sigma.flatten(1), []
     for block in model.dit.blocks:
-        block.register_forward_hook(lambda module, given, made: passed.append(made))
+        block.register_forward_hook(lambda module, inputs, output: outputs.append(output))
     expected = model.dit(x, t, text).sample
-    between, depth = passed.copy(), len(model.dit.blocks)
-    v, hidden, time = physics.run_backbone(model.dit, x, t, text, [0, 1, depth])
-    assert torch.equal(v, expected) and v.std() > 0
-    assert torch.equal(hidden[1], between[0]) and torch.equal(hidden[2], between[-1])
-    assert torch.equal(hidden[0], model.dit.patch_embedding(x).flatten(2).transpose(1, 2))
-    for taps, count in (([0, 1], 1), ([0], 0)):
-        passed.clear()
-        v, early, same = physics.run_backbone(model.dit, x, t, text, taps, velocity=False)
-        assert v is None and len(passed) == count and torch.equal(same, time)
-        assert all(torch.equal(a, b) for a, b in zip(early, hidden))
+    taps = [model.dit.patch_embedding(x).flatten(2).transpose(1, 2), outputs[0], outputs[-1]]
+    v, hidden, time = physics.run_backbone(model.dit, x, t, text, [0, 1, len(model.dit.blocks)])
+    assert torch.equal(v, expected) and all(map(torch.equal, hidden, taps)) and v.std() > 0
+    outputs.clear()
+    v, early, same = physics.run_backbone(model.dit, x, t, text, [0, 1], velocity=False)
+    assert v is None and len(outputs) == 1 and torch.equal(same, time)
+    assert all(map(torch.equal, early, hidden))
 
 
 def test_the_given_frame_stays_clean():
     z, noise, text, batch = clip_tensors(T=9)
     x, sigma = physics.add_noise(z, noise, torch.tensor([.3, .8]))
-    assert torch.equal(x[:, :, 0], z[:, :, 0]) and sigma.shape == (2, 3, 2, 2)
+    assert torch.equal(x[:, :, 0], z[:, :, 0]) and not sigma[:, 0].any() and (sigma[1, 1:] == .8).all()
     assert torch.allclose(x[1, :, 1:], .2 * z[1, :, 1:] + .8 * noise[1, :, 1:], atol=1e-5)
-    assert not sigma[:, 0].any() and (sigma[0, 1:] == .3).all() and (sigma[1, 1:] == .8).all()
     model, args = physics_model("--frames 9", "backbone", noise=.05)
-    loss, terms = model(z, noise, torch.tensor([.3, .8]), text, batch)
     v = model.dit(x, 1000 * sigma.flatten(1), text).sample
+    loss, _ = model(z, noise, torch.tensor([.3, .8]), text, batch)
     assert torch.allclose(loss, F.mse_loss(v[:, :, 1:], (noise - z)[:, :, 1:]))
-
-
-def test_heads_layout():
-    """A token of the second latent frame rules its pixels of frames 1 to 4, and nothing else."""
-    args = Namespace(head_width=8, head_blocks=1, cells=3, model="tiny", height=32, width=32)
-    heads = physics.PhysicsHeads(16, 2, args)
-    nn.init.normal_(heads.project_out.weight)
-    heads.norm, heads.blocks = nn.Identity(), nn.ModuleList()      # these mix tokens
-    hidden, time = [torch.randn(1, 3, 2, 2, 16) for _ in range(2)], torch.randn(1, 3, 2, 2, 16)
-    other = [state.clone() for state in hidden]
-    other[1][0, 1, 1, 0] = torch.randn(16)
-    changed = sum((a - b).abs().sum((0, 1)) for a, b in zip(
-        heads(hidden, time).values(), heads(other, time).values())) > 1e-6
-    expected = torch.zeros(9, 12, 12, dtype=torch.bool)
-    expected[1:5, 6:12, 0:6] = True
-    assert torch.equal(changed, expected)
 
 
 def test_physics_losses_and_scores():
@@ -1980,7 +1954,6 @@ def test_what_a_stage_trains(stage):
     kind = torch.linspace(0, .999, 100)
     sigma, for_heads = physics.draw_sigma(stage, {"kind": kind, "u": torch.full((100,), .5)}, 5.)
     assert for_heads.float().mean() == {"backbone": 0, "heads": 1, "lora": .5}[stage]
-    assert (sigma == physics.READ_SIGMA).sum() == {"backbone": 0, "heads": 50, "lora": 25}[stage]
 
 
 def test_trained_weights_load_elsewhere(trained):
@@ -2061,24 +2034,20 @@ def test_arm_world_kinematics_and_views():
     """Inverse kinematics reaches points on the table. Each joint is visible to the fixed camera, and three
     links to the wrist camera of their arm."""
     world, rng = robot_world.ArmWorld(1), np.random.default_rng(0)
-    for arm in (0, 1):
-        for goal in (robot_world.random_points(rng, [arm])[0] for _ in range(8)):
-            pose = robot_world.inverse_kinematics(robot_world.START[7 * arm:7 * arm + 7], arm, goal)
-            assert abs(robot_world.forward_kinematics(pose, arm)[1] - goal) < .01
     image, mask = world.render()
     assert image.shape == (112, 96, 3) and image.dtype == np.uint8 and .05 < mask.mean() < .4
+    for arm in (0, 1):
+        goal, start = robot_world.random_points(rng, [arm])[0], robot_world.START[7 * arm:7 * arm + 7]
+        pose = robot_world.inverse_kinematics(start, arm, goal)
+        assert abs(robot_world.forward_kinematics(pose, arm)[1] - goal) < .01
+        wrist = image[75:, 48 * arm:48 * arm + 48].astype(int)
+        links = [(np.abs(wrist - color) < 20).all(-1).sum() for color in robot_world.ARM_COLORS[arm]]
+        assert min(links) > 3, (arm, links)
     for joint in range(14):
         other = copy.deepcopy(world)
         other.state[joint] -= .3 if joint in (6, 13) else .1
         changed = (np.abs(other.observe().astype(int) - image) > 40).any(-1)[:75]
         assert changed.sum() > 3 and (mask | other.render()[1])[:75][changed].mean() > .6, joint
-    poses = [robot_world.random_poses(rng, arm, 20) for arm in (0, 1)]
-    for _ in range(20):
-        world.set_random_pose(rng, poses)
-        for arm in (0, 1):
-            wrist = world.observe()[75:, 48 * arm:48 * arm + 48].astype(int)
-            links = [(np.abs(wrist - color) < 20).all(-1).sum() for color in robot_world.ARM_COLORS[arm]]
-            assert min(links) > 3, (arm, links)
 
 
 def test_robot_data_simulated(tmp_path):
@@ -2293,22 +2262,6 @@ def test_robot_data_errors(kind, change, message, robot_sources, tmp_path, capsy
     assert files(to) == before and not (to / "manifest.json").exists()
 
 
-def test_robot_data_options(robot_sources, tmp_path):
-    src, to = robot_sources("aloha") / "data/episode11.hdf5", tmp_path / "set"
-    flags = ("--src_fps 25 --cameras cam_high cam_left_wrist none --actions action --gripper_scale 0.6 2.6 "
-             "--swap_rb --random_poses --episodes 1").split()
-    assert robot_prepare.main(["--from", "hdf5", str(src), str(to), *flags]) == 0
-    row = json.loads((to / "manifest.json").read_text())["episodes"][0]
-    assert row["random_poses"] and row["views"] == ["fixed front", "movable left arm"]
-    expected = joint_positions(1)[[0, 3, 5, 8, 10, 13, 15, 18, 20, 23]]
-    expected[:, [6, 13]] = (expected[:, [6, 13]] - .6) / 2
-    assert np.allclose(np.load(to / row["actions_path"]), expected, atol=1e-6)
-    shown = common.read_video(to / row["video_path"]).float()[5]
-    for corner, color in ((shown[:, 60:420], (20, 130, 200)), (shown[:, 520:680, 40:280], (70, 130, 200)),
-                          (shown[:, 520:680, 360:600], (20, 130, 200))):       # head, left, head
-        assert torch.allclose(corner.mean((1, 2)), torch.tensor(color).float(), atol=4)
-
-
 def test_robot_data_deploy_adapter(monkeypatch):
     """docs/robots.md: every observed frame is sent once, in order; a reset begins a new connection."""
     code = max(re.findall(r"```python\n(.*?)```", (HERE / "docs/robots.md").read_text(), re.DOTALL), key=len)
@@ -2378,38 +2331,35 @@ def test_an_interrupted_simulation_continues(program, flags, tmp_path, monkeypat
     assert re.search("set exists.*: remove it", capsys.readouterr().err)
 
 
+@pytest.mark.parametrize("name,seed", [("ball_collide", 0), ("ball_and_block_fall", 1)])
 @pytest.mark.parametrize("stride", [1, 3])
-def test_motion_and_depth_are_exact(recordings, stride):
+def test_motion_and_depth_are_exact(recordings, name, seed, stride):
     """Against the poses that MuJoCo had `stride` frames before: where each point was, and how far away."""
     rays, project = physics_prepare.camera_rays(64)
-    for scene in listed(recordings):
-        name = scene["name"].removeprefix("test_")
-        seed = ("ball_collide", "ball_and_block_fall").index(name)
-        model, data = physics_prepare.build_model(name, np.random.default_rng([seed]))
-        motion, valid = physics_clips.read_motion(scene, range(0, 30, stride), stride)
-        poses, errors, distances, missed = [], [], [], 0
-        for t in range(30):
-            poses.append((data.geom_xpos.copy(), data.geom_xmat.reshape(-1, 3, 3).copy()))
-            if t and t % stride == 0:
-                depth, geom, _ = physics_prepare.cast(model, data, physics_prepare.EYE, rays)
-                hit = np.flatnonzero(geom > 0)
-                points = physics_prepare.EYE + depth[hit, None] * rays[hit]
-                local = physics_prepare.body_coordinates(data, geom[hit], points)
-                position, rotation = poses[t - stride]
-                before = position[geom[hit]] + np.einsum("nij,nj->ni", rotation[geom[hit]], local)
-                truth, found = project(before) - project(points), motion[t // stride].reshape(2, -1).T[hit]
-                known = valid[t // stride].ravel()[hit]
-                moving = known & (np.abs(truth).max(1) > .5)
-                errors.append(np.linalg.norm(found - truth, axis=1)[moving])
-                column, row = np.rint(np.stack([hit % 64, hit // 64]) + found.T).astype(int).clip(0, 63)
-                earlier = physics_clips.load_depth(scene, t - stride)[row, column]
-                distance = np.linalg.norm(before - physics_prepare.EYE, axis=1)
-                distances.append(np.abs(earlier - distance)[moving])
-                missed += (~known).sum()
-            physics_prepare.mujoco.mj_step(model, data, nstep=8)
-        errors, distances = np.concatenate(errors), np.concatenate(distances)
-        assert len(errors) > 500 and errors.mean() < .1 and missed < .35 * len(errors), name
-        assert np.median(distances) < .03 and distances.mean() < .06, name
+    scene, = (scene for scene in listed(recordings) if scene["name"] == f"test_{name}")
+    model, data = physics_prepare.build_model(name, np.random.default_rng([seed]))
+    motion, valid = physics_clips.read_motion(scene, range(0, 30, stride), stride)
+    poses, errors, distances, known = [], [], [], []
+    for t in range(30):
+        poses.append((data.geom_xpos.copy(), data.geom_xmat.reshape(-1, 3, 3).copy()))
+        if t and t % stride == 0:
+            depth, geom, _ = physics_prepare.cast(model, data, physics_prepare.EYE, rays)
+            hit = np.flatnonzero(geom > 0)
+            points = physics_prepare.EYE + depth[hit, None] * rays[hit]
+            position, rotation = poses[t - stride]
+            local = physics_prepare.body_coordinates(data, geom[hit], points)
+            before = position[geom[hit]] + np.einsum("nij,nj->ni", rotation[geom[hit]], local)
+            truth, found = project(before) - project(points), motion[t // stride].reshape(2, -1).T[hit]
+            known.append(valid[t // stride].ravel()[hit])
+            moving = known[-1] & (np.abs(truth).max(1) > .5)
+            errors.append(np.linalg.norm(found - truth, axis=1)[moving])
+            x, y = np.rint(np.stack([hit % 64, hit // 64]) + found.T).astype(int).clip(0, 63)
+            earlier = physics_clips.load_depth(scene, t - stride)[y, x]
+            distances.append(np.abs(earlier - np.linalg.norm(before - physics_prepare.EYE, axis=1))[moving])
+        physics_prepare.mujoco.mj_step(model, data, nstep=8)
+    errors, distances = np.concatenate(errors), np.concatenate(distances)
+    assert len(errors) > 200 and errors.mean() < .1 and np.concatenate(known).mean() > .7
+    assert np.median(distances) < .03 and distances.mean() < .06
 
 
 @pytest.mark.parametrize("kind,change,shift,message", [
@@ -2430,17 +2380,13 @@ def test_check_names_the_fault(recordings, capsys, kind, change, shift, message)
     assert re.search(message, printed) if message else not printed
 
 
-@pytest.mark.parametrize("text, prompt", [
-    ("video,prompt\n{scene},red ball, rolling, stop\n", "red ball, rolling, stop"),
-    ("n;VIDEO;Caption\n12;{scene};a; b\n", "a; b"), ("prompt\na\n", "no column video"),
-    ("video,prompt\nnowhere,a\n", "no folder .*nowhere")])
-def test_table_of_scenes(recordings, text, prompt):
-    """Columns by name in any case, commas without quotes, scenes that are not there."""
-    (recordings / "metadata.csv").write_text(text.format(scene="test_ball_collide/env_0/0/0"))
-    try:
-        assert [scene["prompt"] for scene in physics_check.find_scenes(recordings)] == [prompt]
-    except common.UserError as error:
-        assert re.search(prompt, str(error))
+def test_table_of_scenes(recordings):
+    """Columns by name in any case, commas without quotes; an error for Excel's UTF-16."""
+    table, text = recordings / "metadata.csv", "n,VIDEO,Caption\n1,test_ball_collide/env_0/0/0,a, b\n"
+    table.write_text(text)
+    assert [scene["prompt"] for scene in physics_check.find_scenes(recordings)] == ["a, b"]
+    table.write_text(text, encoding="utf-16")
+    one_line(lambda path: physics_check.find_scenes(recordings), table, "UTF-16", "save it as UTF-8")
 
 
 def test_clips_are_cut_from_files_of_equal_steps(recordings):
@@ -2642,14 +2588,16 @@ def test_well_diffusion_target_is_the_velocity():
     z, noise = torch.randn(2, 2, 16, 3, 4, 4)
     cond, sigma, calls = torch.randn(2, 20, 3, 4, 4), torch.tensor([.3, .95]), []
 
-    def oracle(x, t, text, return_dict):
-        calls.append((x, t))
-        return (answer,)
+    def loss_of(answer):
+        def oracle(x, t, text, return_dict):
+            calls.append((x, t))
+            return (answer,)
+        oracle.patch_embedding = nn.Linear(1, 1)
+        return well.Expert(oracle)(z, cond, torch.zeros(2, 8, 32), sigma, noise)[0]
 
-    oracle.patch_embedding, velocity = nn.Linear(1, 1), noise - z
+    velocity = noise - z
     for answer, loss in ((velocity, 0 * z), (-velocity, 4 * velocity ** 2), (noise, z ** 2)):
-        got, _ = well.Expert(oracle)(z, cond, torch.zeros(2, 8, 32), sigma, noise)
-        assert torch.allclose(got, loss.mean())
+        assert torch.allclose(loss_of(answer), loss.mean())
     share = sigma.view(2, 1, 1, 1, 1)
     assert torch.allclose(calls[0][0], torch.cat([(1 - share) * z + share * noise, cond], dim=1), atol=1e-6)
     assert torch.equal(calls[0][1], 1000 * sigma)
@@ -2744,45 +2692,23 @@ def test_well_python_interface(trained):
 
 # ---- well_i2v.py: data ----
 
-def sod(x, t, gamma=5 / 3):
-    """Exact density of Sod's tube (1, 0, 1 | .125, 0, .1), diaphragm at 0."""
-    rl, pl, rr, pr = 1., 1., .125, .1
-    cl = math.sqrt(gamma * pl / rl)
-    g1, g2 = (gamma - 1) / (2 * gamma), 2 / (gamma + 1)
-
-    def behind_shock(p):
-        return (p - pr) * math.sqrt(g2 / rr / (p + (gamma - 1) / (gamma + 1) * pr))
-
-    def behind_fan(p):
-        return 2 * cl / (gamma - 1) * (1 - (p / pl) ** g1)
-
-    low, high = pr, pl
-    for _ in range(60):
-        p = (low + high) / 2
-        low, high = (p, high) if behind_shock(p) < behind_fan(p) else (low, p)
-    u, rfan = behind_shock(p), rl * (p / pl) ** (1 / gamma)
-    k = (gamma - 1) / (gamma + 1)
-    rshock = rr * (p / pr + k) / (k * p / pr + 1)
-    shock = rshock * u / (rshock - rr)
-    tail = u - cl * (p / pl) ** g1
-    fan = rl * (2 / (gamma + 1) - k * x / t / cl).clip(0, 2) ** (2 / (gamma - 1))
-    return np.select([x < -cl * t, x < tail * t, x < u * t, x < shock * t], [rl, fan, rfan, rshock], rr)
+def sound_wave(n, axis):
+    """A sound wave of amplitude .001 after one period on n x 4 or 4 x n cells -> largest relative error."""
+    x = 2 * math.pi * (torch.arange(n, dtype=torch.float64) + .5) / n
+    wave, c = 1e-3 * torch.sin(x), math.sqrt(5 / 3)
+    W = torch.stack([1 + wave, c * wave, 0 * wave, 1 + 5 / 3 * wave])
+    W = W[:, None, :, None].expand(-1, 1, -1, 4)
+    W = W if axis == 2 else W[[0, 2, 1, 3]].mT   # u and v exchange their places
+    U = well_prepare.to_conserved(W)
+    after = well_prepare.solve(U, 1 / n, 1 / c, 2, boundaries=("periodic", "periodic"))[0, -1]
+    return (after - W[:, 0]).abs().max().item() / 1e-3
 
 
 @pytest.mark.parametrize("axis", (2, 3))
-def test_well_sod(axis):
-    errors = []
-    for n in (100, 200):
-        x = (torch.arange(n, dtype=torch.float64) + .5) / n - .5
-        one = torch.ones_like(x)
-        W = torch.stack([torch.where(x < 0, 1., .125), 0 * one, 0 * one, torch.where(x < 0, 1., .1)])
-        W = W[:, None, :, None].expand(-1, 1, -1, 4) if axis == 2 else W[:, None, None].expand(-1, 1, 4, -1)
-        U = well_prepare.to_conserved(W)
-        got = well_prepare.solve(U, 1 / n, .2, 2, boundaries=("open", "open"))[0, -1]
-        rho = got[0, :, 2] if axis == 2 else got[0, 2]
-        errors.append(np.abs(rho.numpy() - sod(x.numpy(), .2)).mean())
-        assert got[3 - axis + 1].abs().max() < 1e-12               # nothing moves across
-    assert errors[0] < .006 and errors[1] < .65 * errors[0], errors
+def test_well_sound_wave(axis):
+    """It returns to where it was after one period, with an error that falls faster than the size of cells."""
+    coarse, fine = sound_wave(32, axis), sound_wave(64, axis)
+    assert fine < .02 and fine < .45 * coarse
 
 
 def test_well_conservation_in_a_periodic_box():
@@ -2864,14 +2790,6 @@ def test_well_sets_of_several_files(tmp_path):
     assert torch.equal(rolled, windows.fields([0]).roll(int(.25 * 7919 % 1 * 32), -1))       # y is periodic
 
 
-@pytest.mark.parametrize("damage,message", [
-    (dict(dims="xyz"), "3 spatial axes"), (dict(scalars=(("nu", (2,), False),)), "2 values for 3")])
-def test_well_files_that_cannot_be_used(damage, message, tmp_path):
-    write_well(tmp_path / "data/train/a.hdf5", **damage)
-    with pytest.raises(common.UserError, match=f"a.hdf5 is not in The Well's 2-D format .*{message}"):
-        reader.open_split(well_args("--data_dir", str(tmp_path)), "train")
-
-
 def test_well_own_fields(tmp_path):
     """write_well_file: what README shows. Two fields on 32 x 32 train, are evaluated and sampled."""
     rng = np.random.default_rng(0)
@@ -2940,14 +2858,6 @@ def overfit(model, inputs):
     return minimize(lambda: model(*inputs)[0], model.parameters(), 1e-2, 80)
 
 
-def test_vidar_global_batch(monkeypatch):
-    """Accumulation follows from --global_batch on any number of GPUs."""
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    args = vidar.parse_args(["--preset", "ti2v_5b", "--output_dir", "none"])[0]
-    assert vidar.accumulation(args, 8) == 4 and vidar.accumulation(args, 16) == 2
-    assert vidar.accumulation(vidar_args("--grad_accum 3"), 8) == 3
-
-
 def test_vidar_loss():
     """The first latent frame and padding have none; Eq. 7's weight is inside the norm: 16 with eta 3."""
     model, (batch, noise, sigma) = vidar_model("--eta 0"), vidar_clip()
@@ -2967,7 +2877,8 @@ def test_vidar_loss():
     weighted, terms = model(batch, noise, sigma)
     assert torch.allclose(weighted, (16 * errors[1] + errors[2]) / 2) and terms["flow_loss"] == loss
     batch["valid"][:, 2] = False
-    assert torch.allclose(model(batch, noise, sigma)[0], 16 * errors[1])
+    padded, terms = model(batch, noise, sigma)
+    assert torch.allclose(padded, 16 * errors[1]) and torch.allclose(terms["flow_loss"], errors[1])
     batch["valid"][:] = False
     assert model(batch, noise, sigma)[0] == 0
 
@@ -3049,17 +2960,6 @@ def test_vidar_idm_sees_only_what_its_mask_lets_through():
     torch.testing.assert_close(grey, torch.tensor([.015 / .229, .044 / .224, .094 / .225]))
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda w: {"model_state_dict": w, "step": 7}, None), (lambda w: w, None),
-    (lambda w: {**w, "train_mean": torch.ones(7)}, "train_mean is .7,., in the model"),
-    (lambda w: {**w, "step": print}, "cannot read the IDM .*idm.pt")])
-def test_vidar_idm_files(change, message, tmp_path):
-    model, config = small_idm(1.), {**vidar.IDM_TINY, "size": (112, 96)}
-    torch.save(change(model.state_dict()), tmp_path / "idm.pt")
-    with pytest.raises(common.UserError, match=message) if message else contextlib.nullcontext():
-        assert_same(vidar.load_idm(tmp_path / "idm.pt", config).state_dict(), model.state_dict())
-
-
 def test_vidar_idm_loss_and_scores():
     target, mask = torch.zeros(3, 14), torch.rand(3, 1, 8, 8)
     for error, huber in ((.5, .125), (3., 2.5)):
@@ -3098,7 +2998,7 @@ def test_vidar_stages_alone(trained, tmp_path):
     for path in data.rglob("mask.npz"):
         path.unlink()
     flags = f"--data_dir {data} --max_steps 1 --output_dir {tmp_path}"
-    assert launch("vidar", f"{flags}/idm --stage idm --idm_steps 1", full=True) == 0
+    assert launch("vidar", f"{flags}/idm --stage idm --idm_steps 1 --eta 0", full=True) == 0
     report = json.loads((tmp_path / "idm/eval.json").read_text())
     assert report["headline"]["metric"] == "action_l1_real"
     assert launch("vidar", f"{flags}/video --stage video --eta 3 --idm {base.run}/final/idm.pt") == 0
@@ -3107,7 +3007,8 @@ def test_vidar_stages_alone(trained, tmp_path):
 
 
 def test_vidar_batches(trained, tmp_path):
-    """Of windows longer than an episode the end is padding; an empty prompt is one token."""
+    """Of windows longer than an episode the end is padding; an empty prompt is one token; other data or flags
+    make another cache."""
     data = shutil.copytree(trained("vidar").data, tmp_path / "data")
     args = vidar_args(f"--eta 0 --frames 13 --data_dir {data}")
     splits = robot_data.load_splits(data)
@@ -3118,16 +3019,11 @@ def test_vidar_batches(trained, tmp_path):
     assert batch["valid"].tolist() == [[True, True, True, False]] * 2 and "arm" not in batch
     assert batch["text"][0].any(1).sum() == 16 and batch["text"][1].any(1).sum() == 1
     assert torch.equal(batch["actions"][0, 9:], batch["actions"][0, 8:9].expand(4, 14))
-
-
-def test_vidar_generated_frames(trained):
-    """The IDM also learns from what the video model generates, with the joints of the real frames."""
-    run = trained("vidar").run
-    frames = common.load_weights(run / "video/final/generated_frames.safetensors")
-    assert frames["frames"].shape[1:] == (3, 48, 32) and len(frames["frames"]) == len(frames["actions"]) > 0
-    splits = robot_data.load_splits(trained("vidar").data)
-    real = np.concatenate([episode.actions for episode in splits["train"]])
-    assert all((np.abs(real - row).max(1) == 0).any() for row in frames["actions"].numpy())
+    assert vidar.cache_folder(vidar_args(f"--eta 0 --frames 9 --data_dir {data}"), splits) != folder
+    assert vidar.cache_folder(vidar_args(f"--eta 0 --frames 13 --data_dir {data} --lr 9"), splits) == folder
+    path = splits["train"][0].folder / "actions.npy"
+    np.save(path, np.load(path) + 1)
+    assert vidar.cache_folder(args, splits) != folder
 
 
 def test_vidar_episodes(trained):
@@ -3470,24 +3366,6 @@ def test_vidarc_policy():
     assert not torch.is_autocast_enabled("cpu")
 
 
-def test_vidarc_policy_bad_input():
-    """An error says what is wrong, and the policy goes on as if nothing had been sent."""
-    policy, expected = vidarc_policy(), vidarc_policy()
-    frames = observed_frames(policy, 9)
-    for each in (policy, expected):
-        each.act(frames[:1], "go")
-    bad = {"not uint8 .n, 48, 32, 3.": (np.zeros((1, 48, 48, 3), np.uint8), "go", None),
-           "frames are float64": (frames[:1] / 255, "go", None), "frames are": ([], "go", None),
-           "with 1 NaN": (frames[1:5], "go", np.where(np.arange(14) == 3, np.nan, 0.)),
-           "joints are .7,.": (frames[1:5], "go", np.zeros(7)),
-           "joints are .14,. <U1": (frames[1:5], "go", ["a"] * 14),
-           "instruction is bytes": (frames[1:5], b"go", None)}
-    for message, observation in bad.items():
-        with pytest.raises(common.UserError, match=message):
-            policy.act(*observation)
-    assert np.array_equal(policy.act(frames[1:9], "go"), expected.act(frames[1:9], "go"))
-
-
 def test_vidarc_load_policy(trained):
     """The folder of a run is enough, and gives the EMA weights that training evaluated."""
     run = trained("vidarc").run
@@ -3499,8 +3377,8 @@ def test_vidarc_load_policy(trained):
 
 
 def test_vidarc_serve():
-    """openpi's protocol: actions equal policy.act() in process, also for three cameras; errors are answered
-    and the server lives; a new connection is a new episode."""
+    """openpi's protocol: actions equal policy.act() in process, also for three cameras; an error says what is
+    wrong and leaves no trace; a new connection is a new episode."""
     msgpack, client = (pytest.importorskip(name) for name in ("msgpack", "websockets.sync.client"))
     server = importlib.import_module("data.vidar.server")
     policy, alone = vidarc_policy(), vidarc_policy()
@@ -3514,6 +3392,13 @@ def test_vidarc_serve():
     expected = [alone.act(observed, "go", np.zeros(14)) for _, observed in requests]
     pack = functools.partial(msgpack.packb, default=server.pack_array)
     unpack = functools.partial(msgpack.unpackb, object_hook=server.unpack_array)
+    good = {"images": {"mosaic": frames[1:5]}, "state": np.zeros(14), "prompt": "go"}
+    errors = [(b"\xc1", r"^\w+: "), ("text", "binary message"), (pack({"prompt": "go"}), "no .images"),
+              (pack({**good, "images": {"cam_high": np.zeros((4, 8), np.uint8)}}), "cam_high"),
+              (pack({**good, "images": {"mosaic": frames / 255}}), "float64"),
+              (pack({**good, "state": np.full(14, np.nan)}), "14 NaN"), (pack({**good, "prompt": 3}), "int"),
+              (pack({**good, "state": np.zeros(7)}), "joints are .7,."),
+              (pack({**good, "state": ["a"] * 14}), "not numbers")]
     with server.make_server(policy, 0, "127.0.0.1") as running:
         address = f"127.0.0.1:{running.socket.getsockname()[1]}"
         threading.Thread(target=running.serve_forever, daemon=True).start()
@@ -3525,11 +3410,9 @@ def test_vidarc_serve():
                 for (images, _), actions in zip(requests, expected):
                     connection.send(pack({"images": images, "state": np.zeros(14), "prompt": "go"}))
                     assert np.array_equal(unpack(connection.recv())["actions"], actions)
-                for bad in (b"\xc1", "text", pack({"prompt": "go"}), pack({
-                        "images": {"cam_high": np.zeros((4, 8), np.uint8)}}), pack({
-                            "images": {"mosaic": frames}, "state": np.full(14, np.nan), "prompt": "go"})):
-                    connection.send(bad)
-                    assert re.match(r"\w+: ", connection.recv())
+                    for bad, message in errors:
+                        connection.send(bad)
+                        assert re.search(message, connection.recv()), message
         running.shutdown()
 
 
