@@ -985,19 +985,19 @@ def test_checkpoint_folder(tmp_path, capsys, monkeypatch):
     assert find(tmp_path / "other", "s", tmp_path)[0] == path      # a run's folder: its newest
     with pytest.raises(common.UserError, match="was written by s, not by another"):
         find(folder, "another", "auto")
+    common.save_checkpoint(tmp_path / "other/ckpt", 1, state, meta)
     with pytest.raises(common.UserError, match="holds other checkpoints"):         # of another run
-        common.save_checkpoint(tmp_path / "other/ckpt", 1, state, meta)
         find(tmp_path / "other/ckpt", "s", tmp_path, train=True)
     with monkeypatch.context() as patch, pytest.raises(common.UserError, match="last complete .*1000000"):
         patch.setattr(torch, "save", disk_full)
         common.save_checkpoint(folder, 1_000_001, state, meta)
-    assert sorted(os.listdir(folder)) == ["step_000010", "step_1000000", "step_999999"]
+    assert len(os.listdir(folder)) == 3
     (path / "model.safetensors").unlink()
     damaged = folder / "step_999999/optimizer.pt"
     damaged.write_bytes(b"?" * damaged.stat().st_size)
     assert find(folder, "s", "auto")[0].name == "step_000010" and "warning: " in capsys.readouterr().err
     common.save_checkpoint(folder, 999_999, state, meta, keep_last=0)  # a damaged one makes way
-    assert find(folder, "s", "auto")[0].name == "step_999999" and len(common.checkpoints(folder)) == 3
+    assert find(folder, "s", "auto")[0].name == "step_999999"
 
 
 def test_a_kill_at_any_moment_of_a_save(tmp_path):
@@ -1075,13 +1075,11 @@ SMOKE[:12], SMOKE[12:, :32], SMOKE[12:, 32:] = (0, 0, 255, 255), (255, 255, 255,
 SMOKE_POINTS = {(4, 4): (0, 0, 255), (30, 16): (128, 128, 128), (30, 50): (0, 0, 0)}
 
 
-def encode(path, *options, frames=None, source="testsrc2=s=96x64:r=10:d=2"):
-    """Writes a small video of T H W C (uint8 RGB or RGBA, uint16 grey), or of one of ffmpeg's sources."""
-    inputs, data = ["-f", "lavfi", "-i", source], None
+def encode(path, *options, frames=None):
+    """Writes a small video: frames T H W 4 (RGBA), or 2 seconds of ffmpeg's test picture."""
+    inputs, data = ["-f", "lavfi", "-i", "testsrc2=s=96x64:r=10:d=2"], None
     if frames is not None:
-        kind = {1: "gray16le", 3: "rgb24", 4: "rgba"}[frames.shape[-1]]
-        size, data = f"{frames.shape[2]}x{frames.shape[1]}", frames.tobytes()
-        inputs = ["-f", "rawvideo", "-pix_fmt", kind, "-s", size, "-r", 10, "-i", "-"]
+        inputs, data = shlex.split("-f rawvideo -pix_fmt rgba -s 64x48 -r 10 -i -"), frames.tobytes()
     common.ffmpeg(["-y", *inputs, *options, "-threads", 1, f"file:{path}"], data)
     return path
 
@@ -1376,26 +1374,6 @@ def test_wan_text():
     own = WanPipeline(tokenizer, encoder, tiny_wan("vae"), FlowMatchEulerDiscreteScheduler())
     expected = own._get_t5_prompt_embeds(prompts, max_sequence_length=32)
     torch.testing.assert_close(common.pad_text(texts, 32), expected, atol=1e-5, rtol=1e-5)
-
-
-def test_lora_loads_into_the_pipeline(tmp_path):
-    from peft import LoraConfig
-    plain, trained = velocity(tiny_wan("transformer")), tiny_wan("transformer")
-    trained.add_adapter(LoraConfig(r=4, lora_alpha=16, target_modules=["to_q", "to_out.0", "ffn.net.0.proj"]))
-    assert torch.equal(velocity(trained), plain)                   # B = 0 at the start
-    for name, p in trained.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(p, std=.1)
-    expected = velocity(trained)
-    path = common.save_lora(tmp_path, trained, trained.state_dict())
-    assert path.name == "pytorch_lora_weights.safetensors" and list(tmp_path.iterdir()) == [path]
-    pipe = pipeline(tiny_wan("transformer"), tiny_wan("transformer"))
-    pipe.load_lora_weights(tmp_path)
-    assert (expected - plain).abs().max() > 1e-2
-    torch.testing.assert_close(velocity(pipe.transformer), expected)               # alpha / r = 4 came along
-    assert torch.equal(velocity(pipe.transformer_2), plain)
-    pipe.load_lora_weights(tmp_path, load_into_transformer_2=True)
-    torch.testing.assert_close(velocity(pipe.transformer_2), expected)
 
 
 # ---- common.py: pictures and ensembles ------------------------------------------------------------------
@@ -2576,13 +2554,6 @@ def test_well_trained_loras_load_into_the_pipeline(trained):
         assert torch.allclose(velocity(dit), velocity(model.networks[side].transformer), atol=1e-5)
 
 
-def test_well_oracle_velocity_recovers_x0():
-    x0, eps = torch.randn(2, 2, 16, 3, 4, 6)
-    for steps in (1, 2, 4, 30):
-        out = well.integrate(lambda x, t: eps - x0, eps, steps, 5.)
-        assert (out - x0).abs().max() < 1e-4
-
-
 def test_well_diffusion_target_is_the_velocity():
     """eps - z has no loss, its negative four times its own square, eps alone that of z."""
     z, noise = torch.randn(2, 2, 16, 3, 4, 4)
@@ -2887,23 +2858,24 @@ def test_vidar_oracle_velocity_leads_to_the_data(monkeypatch):
     """With v = eps - z UniPC ends at z. Timesteps are the scheduler's integers on the official grid, guidance
     compares with the empty prompt, and with the opposite sign the sampler does not arrive."""
     args, (batch, _, _) = vidar_args("--num_inference_steps 6 --guidance_scale 3 --shift 5"), vidar_clip(1)
-    z, empty, calls, sign = batch["latents"], torch.zeros_like(batch["text"]), [], 1
+    z, text, calls = batch["latents"], batch["text"], []
 
-    def oracle(dit, x, t, text):
-        calls.append((x.clone(), t.clone(), text))
-        return sign * (x - z) / (t / 1000).clamp(min=1e-9)[:, None, :, None, None]
+    def sample(sign):
+        def oracle(dit, x, t, text):
+            calls.append((x.clone(), t.clone(), text))
+            return sign * (x - z) / (t / 1000).clamp(min=1e-9)[:, None, :, None, None]
+        monkeypatch.setattr(vidar, "run_backbone", oracle)
+        return vidar.generate(None, z[:, :, :1], text, torch.zeros_like(text), args, 5)
 
-    monkeypatch.setattr(vidar, "run_backbone", oracle)
-    out = vidar.generate(None, z[:, :, :1], batch["text"], empty, args, 5)
-    assert torch.allclose(out, z, atol=.02)
-    assert all(torch.equal(x[:, :, 0], z[:, :, 0]) for x, _, _ in calls)
+    assert not torch.allclose(sample(-1), z, atol=.5)
+    calls.clear()
+    assert torch.allclose(sample(1), z, atol=.02)
+    assert all(torch.equal(x[:, :, 0], z[:, :, 0]) for x, *_ in calls)
     u = torch.linspace(.999, 0, 7)[:-1].repeat_interleave(2)         # text and empty prompt by turns
     timesteps = torch.stack([t[0] for _, t, _ in calls])
     assert not timesteps[:, 0].any() and torch.equal(timesteps[:, 1], timesteps[:, 1].floor())
     assert torch.allclose(timesteps[:, 1], 1000 * vidar.shift_sigma(u, 5), atol=1)
-    assert not calls[1][2].any() and calls[0][2].any()
-    sign = -1
-    assert not torch.allclose(vidar.generate(None, z[:, :, :1], batch["text"], empty, args, 5), z, atol=.5)
+    assert calls[0][2].any() and not calls[1][2].any()
 
 
 def test_vidar_weights_keep_official_names(tmp_path):
