@@ -2970,7 +2970,7 @@ def test_vidar_stages_alone(trained, tmp_path):
     for path in data.rglob("mask.npz"):
         path.unlink()
     flags = f"--data_dir {data} --max_steps 1 --output_dir {tmp_path}"
-    assert launch("vidar", f"{flags}/idm --stage idm --idm_steps 1 --eta 0", full=True) == 0
+    assert launch("vidar", f"{flags}/idm --stage idm --idm_steps 1", full=True) == 0
     report = json.loads((tmp_path / "idm/eval.json").read_text())
     assert report["headline"]["metric"] == "action_l1_real"
     assert launch("vidar", f"{flags}/video --stage video --eta 3 --idm {base.run}/final/idm.pt") == 0

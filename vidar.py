@@ -503,7 +503,7 @@ def cache_folder(args, splits):
     episodes = [episode for part in splits.values() for episode in part]
     paths = [episode.folder / name for episode in episodes
              for name in ("video.mp4", "actions.npy", "mask.npz")]
-    if args.eta and not all(episode.has_mask for episode in tasks(episodes)):
+    if args.eta and getattr(args, "stage", "") != "idm" and not all(e.has_mask for e in tasks(episodes)):
         if not args.idm:
             raise UserError("--eta weighs the arms, which mask.npz or an IDM must locate: name --idm FILE")
         paths.append(Path(args.idm))
