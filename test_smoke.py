@@ -1382,7 +1382,7 @@ def test_samples_are_the_best_median_and_worst_clip(tmp_path):
     scores = {"a": .3, "b": .1, "c": math.nan, "d": .5, "e": .2, "f": .4}
     args = Namespace(output_dir=tmp_path, preset="tiny", data_dir=tmp_path)
     for lower in (True, False):
-        common.report("script", args, "", 0, ("psnr", "none", lower), {"psnr": 1, "psnr_h01": 1},
+        common.report("script", args, "none", 0, ("psnr", "none", lower), {"psnr": 1, "psnr_h01": 1},
                       {"none": {"psnr": 2}}, ["psnr"], scores, ["psnr"])
         cases = common.pick_cases(tmp_path, list("fabcde"))
         best, worst = ("b", "d") if lower else ("d", "b")
