@@ -509,8 +509,7 @@ def forecast_scores(members, truth):
 
 
 def smoke_ranks(members, truth):
-    """members W m T 3 H W, truth W T 3 H W -> common.rank_histogram of brightness, of the pixels in which the
-    truth or any member shows smoke: a choice that treats them alike, so that it does not change the ranks."""
+    """-> common.rank_histogram of brightness, of pixels in which the truth or any member shows smoke."""
     brightness = (torch.cat([truth[:, None], members], dim=1).amax(3) + 1) / 2           # W m+1 T H W
     smoke = brightness.movedim(1, 0)[:, (brightness > SMOKE_LEVEL).any(1)]
     return common.rank_histogram(smoke[1:], smoke[0])
@@ -526,10 +525,8 @@ def average_scores(tables):
 @torch.no_grad()
 def evaluate(args, device, autoencoder, field, windows):
     """Forecasts the test windows N T 3 H W uint8, prints tables -> [eval.json, curves.png]."""
-    began = time.time()
-    P = args.condition_frames
-    tables, warm_tables = {}, {}                 # method -> [{metric: W T}], a table for each four windows
-    predicted, ranks = [], 0
+    began, P = time.time(), args.condition_frames
+    tables, warm_tables, predicted, ranks = {}, {}, [], 0        # tables: method -> [{metric: W T}]
     for first in tqdm(range(0, len(windows), 4), "evaluate", unit="x4 clips"):
         x = from_uint8(windows[first:first + 4].to(device))
         seed = common.seed_all(args.seed, EVALUATE, first)
@@ -575,10 +572,10 @@ def sample(args, device, autoencoder, field, windows):
     forecasts = forecast(autoencoder, field, x[:, :P], args, min(3, args.num_samples), seed)
     for (case, number), clip, members in zip(cases.items(), x, forecasts):
         truth = clip[P - 1:]                     # the pictures begin with the last observed frame
-        samples = [torch.cat([truth[:1], member]) for member in members]
-        videos = {"ground truth": truth, "reconstruction": autoencoder.decode(autoencoder.encode(truth))}
-        videos |= {f"sample {k}": video for k, video in enumerate(samples, 1)}
-        videos["error,\nsample 1"] = common.error_picture(samples[0], truth)
+        samples = {f"sample {k}": torch.cat([truth[:1], member]) for k, member in enumerate(members, 1)}
+        reconstruction = autoencoder.decode(autoencoder.encode(truth))
+        videos = {"ground truth": truth, "reconstruction": reconstruction, **samples}
+        videos["error,\nsample 1"] = common.error_picture(samples["sample 1"], truth)
         files += common.write_panels(f"{args.output_dir}/samples/{case}_{names[number]}", {"": videos})
     return files
 
@@ -747,7 +744,6 @@ def train_stages(args, run, checkpoint):
         path = Path(args.autoencoder or folder / "autoencoder/autoencoder.safetensors")
         if not args.autoencoder and (args.resume == "none" or not path.is_file()):
             train_autoencoder(args, run, data["train"][0], data["val"][0])
-        common.print_once(f"autoencoder {path}")
         weights = common.load_weights(path)
         autoencoder = common.load_for_inference(Autoencoder(args), weights, path, run.device)
     train_flow(args, run, data, autoencoder, checkpoint)
