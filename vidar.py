@@ -10,7 +10,7 @@ Equations   Eq. 1  x_t = t x_1 + (1 - t) x_0, |v - (x_0 - x_1)|^2          -> ad
             Eq. 7  |(1 + eta U) (v - (x_0 - x_1))|^2, U the IDM's mask     -> flow_loss, arm_to_latent
             The first latent frame is given: clean, timestep 0, no loss    -> add_noise, VideoModel
             UniPC of order 2 from noise to video                           -> generate
-Run         python vidar.py                          # simulate, train, evaluate: 9 min on 2 CPU cores
+Run         python vidar.py                          # simulate, train, evaluate: 9 to 14 min on 2 CPU cores
             python vidar.py --sample --num_samples 3                              # or --eval
             torchrun --nproc_per_node=8 vidar.py --preset ti2v_5b --fsdp --stage idm --output_dir runs/idm
             torchrun --nproc_per_node=8 vidar.py --preset ti2v_5b --fsdp --idm runs/idm/final/idm.pt

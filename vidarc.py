@@ -7,7 +7,7 @@ Equations   Eq. 6  |v(x_t, t, c, x_prev) - (x_0 - x_1)|^2, x_prev clean  -> teac
             x = (1 - sigma) z + sigma eps, sigma per latent frame         -> mix_noise; signs as in vidar.py
             self-forcing: behind latents that the model generated         -> self_forced_loss
             KV cache, re-prefill with observed frames                     -> KVCache, generate_latents, Policy
-Run         python vidarc.py                         # 16 min on 2 CPU cores, stage 1 included
+Run         python vidarc.py                         # 16 to 25 min on 2 CPU cores, with stage 1
             python vidarc.py --sample --num_samples 3                      # or --eval
             python vidarc.py --serve 8000                                  # actions over a websocket
             torchrun --nproc_per_node=8 vidarc.py --preset ti2v_5b --fsdp --data_dir data/robotwin
