@@ -1784,7 +1784,8 @@ def plot_curves(path, panels):
         axis.set(title=panel["title"], xlabel=panel["xlabel"], ylabel=panel["ylabel"],
                  yscale="log" if panel.get("log") else "linear")
         axis.grid(alpha=.3)
-        axis.legend(fontsize=8)
+        if panel["lines"]:
+            axis.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
