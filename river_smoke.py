@@ -380,8 +380,7 @@ def generate(field, z, args, generator, warm_start=None):
     """
     s = args.warm_start if warm_start is None else warm_start
     calls = network_calls(args, s)
-    B = len(z)
-    batch = torch.arange(B, device=z.device)
+    B, batch = len(z), torch.arange(len(z), device=z.device)
     for _ in range(args.frames_to_generate):
         tau = torch.full((B,), z.shape[1], device=z.device)
         references = reference_frames(z, tau, args.history)
