@@ -12,6 +12,7 @@ import copy
 import faulthandler
 import fcntl
 import functools
+import gc
 import importlib.util
 import io
 import itertools
@@ -31,6 +32,7 @@ import threading
 import time
 import urllib.parse
 import urllib.request
+import weakref
 from argparse import Namespace
 from pathlib import Path
 
@@ -1400,7 +1402,7 @@ def test_pictures_begin_at_the_first_horizon(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "picture_grid", lambda rows, *a, **k: grids.append((rows, *a, k)) or grid(
         rows, *a, **k))
     video = torch.rand(34, 3, 16, 16) * 2 - 1
-    values = common.coloured(torch.linspace(0, 4, 34).view(-1, 1, 1).expand(-1, 16, 16), 0., 4., "m")
+    values = common.apply_colormap(torch.linspace(0, 4, 34).view(-1, 1, 1).expand(-1, 16, 16), 0., 4., "m")
     ends = common.to_uint8(values.video[[0, -1], :, 0, 0])
     assert ends.tolist() == [[68, 1, 84], [253, 231, 37]] and (values.low, values.high) == ("0", "4 m")
     stem = tmp_path / "clip"
@@ -2772,6 +2774,24 @@ def test_well_own_fields(tmp_path):
     assert launch("well_i2v", flags, full=True) == 0
     results = json.loads((tmp_path / "run/eval.json").read_text())["results"]
     assert np.isfinite(results["one_step_u"]) and np.isfinite(results["one_step_h"])
+
+
+def test_well_trains_one_expert_at_a_time(trained, tmp_path, monkeypatch):
+    """The expert of a stage is freed before the next one is loaded, without waiting for the collector."""
+    experts, alive, load_expert = [], [], well.load_expert
+
+    def load_and_count(*arguments):
+        alive.append(sum(expert() is not None for expert in experts))
+        experts.append(weakref.ref(expert := load_expert(*arguments)))
+        return expert
+
+    monkeypatch.setattr(well, "load_expert", load_and_count)
+    gc.disable()
+    try:
+        assert launch("well_i2v", f"{trained('well_i2v').inputs} --output_dir {tmp_path}/run") == 0
+    finally:
+        gc.enable()
+    assert alive[:3] == [0, 0, 0]                          # stages base, high and low
 
 
 def test_well_simulated_files_suit_the_wells_reader(trained):

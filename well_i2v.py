@@ -21,6 +21,7 @@ Shapes      B batch  T frames  C fields  H W their grid  H' W' video  F latent f
 import argparse
 import contextlib
 import functools
+import gc
 import json
 import math
 import os
@@ -419,8 +420,7 @@ def load_expert(args, stage, device, autocast=contextlib.nullcontext):
     expert = Expert(dit, contextlib.nullcontext if tiny else autocast)
     if stage == "base":
         return expert.requires_grad_(True)
-    base = stage_weights(args, "base")
-    if base:
+    if base := stage_weights(args, "base"):
         common.restore_state(expert, base, source="stage base")
     from peft import LoraConfig
     expert.requires_grad_(False).transformer.add_adapter(LoraConfig(
@@ -508,6 +508,13 @@ class Forecaster:
         z = integrate(velocity, noise, self.args.num_inference_steps, self.args.shift)
         z[:, :, 0] = cond[:, 4:, 0]              # the given frame's own latents, which need no guess
         return z
+
+    def forecast_window(self, split, number):
+        """A window's mapped forecast, not repaired, with noise of its own: n_out C H W, on the CPU."""
+        fields, text = split.fields([number]), split.text([split.rows[number]], self.device)
+        z, cond = self.encode(fields.to(self.device))
+        noise = seeded_noise(z, [(self.args.seed, number)])
+        return self.decode(self.sample_latents(cond, noise, text))[0].cpu()
 
     @torch.no_grad()
     def predict(self, history, text=None, seeds=None):
@@ -642,8 +649,8 @@ def evaluate(args, run, model, test):
     clips = dict(zip(windows, short["model"][:, 0].mean(1).tolist()))
     files = common.report(
         SCRIPT, args, None, began, ("one_step", "persistence", True), rows.pop("model"), rows,
-        columns + [f"one_step_{name}" for name in test.names], clips,
-        ("vrmse", "rollout_vrmse"), [folder for _, folder, _, _ in stage_plan(args)])
+        columns + [f"one_step_{name}" for name in test.names], clips, ("vrmse", "rollout_vrmse"),
+        [folder for _, folder, _, _ in stage_plan(args)])
     if test.files[0].dataset == DATASET:
         common.print_table({f"{name}, published": row for name, row in PUBLISHED.items()}, columns)
         print("published: from 4 given frames, on the test split of the 128 x 384 data set")
@@ -651,21 +658,20 @@ def evaluate(args, run, model, test):
 
 
 def pictures(forecast, truth):
-    """T H W of a field -> {row: common.Coloured}, on a scale from the truth, symmetric where that has both
+    """T H W of a field -> {row: ColoredVideo}, on a scale from the truth, symmetric where that has both
     signs; errors up to half of it. The values are in the data set's units, which The Well does not name."""
     low, high = (float(np.percentile(truth.numpy(), percent)) for percent in (0.1, 99.9))
     colours = "viridis"
     if low < 0 < high:
         low, high, colours = -max(-low, high), max(-low, high), "RdBu_r"
-    return {"ground truth": common.coloured(truth, low, high, "", colours),
-            "prediction": common.coloured(forecast, low, high, "", colours),
-            "error": common.coloured((forecast - truth).abs(), 0.0, (high - low) / 2, "", "magma")}
+    return {"ground truth": common.apply_colormap(truth, low, high, "", colours),
+            "prediction": common.apply_colormap(forecast, low, high, "", colours),
+            "error": common.apply_colormap((forecast - truth).abs(), 0.0, (high - low) / 2, "", "magma")}
 
 
 @torch.no_grad()
 def sample(args, run, model, test):
-    """Forecasts of the best, median and worst held-out window of eval.json, one sample each, up to
-    --sample_frames -> [samples/<case>_<window>.*]."""
+    """The best, median and worst held-out window, one sample each -> [samples/<case>_<window>.*]."""
     files, windows = [], held_out_windows(args, test)
     for case, number in common.pick_cases(args.output_dir, list(windows), args.num_samples).items():
         name, (i, k, first) = list(windows.items())[number]
@@ -906,16 +912,9 @@ class Stage:
         self.model = Forecaster(args, adapter, vae, {})
         if name == "decoder":
             self.model = load_forecaster(args, run, before=name)
-        self.forecast = functools.lru_cache(2048)(self.make_forecast)          # networks before are frozen
+        self.forecast = functools.lru_cache(2048)(self.model.forecast_window)  # networks before are frozen
         self.spec = {"window": ("randint", len(data["train"].rows)), "shift": ("rand",), "u": ("rand",),
                      "noise": ("randn", *latent_shape(args, adapter))}
-
-    def make_forecast(self, split, number):
-        """A window's forecast before the decoder, n_out C H W, with noise of its own."""
-        fields, text = split.fields([number]), split.text([split.rows[number]], self.run.device)
-        z, cond = self.model.encode(fields.to(self.run.device))
-        noise = seeded_noise(z, [(self.args.seed, number)])
-        return self.model.decode(self.model.sample_latents(cond, noise, text))[0]
 
     def inputs(self, split, numbers, values, shifts=None):
         """-> arguments of the module's forward."""
@@ -929,7 +928,7 @@ class Stage:
             return *model.encode(fields), text, sigma, values["noise"]
         mapped, y = model.adapter.map(fields, fields[:, :1])[:, -n_out - 1:], None
         if self.args.mode == "native":
-            y = split.roll(torch.stack([self.forecast(split, n) for n in numbers]), shifts)
+            y = split.roll(torch.stack([self.forecast(split, n) for n in numbers]), shifts).to(model.device)
         # Up to four successive frames, from a random true one on: each costs a pass of the decoder.
         unroll = min(4, n_out)
         lead = 1 + (values["u"] * (n_out - unroll + 1)).long().clamp(max=n_out - unroll)
@@ -982,6 +981,7 @@ def train_stages(args, run, data, checkpoint):
             common.save_lora(root / "final" / name, stage.module.transformer, {
                 key.removeprefix("transformer."): value for key, value in weights.items()})
         del stage
+        gc.collect()                             # peft refers to the expert, and the expert to peft
 
 
 # ---- main -----------------------------------------------------------------------------------------------
