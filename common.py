@@ -5,7 +5,7 @@ Tensors      seed_all sample_global_batch expand_to to_uint8 from_uint8 EMA coun
 Processes    all_mean gather_rows barrier shutdown print_once announce simulate_missing_data
 Metrics      mse psnr ssim fair_crps rank_histogram frechet_distance fvd
 Files        read_text read_image read_images find_files video_frames read_video write_video
-             Coloured coloured error_picture picture_grid write_panels
+             ColoredVideo apply_colormap error_picture picture_grid write_panels
 Checkpoints  save_run load_run find_checkpoint save_checkpoint load_checkpoint save_weights load_weights
              save_pt gather_state restore_state install_sigterm_handler
 Wan          load_wan official_names wan_encode wan_decode LinearCodec encode_text pad_text save_lora
@@ -651,7 +651,7 @@ def write_video(path, x, fps=8, options=("-crf", "16", "-pix_fmt", "yuv420p")):
 
 
 
-class Coloured(NamedTuple):
+class ColoredVideo(NamedTuple):
     """Values drawn in colours, as a video T 3 H W in [-1, 1], and their legend: a picture of the colours
     3 h w (a bar if w is 1) and the values at its lower and upper end."""
     video: torch.Tensor
@@ -660,25 +660,26 @@ class Coloured(NamedTuple):
     high: str
 
 
-def coloured(values, low, high, unit, cmap="viridis", labels=None):
-    """Values T H W -> Coloured, from `low` to `high`. labels: texts for these two instead of the numbers."""
+def apply_colormap(values, low, high, unit, cmap="viridis", labels=None):
+    """Values T H W -> ColoredVideo, from `low` to `high`. labels: texts for these two, not the numbers."""
     import matplotlib
     colours = torch.from_numpy(matplotlib.colormaps[cmap](np.arange(256))[:, :3]).float() * 2 - 1
     index = ((values.cpu() - low) / max(high - low, 1e-12)).clamp(0, 1).mul(255).round().long()
-    low, high = labels or (f"{low:.3g}", f"{high:.3g}")
-    return Coloured(colours[index].movedim(-1, 1), colours.flip(0).T[:, :, None], low, f"{high} {unit}")
+    low_label, high_label = labels or (f"{low:.3g}", f"{high:.3g}")
+    legend = colours.flip(0).T[:, :, None]
+    return ColoredVideo(colours[index].movedim(-1, 1), legend, low_label, f"{high_label} {unit}")
 
 
 def error_picture(prediction, truth):
-    """Videos T 3 H W in [-1, 1] -> Coloured: mean over the channels of |error|, of pixels in [0, 1]."""
-    return coloured((prediction - truth).abs().mean(1) / 2, 0.0, 0.5, "", "magma")
+    """Videos T 3 H W in [-1, 1] -> ColoredVideo: mean over the channels of |error|, of pixels in [0, 1]."""
+    return apply_colormap((prediction - truth).abs().mean(1) / 2, 0.0, 0.5, "", "magma")
 
 
 def picture_grid(rows, columns, scale=2, gap=4, forecast_from=None, legends=None):
     """Labelled pictures: {row name: [C H W in [-1, 1], ...]} and a name per column -> 3 H' W' uint8.
 
     Enlarged `scale` times without smoothing: a pixel stays a pixel. A red line stands before column
-    `forecast_from`, the first one that is not observed. legends: {row name: Coloured}.
+    `forecast_from`, the first one that is not observed. legends: {row name: ColoredVideo}.
     """
     from PIL import Image, ImageDraw, ImageFont
     legends = legends or {}
@@ -731,7 +732,7 @@ def strip_frames(total, observed, columns):
 
 
 def write_panels(stem, panels, observed=1, fps=8, scale=2, labels=None):
-    """Videos of equal size and length, {quantity: {method: T C H W in [-1, 1] or Coloured}}, the first
+    """Videos of equal size and length, {quantity: {method: T C H W in [-1, 1] or ColoredVideo}}, the first
     `observed` frames of which are given -> [stem.mp4, stem.png].
 
     The .mp4 has a row of videos for each quantity, the .png a row for each video and a column for some of the
@@ -741,7 +742,7 @@ def write_panels(stem, panels, observed=1, fps=8, scale=2, labels=None):
     for quantity, methods in panels.items():
         for method, video in methods.items():
             name = f"{method}\n{quantity}".strip()
-            if isinstance(video, Coloured):
+            if isinstance(video, ColoredVideo):
                 legends[name], video = video, video.video
             rows[name] = tiles.setdefault(quantity, {})[method] = video
     T = len(video)
@@ -1721,10 +1722,10 @@ def report(script, args, weights, began, headline, results, baselines, columns, 
     """Writes eval.json and curves.png, and prints a table with a row per method and `columns` of metrics.
 
     weights: what was loaded, None for --weights_from or the tiny model. headline: (metric, name of its
-    baseline, whether lower is better). results: {metric: number}; baselines:
-    {name: {metric: number}}. clips: {name: headline metric, or a score in its direction} of the held-out
-    clips. curves: metrics with values per horizon (horizon_means). stages: folders whose losses are drawn.
-    panels: more of them, for plot_curves. began: time.time() at the start. -> the two files.
+    baseline, whether lower is better). results: {metric: number}; baselines: {name: {metric: number}}.
+    clips: {name: headline metric, or a score in its direction} of the held-out clips. curves: metrics with
+    values per horizon (horizon_means). stages: folders whose losses are drawn. panels: more of them, for
+    plot_curves. began: time.time() at the start. -> the two files.
     """
     folder = Path(args.output_dir)
     weights = weights or ("tiny, trained by this run" if args.model == "tiny" else args.weights_from)

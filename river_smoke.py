@@ -351,7 +351,7 @@ def river_loss(field, z, values, args):
     """
     B, T = z.shape[:2]
     batch = torch.arange(B, device=z.device)
-    # 3. Target frame tau; the paper's begin one later. So forecasts can start from one observed frame.
+    # 3. Target frame tau, from the second on (paper: third), so that one observed frame is enough to start.
     tau = 1 + (values["tau"] * (T - 1)).long()
     # 4. Time t ~ U[0, 1).
     t = values["t"]
@@ -555,9 +555,9 @@ def evaluate(args, device, autoencoder, field, windows):
         clips = torch.cat(predicted), from_uint8(windows)
         results[f"fvd_N{len(windows)}_T{windows.shape[1]}"] = common.fvd(args.i3d, *clips, device)
     columns = "psnr_ensemble_mean", "psnr", "ssim", "mse", "crps", "spread_skill"
-    clips = torch.cat([scores["crps"] for scores in tables["model"]]).mean(1).tolist()
+    errors = torch.cat([scores["crps"] for scores in tables["model"]]).mean(1).tolist()
     return common.report(SCRIPT, args, "trained from scratch", began, ("crps", "persistence", True), results,
-                         baselines, columns, {f"clip_{i:03d}": score for i, score in enumerate(clips)},
+                         baselines, columns, {f"clip_{i:03d}": score for i, score in enumerate(errors)},
                          ("psnr_ensemble_mean", "crps"), ("autoencoder", "."), [common.rank_panel(ranks)])
 
 

@@ -40,7 +40,7 @@ from torch.utils._pytree import tree_map
 from tqdm import tqdm
 
 import common
-from common import UserError, at_least, expand_to, from_uint8
+from common import UserError, apply_colormap, at_least, expand_to, from_uint8
 
 SCRIPT = "sim_physics_heads"
 MOVING = 0.5                             # pixels per frame of a clip, above which a pixel counts as moving
@@ -374,7 +374,7 @@ def motion_scores(prediction, clip):
 
 
 def motion_picture(values, truth):
-    """T 2 H W -> common.Coloured: hue is where to, brightness how fast, up to the truth's fastest."""
+    """T 2 H W -> common.ColoredVideo: hue is where to, brightness how fast, up to the truth's fastest."""
     import matplotlib.colors
     fastest = speed(truth["motion"]).flatten().quantile(0.998).clamp(min=0.1)
 
@@ -386,7 +386,7 @@ def motion_picture(values, truth):
     dx, dy = (-values["motion"] / fastest).unbind(1)                           # where to, not where from
     y, x = torch.meshgrid(torch.linspace(-1, 1, 64), torch.linspace(-1, 1, 64), indexing="ij")
     wheel = torch.where(torch.hypot(x, y) <= 1, colours(x, y), 1.0)
-    return common.Coloured(colours(dx, dy), wheel, "px/frame", f"{fastest:.2g}")
+    return common.ColoredVideo(colours(dx, dy), wheel, "px/frame", f"{fastest:.2g}")
 
 
 def depth_loss(y, batch, args):
@@ -419,11 +419,11 @@ def depth_scores(prediction, clip):
 
 
 def depth_picture(values, truth):
-    """T 1 H W -> common.Coloured: near is bright, far dark, on a logarithmic scale; sky is white."""
+    """T 1 H W -> common.ColoredVideo: near is bright, far dark, on a logarithmic scale; sky is white."""
     known = truth["depth"][truth["sky"] == 0].log()
     near, far = known.quantile(0.02).item(), known.quantile(0.98).item()
     labels = f"{math.exp(far):.2g}", f"{math.exp(near):.2g}"
-    picture = common.coloured(-values["depth"][:, 0].clamp(min=1e-3).log(), -far, -near, "m", "magma", labels)
+    picture = apply_colormap(-values["depth"][:, 0].clamp(min=1e-3).log(), -far, -near, "m", "magma", labels)
     picture.video.masked_fill_(values["sky"] > 0, 1)
     return picture
 
@@ -450,7 +450,7 @@ class Quantity(NamedTuple):
     loss: Callable                               # that output B channels T h w, batch, flags -> scalar
     decode: Callable                             # that output at full resolution -> values B T c H W
     scores: Callable                             # {name: values}, batch -> {metric: B}
-    picture: Callable = None                     # {name: T c H W}, truth likewise -> common.Coloured
+    picture: Callable = None                     # {name: T c H W}, truth likewise -> common.ColoredVideo
     weight: float = 1.0                          # of the loss, where there is no flag --<name>_weight
 
 

@@ -357,12 +357,12 @@ def load_codec(args, folder, device):
 
 
 def embed_words(prompt):
-    """The tiny model's text encoder: a fixed random vector per word, L D, behind one of ones. The projection
-    in the transformer, which is trained, gives words a meaning. After a random T5 over bytes, tasks that
-    name another arm or block differ by an eighth."""
+    """The tiny model's text encoder: a row of ones, then a fixed random vector for each word, L D. A trained
+    projection in the transformer gives words a meaning. (A small random T5 embeds tasks that name another arm
+    or block almost alike.)"""
     words, size = re.findall(r"\w+", prompt.lower()), TINY["transformer"]["text_dim"]
-    seeds = [torch.Generator().manual_seed(zlib.crc32(word.encode())) for word in words]
-    return torch.stack([torch.ones(size), *(torch.randn(size, generator=seed) for seed in seeds)])
+    generators = [torch.Generator().manual_seed(zlib.crc32(word.encode())) for word in words]
+    return torch.stack([torch.ones(size), *(torch.randn(size, generator=g) for g in generators)])
 
 
 def text_encoder(args, device):
@@ -499,7 +499,7 @@ def generate(dit, z0, text, empty, args, seed):
 def cache_folder(args, splits):
     """By a hash of CACHE_FLAGS, of the data set's files, and of the IDM if it has to locate the arms."""
     recipe = [json.dumps({name: getattr(args, name) for name in CACHE_FLAGS}), str(bool(args.eta))]
-    recipe += ["words"] if args.model == "tiny" else []                        # kind of the text's embeddings
+    recipe += ["words"] if args.model == "tiny" else []                        # the kind of text embedding
     episodes = [episode for part in splits.values() for episode in part]
     paths = [episode.folder / name for episode in episodes
              for name in ("video.mp4", "actions.npy", "mask.npz")]

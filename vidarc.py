@@ -678,9 +678,8 @@ def report(args, policy, videos, actions, worlds, clips, seconds, began):
     results = scores.pop("model")
     results |= {f"seconds_{name}_p50": float(np.median(values)) for name, values in seconds.items()}
     results["seconds_bidirectional"] = time_bidirectional(policy)
-    headline = "psnr_arm" if "psnr_arm" in results else "psnr", "persistence", False
-    if worlds:
-        headline = "success_moved", "open loop", False
+    metric = "psnr_arm" if "psnr_arm" in results else "psnr"
+    headline = ("success_moved", "open loop", False) if worlds else (metric, "persistence", False)
     columns = ["success_static", "success_moved", "distance_static", "distance_moved", "psnr_arm", "ssim",
                "action_r2"]
     print(", ".join(f"{name} {value:.3f}" for name, value in results.items() if name.startswith("seconds")))
@@ -693,10 +692,11 @@ def report(args, policy, videos, actions, worlds, clips, seconds, began):
 def sample(args, run, policy, splits):
     """The best, median and worst world in which the block is moved, or held-out episode -> [samples/...]."""
     episodes, files = robot_data.tasks(splits["test"]), []
-    names = [f"world_{n}" for n in range(world_count(args))] or [episode.folder.name for episode in episodes]
+    worlds = [f"world_{n}" for n in range(world_count(args))]
+    names = worlds or [episode.folder.name for episode in episodes]
     cases = common.pick_cases(args.output_dir, names, args.num_samples) if run.rank == 0 else {}
     for case, number in cases.items():
-        if world_count(args):
+        if worlds:
             film = []
             run_episode(policy, FIRST_WORLD + number, True, True, film)
             observed, generated = (torch.stack(column) for column in zip(*film))

@@ -24,11 +24,9 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))       # the root of the repository
 import common  # noqa: E402
 from common import UserError  # noqa: E402
-from data.vidar.world import BLOCK_COLORS  # noqa: E402
+from data.vidar.world import ACTION_DIM, BLOCK_COLORS, VIEWS  # noqa: E402
 
 FPS = 10
-ACTION_DIM = 14
-VIEWS = ("fixed rear", "movable left arm", "movable right arm")
 TASK = re.compile("using (left|right) arm, put the (red|blue) block on the plate[.]")       # of world.py
 
 
