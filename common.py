@@ -1180,7 +1180,7 @@ def read_official(path, part, expert, config):
             shards = json.loads(index.read_text())["weight_map"].values()
             files = [path / shard for shard in sorted(set(shards))]
     elif path.is_dir():
-        vae = f"Wan2.{2 if config['vae'].get('is_residual') else 1}_VAE.pth"
+        vae = f"Wan2.{2 if config.get('vae', {}).get('is_residual') else 1}_VAE.pth"
         files = [path / (vae if part == "vae" else "models_t5_umt5-xxl-enc-bf16.pth")]
     weights = {}
     for file in files:
