@@ -7,7 +7,7 @@ Equations   x_s = (1 - s) z + s eps, frame 0 clean; v = eps - z     -> add_noise
             hidden states of v = Wan(x_s, 1000 s, text)             -> run_backbone
             motion, log depth and sky of every frame                -> PhysicsHeads, QUANTITIES
             dx/ds = v from s = 1 to 0, by Euler                     -> generate
-Run         python sim_physics_heads.py                      # simulate, train, evaluate: 7 min on 2 CPU cores
+Run         python sim_physics_heads.py                      # simulate, train, evaluate: 5 to 7 min, 2 cores
             python sim_physics_heads.py --sample --num_samples 3                  # or --eval
             torchrun --nproc_per_node=8 sim_physics_heads.py --preset ti2v_5b --data_dir data/Sim_Physics
             torchrun --nproc_per_node=8 sim_physics_heads.py --preset ti2v_5b_lora --output_dir runs/lora
@@ -106,14 +106,14 @@ def build_parser():
     add("--heads", metavar="FILE", help="heads.safetensors of stage heads, from which stage lora starts")
     add("--lora_rank", type=at_least(1), default=32, help="rank and alpha of LoRA")
     add("--lora_steps", type=at_least(1), default=1000, help="optimizer steps of lora in --stage all")
-    add("--lora_lr", type=at_least(0, float), default=0.0, help="its peak learning rate (0: --lr)")
+    add("--lora_lr", type=at_least(0, float), default=0.0, help="peak learning rate of stage lora (0: --lr)")
     add("--backbone_steps", type=at_least(0), default=0, help="optimizer steps of the tiny backbone")
     add("--backbone_lr", type=at_least(0, float), default=1e-3, help="peak learning rate of the backbone")
     add("--motion_weight", type=at_least(0, float), default=1.0, help="weight of the motion loss")
     add("--depth_weight", type=at_least(0, float), default=1.0, help="weight of the depth loss")
     add("--shift", type=at_least(1e-3, float), default=5.0, help="shift of Wan's noise schedule")
-    add("--num_inference_steps", type=at_least(1), default=50, help="steps of the sampler")
-    add("--guidance_scale", type=at_least(0, float), default=5.0, help="guidance (1: none)")
+    add("--num_inference_steps", type=at_least(1), default=50, help="sampler steps per video")
+    add("--guidance_scale", type=at_least(0, float), default=5.0, help="classifier-free guidance (1: none)")
     add("--num_samples", type=at_least(1), default=3, help="clips to sample: 3 are best, median and worst")
     return parser
 
@@ -519,12 +519,12 @@ def run_program(name, *arguments):
 
 
 def cache_folder(args):
-    """data_dir/cache/<hash of the set's files and of the flags that shape the cache>."""
+    """data_dir/cache/<hash of the set's files, of clips.py and of the flags that shape the cache>."""
     root = Path(args.data_dir)
     if not root.is_dir():
-        raise UserError(f"no folder {root}: without --data_dir the tiny preset simulates its own set; "
-                        f"data/{SCRIPT}/check.py has the layout")
-    recipe = [json.dumps({name: getattr(args, name) for name in CACHE_FLAGS})]
+        raise UserError(f"no folder {root}: data/{SCRIPT}/check.py has the layout, prepare.py simulates a set")
+    readers = Path(__file__).resolve().parent / "data" / SCRIPT / "clips.py"
+    recipe = [common.read_text(readers), json.dumps({name: getattr(args, name) for name in CACHE_FLAGS})]
     for path in common.find_files(root, (".png", ".jpg", ".jpeg", ".npy", ".csv"))[0]:
         stat = path.stat()
         recipe.append(f"{path.relative_to(root)} {stat.st_size} {stat.st_mtime_ns}")
