@@ -7,7 +7,7 @@ Equations   z_t = E(x_t), a latent for tau frames                         -> Enc
             x_t = background - 2 D(z_t)                                   -> Decoder, VideoWorldModel
             reconstruction + one step + rollout + perceptual + temporal   -> world_model_loss, rollout_plan
             MSE, PSNR, SSIM per horizon; positions of objects             -> evaluate, object_scores
-Run         python cosmos_lite.py                         # simulate, train, evaluate: 8 min on 2 CPU cores
+Run         python cosmos_lite.py                         # simulate, train, evaluate: 4 min on 2 CPU cores
             python cosmos_lite.py --sample --num_predict 60 --video_idx 5              # 15 s
             python cosmos_lite.py --max_steps 4000        # resume and train longer
             torchrun --nproc_per_node=8 cosmos_lite.py --preset best --data_dir data/split
@@ -37,7 +37,7 @@ import common
 from common import UserError, at_least, between, expand_to, from_uint8
 
 SCRIPT = "cosmos_lite"
-SIZE = 64                       # height and width of a frame
+SIZE = 64                       # of a frame; others: --encoder cnn, --latent grid, prepare.py --raw
 AUGMENTATION = {"flip": ("rand",), "contrast": ("rand",), "order": ("randint", 6)}     # of a clip
 
 # ---- presets and flags ----------------------------------------------------------------------------------
@@ -80,7 +80,7 @@ def build_parser():
     add("--tau", type=at_least(1), default=2, help="frames per latent")
     add = parser.add_argument_group("loss").add_argument
     add("--context", type=at_least(1), default=10, help="frames that a forecast reads, at most")
-    add("--rollout", type=at_least(1), default=16, help="frames of a training rollout after its growth")
+    add("--rollout", type=at_least(1), default=16, help="frames of a training rollout, which grows to this")
     add("--recon_type", choices=["mse", "l1"], default="mse", help="pixel loss")
     add("--perceptual_weight", type=at_least(0, float), default=0.1, help="weight of the VGG16 loss (0: off)")
     add("--temporal_weight", type=at_least(0, float), default=0.01, help="weight of the motion loss")

@@ -8,7 +8,7 @@ Equations   z = encoder(x), x = decoder(nearest code of z)          -> Autoencod
             v_t(z_t | z^{tau-1}, z^c, tau - c)                      -> VectorField
             inference, with a warm start z'_s ~ p_s(z | z^{T-1})    -> generate
             PSNR, SSIM, MSE, CRPS per horizon; FVD                  -> forecast_scores, fvd
-Run         python river_smoke.py                            # simulate, train, evaluate: 6 to 7 min, 2 cores
+Run         python river_smoke.py                            # simulate, train, evaluate: 4 to 7 min, 2 cores
             python river_smoke.py --sample --warm_start 0.2  # 15 s; trains first if there is no checkpoint
             torchrun --nproc_per_node=8 river_smoke.py --preset paper --output_dir runs/river_paper
 Shapes      B batch  T frames  C latent channels  H W pixels  h w latent cells  N tokens  D width  m ensemble
@@ -347,7 +347,7 @@ def river_loss(field, z, values, args):
     """Steps 3 to 9 of the training algorithm; steps 1 and 2, load and encode, were done once: z B T C h w.
 
     values: tau, t, c, uniform in [0, 1), B, and eps B C h w. Frames count from 0 here, from 1 in the paper.
-    -> scalar loss, {name: term to log}.
+    -> scalar loss, {name: term to log}. decode() has no gradient: a loss in pixels needs one that has.
     """
     B, T = z.shape[:2]
     batch = torch.arange(B, device=z.device)

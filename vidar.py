@@ -94,7 +94,7 @@ def add_stage_flags(parser):
     add("--random_init", action="store_true", help="random weights in Wan's shape, to measure speed")
     add("--text_length", type=at_least(1), default=512, help="tokens of a prompt, padding included")
     add("--shift", type=at_least(1e-3, float), default=5.0, help="shift of Wan's noise schedule")
-    add("--cfg_drop", type=between(0, 1), default=.1, help="share of samples with an empty prompt")
+    add("--cfg_drop", type=between(0, 1), default=.1, help="share of training samples with an empty prompt")
     add("--global_batch", type=at_least(0), default=128, help="samples per step, sets --grad_accum (0: no)")
     add("--cpu_offload", action="store_true", help="with --fsdp: keep weights and optimizer on the CPU")
     add = parser.add_argument_group("sampling and evaluation").add_argument
@@ -108,9 +108,9 @@ def build_parser():
     add = parser.add_argument_group("stage 1").add_argument
     add("--stage", choices=["video", "idm", "all"], default="video", help="what to train; all: video, idm")
     add("--eta", type=at_least(0, float), default=0., help="weight of the arms in the loss (Eq. 7)")
-    add("--num_inference_steps", type=at_least(1), default=20, help="steps of the sampler")
-    add("--guidance_scale", type=at_least(0, float), default=5.0, help="guidance (1: none)")
-    add("--idm_steps", type=at_least(1), default=60000, help="optimizer steps of the IDM, a tenth warm-up")
+    add("--num_inference_steps", type=at_least(1), default=20, help="sampler steps per video")
+    add("--guidance_scale", type=at_least(0, float), default=5.0, help="classifier-free guidance (1: none)")
+    add("--idm_steps", type=at_least(1), default=60000, help="optimizer steps of the IDM; 10 % are warm-up")
     add("--idm_lr", type=at_least(0, float), default=5e-4, help="peak learning rate of the IDM (0: --lr)")
     add("--idm_batch_size", type=at_least(1), default=16, help="frames per process and micro-step of the IDM")
     add("--idm_frames", type=at_least(1), default=64, help="frames of each episode that the IDM learns from")
@@ -505,7 +505,7 @@ def cache_folder(args, splits):
              for name in ("video.mp4", "actions.npy", "mask.npz")]
     if args.eta and getattr(args, "stage", "") != "idm" and not all(e.has_mask for e in tasks(episodes)):
         if not args.idm:
-            raise UserError("--eta weighs the arms, which mask.npz or an IDM must locate: name --idm FILE")
+            raise UserError("--eta weighs the arms: it needs mask.npz or --idm FILE; --eta 0 weighs none")
         paths.append(Path(args.idm))
     for path in paths:
         recipe.append(f"{path.stat().st_size} {path.stat().st_mtime_ns}" if path.is_file() else "")

@@ -92,7 +92,7 @@ def build_parser():
     add("--random_init", action="store_true", help="random weights in Wan's shape, to measure speed")
     add("--adapter", choices=["learned", "tile"], default="learned",
         help="fields to 3 channels: learned layers, or three fields per panel of a larger frame")
-    add("--video_size", default="", metavar="H,W", help="of a panel, in multiples of 16 (default: the grid)")
+    add("--video_size", default="", metavar="H,W", help="panel size, multiples of 16 (default: the grid)")
     add("--frame_repeat", type=at_least(1), default=1, help="video frames per frame; the VAE packs 4 in one")
     add("--lora_rank", type=at_least(1), default=32, help="rank and alpha of LoRA")
     add("--lora_targets", default="to_q,to_k,to_v,to_out.0", help="modules; also ffn.net.0.proj,ffn.net.2")
@@ -100,13 +100,13 @@ def build_parser():
     add("--text_length", type=at_least(1), default=512, help="tokens of a prompt, padding included")
     add = parser.add_argument_group("stages").add_argument
     add("--adapter_steps", type=at_least(0), default=2000, help="optimizer steps of the learned adapter")
-    add("--adapter_lr", type=at_least(0, float), default=2e-4, help="that of adapter and decoder (0: --lr)")
+    add("--adapter_lr", type=at_least(0, float), default=2e-4, help="lr of adapter and decoder (0: --lr)")
     add("--base_steps", type=at_least(0), default=0, help="optimizer steps of the tiny base")
     add("--base_lr", type=at_least(0, float), default=1e-3, help="peak learning rate of the tiny base")
     add("--decoder_steps", type=at_least(0), default=0, help="optimizer steps of the decoder (0: none)")
     add("--shift", type=at_least(1e-3, float), default=5.0, help="shift of Wan's noise schedule")
     add = parser.add_argument_group("sampling and evaluation").add_argument
-    add("--num_inference_steps", type=at_least(1), default=30, help="steps of the sampler")
+    add("--num_inference_steps", type=at_least(1), default=30, help="sampler steps per forecast")
     add("--offload", action="store_true", help="keep the expert that is not in use on the CPU")
     add("--members", type=at_least(1), default=4, help="samples of a forecast that --eval averages")
     add("--eval_clips", type=at_least(1), default=90, help="held-out windows to forecast, evenly chosen")
