@@ -522,7 +522,7 @@ def cache_folder(args):
     """data_dir/cache/<hash of the set's files, of clips.py and of the flags that shape the cache>."""
     root = Path(args.data_dir)
     if not root.is_dir():
-        raise UserError(f"no folder {root}: data/{SCRIPT}/check.py has the layout, prepare.py simulates a set")
+        raise UserError(f"no folder {root}: data/{SCRIPT}/check.py has the layout, prepare.py simulates one")
     readers = Path(__file__).resolve().parent / "data" / SCRIPT / "clips.py"
     recipe = [common.read_text(readers), json.dumps({name: getattr(args, name) for name in CACHE_FLAGS})]
     for path in common.find_files(root, (".png", ".jpg", ".jpeg", ".npy", ".csv"))[0]:
