@@ -91,6 +91,7 @@ class Parser(argparse.ArgumentParser):
     """
     def __init__(self, script, presets, description, fsdp=True):
         super().__init__(prog=f"{script}.py", description=description, allow_abbrev=False,
+                         epilog="A preset replaces these defaults; a run's args.json has all values.",
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         self.script = script
         self.presets = presets
@@ -289,7 +290,6 @@ class EMA:
             with torch.no_grad():
                 for p, value in zip(self.params, trained):
                     p.copy_(value)
-
 
 
 def gather_rows(tables):
@@ -648,7 +648,6 @@ def write_video(path, x, fps=8, options=("-crf", "16", "-pix_fmt", "yuv420p")):
         raw = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{frames.shape[2]}x{frames.shape[1]}", "-r", fps]
         ffmpeg([*raw, "-i", "-", "-c:v", "libx264", *options, "-y", f"file:{path}"], frames.tobytes())
     return str(path)
-
 
 
 class ColoredVideo(NamedTuple):

@@ -7,7 +7,7 @@ Equations   z_t = E(x_t), a latent for tau frames                         -> Enc
             x_t = background - 2 D(z_t)                                   -> Decoder, VideoWorldModel
             reconstruction + one step + rollout + perceptual + temporal   -> world_model_loss, rollout_plan
             MSE, PSNR, SSIM per horizon; positions of objects             -> evaluate, object_scores
-Run         python cosmos_lite.py                         # simulate, train, evaluate: 4 min on 2 CPU cores
+Run         python cosmos_lite.py                         # simulate, train, evaluate: 4 to 8 min, 2 CPU cores
             python cosmos_lite.py --sample --num_predict 60 --video_idx 5              # 15 s
             python cosmos_lite.py --max_steps 4000        # resume and train longer
             torchrun --nproc_per_node=8 cosmos_lite.py --preset best --data_dir data/split
