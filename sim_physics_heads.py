@@ -519,15 +519,15 @@ def run_program(name, *arguments):
 
 
 def cache_folder(args):
-    """data_dir/cache/<hash of the set's files and of the flags that shape the cache>."""
+    """cache/<hash of files and CACHE_FLAGS>, in the data set, or in the run if the set is read-only."""
     root = Path(args.data_dir)
     if not root.is_dir():
         raise UserError(f"no folder {root}: without --data_dir the tiny preset simulates its own set; "
                         f"data/{SCRIPT}/check.py has the layout")
     recipe = [json.dumps({name: getattr(args, name) for name in CACHE_FLAGS})]
     for path in common.find_files(root, (".png", ".jpg", ".jpeg", ".npy", ".csv"))[0]:
-        stat = path.stat()
-        recipe.append(f"{path.relative_to(root)} {stat.st_size} {stat.st_mtime_ns}")
+        recipe.append(f"{path.relative_to(root)} {path.stat().st_size} {path.stat().st_mtime_ns}")
+    root = root if os.access(root, os.W_OK) else Path(args.output_dir)
     return root / "cache" / hashlib.sha256("\n".join(recipe).encode()).hexdigest()[:16]
 
 
