@@ -4,7 +4,7 @@ Flags        at_least between Parser parse_args auto_preset choose_device choose
 Tensors      seed_all sample_global_batch expand_to to_uint8 from_uint8 EMA count_params
 Processes    all_mean gather_rows barrier shutdown print_once announce simulate_missing_data
 Metrics      mse psnr ssim fair_crps rank_histogram frechet_distance fvd
-Files        read_text read_image read_images find_files video_frames read_video write_video
+Files        read_text read_json read_image read_images find_files video_frames read_video write_video
              ColoredVideo apply_colormap error_picture picture_grid write_panels
 Checkpoints  save_run load_run find_checkpoint save_checkpoint load_checkpoint save_weights load_weights
              save_pt gather_state restore_state install_sigterm_handler
@@ -457,16 +457,26 @@ def read_text(path) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def read_image(path) -> np.ndarray:
+def read_json(path):
+    """What a JSON file holds. UserError, naming the file, where it cannot be read."""
+    try:
+        return json.loads(read_text(path))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {reason(error)}") from error
+
+
+def read_image(path, size=None) -> np.ndarray:
     """An image file -> H W 3 uint8 (RGB), upright, alpha composited over black, 16 bits scaled to 8.
 
-    Of an animation, the first frame. Raises UserError, naming the file, where it cannot be read, and for
-    floating-point pixels outside [0, 1].
+    Of an animation, the first frame. Raises UserError, naming the file, where it cannot be read, for another
+    size than `size` (height, width), and for floating-point pixels outside [0, 1].
     """
     from PIL import Image, ImageOps
     try:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
+        if size and image.size[::-1] != tuple(size):
+            raise ValueError(f"it is {image.width}x{image.height}, expected {size[1]}x{size[0]}")
         if image.mode[0] in "IF":                      # grey of 16 bits, of 32 bits, or floating-point
             grey = np.asarray(image)
             white = 1 if image.mode == "F" else 65535
@@ -523,15 +533,9 @@ def describe_left_out(left_out) -> str:
 
 def read_images(paths, size, description) -> np.ndarray:
     """Images of one size (height, width) -> N H W 3 uint8, on all cores. UserError names one that is not."""
-    def read(path):
-        image = read_image(path)
-        if image.shape[:2] != size:
-            height, width = image.shape[:2]
-            raise UserError(f"image {path} is {width}x{height}, expected {size[1]}x{size[0]}")
-        return image
-
     with ThreadPoolExecutor() as pool:
-        return np.stack(list(tqdm(pool.map(read, paths), description, len(paths), leave=False)))
+        images = pool.map(lambda path: read_image(path, size), paths)
+        return np.stack(list(tqdm(images, description, len(paths), leave=False)))
 
 
 # ---- video files ----------------------------------------------------------------------------------------
@@ -1106,7 +1110,7 @@ def load_wan(source, *, part, config="ti2v_5b", dtype=torch.float32, device="cpu
     hub = not path.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(source))
     try:
         if not path.exists() and not hub:
-            raise FileNotFoundError("there is no such folder")
+            raise FileNotFoundError("there is no such file or folder")
         if part == "tokenizer":
             from transformers import AutoTokenizer
             official = path / "google" / "umt5-xxl"
@@ -1124,10 +1128,10 @@ def load_wan(source, *, part, config="ti2v_5b", dtype=torch.float32, device="cpu
             raise ValueError(f"its files lack {sorted(info['missing_keys'])[0]}")
         return model.to(device).eval()
     except Exception as error:        # each reader has its own errors; the user needs file, reason, command
-        repo = config.get("repo", "REPOSITORY")
-        get = source if hub else f"{repo} --local-dir {source if not path.is_file() else 'weights'}"
-        raise UserError(f"cannot load Wan's {name} from {source} ({reason(error)}): "
-                        f"hf download {get}") from error
+        get = source if hub else f"{config.get('repo')} --local-dir {source}"
+        known = hub or "repo" in config and path.suffix not in (".pt", ".pth", ".safetensors")
+        raise UserError(f"cannot load Wan's {name} from {source} ({reason(error)})"
+                        + (f": hf download {get}" if known else "")) from error
 
 
 def wan_class(part):
@@ -1432,12 +1436,17 @@ def one_line_errors(script, work):
     except BrokenPipeError:                      # of `script --dry_run | head`: the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
-    except (UserError, OSError) as error:
+    except UserError as error:
         message = str(error)
-    except RuntimeError as error:
-        if world == 1 or not re.search("gloo|nccl|peer|connection|timed out|socket", str(error), re.I):
+    except OSError as error:                     # h5py's have several lines
+        message = reason(error)
+    except (MemoryError, RuntimeError) as error:
+        if re.search("out of memory|t allocate memory|Unable to allocate", str(error)):
+            message = f"out of memory (a smaller --batch_size needs less): {reason(error)}"
+        elif world > 1 and re.search("gloo|nccl|peer|connection|timed out|socket", str(error), re.I):
+            message = f"another process of this run died, so this one stops: {reason(error)}"
+        else:
             raise
-        message = f"another process of this run died, so this one stops: {reason(error)}"
     except KeyboardInterrupt:
         message = "interrupted"
     for bar in list(getattr(tqdm, "_instances", ())):          # else the line would follow a bar
@@ -1611,7 +1620,7 @@ def format_headline(folder):
     """"mse 355.3; mean frame 558.3; lower is better", of a run's eval.json."""
     if not (folder / "eval.json").is_file():
         return "not evaluated yet"
-    results = json.loads(read_text(folder / "eval.json"))
+    results = read_json(folder / "eval.json")
     metric, value, baseline, lower = results["headline"].values()
     names = [name for name, scores in results["baselines"].items() if scores.get(metric) == baseline]
     number = "{:.4g}".format
@@ -1623,10 +1632,10 @@ def write_report_page(folder):
     """Writes <folder>/report.html: a run's results, curves, videos, flags and commands, with relative links.
     Where the folder that holds the run is named runs, its index.html lists the runs."""
     folder = Path(folder).absolute()
-    args = json.loads(read_text(folder / "args.json"))
+    args = read_json(folder / "args.json")
     parts = [f"<p><b>{html.escape(format_headline(folder))}</b></p>"]
     if (folder / "eval.json").is_file():
-        results = json.loads(read_text(folder / "eval.json"))
+        results = read_json(folder / "eval.json")
         methods = {"model": results["results"], **results["baselines"]}
         rows = [[html.escape(metric), *("-" if scores.get(metric) is None else f"{scores[metric]:.4g}"
                                         for scores in methods.values())] for metric in results["results"]]
@@ -1660,7 +1669,7 @@ def write_index_page(root):
     rows = []
     for page in sorted(root.glob("*/report.html"), key=os.path.getmtime, reverse=True):
         name, link = html.escape(page.parent.name), urllib.parse.quote(page.parent.name)
-        preset = json.loads(read_text(page.parent / "args.json"))["preset"]
+        preset = read_json(page.parent / "args.json")["preset"]
         date = time.strftime("%Y-%m-%d %H:%M", time.localtime(page.stat().st_mtime))
         pictures = [f'<img src="{link}/samples/{urllib.parse.quote(path.name)}" alt="{name}" width="320">'
                     for path in sorted((page.parent / "samples").glob("*.png"))[:1]]
@@ -1706,7 +1715,7 @@ def wants_evaluation(args):
 def pick_cases(folder, names, count=3):
     """The clips to show -> {"best": i, "median": j, "worst": k}, numbers in `names`, the held-out clips, by
     their scores in folder/eval.json. Another count than 3 takes ranks that are evenly spaced, too."""
-    scores = json.loads(read_text(Path(folder, "eval.json"))).get("clips", {})
+    scores = read_json(Path(folder, "eval.json")).get("clips", {})
     order = [names.index(name) for name in scores if name in names]              # the best comes first
     if not order:
         raise UserError(f"{folder}/eval.json has no scores of these clips: --eval computes them")
@@ -1754,7 +1763,7 @@ def report(script, args, weights, began, headline, results, baselines, columns, 
 def describe_data(root):
     """The data set's folder and its source, which prepare.py writes into dataset_stats.json."""
     try:
-        source = json.loads(read_text(Path(root) / "dataset_stats.json"))["source"]
+        source = read_json(Path(root) / "dataset_stats.json")["source"]
     except (UserError, ValueError, TypeError, KeyError):               # no such file, or another program's
         source = "frames as found"
     return f"{root} ({source})"

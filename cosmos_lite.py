@@ -484,16 +484,17 @@ class Clips:
     def __init__(self, root, split, T, stride=5):
         root, self.T = Path(root), T
         if not (root / "split.json").is_file():
-            raise UserError(f"no data set in {root}: python data/{SCRIPT}/prepare.py --data_dir {root} makes "
-                            f"it, of your own videos with --raw FOLDER")
+            raise UserError(f"no data set in {root}: run python data/{SCRIPT}/prepare.py --data_dir {root}")
         try:
-            listed = json.loads(common.read_text(root / "split.json"))[split]
+            listed = common.read_json(root / "split.json")[split]
             self.frames = torch.from_numpy(np.load(root / f"{split}.npy", mmap_mode="c"))
-            expected = (sum(length for _, length in listed), 3, SIZE, SIZE)
+            expected = (sum(len(range(length)) for _, length in listed), 3, SIZE, SIZE)     # TypeError: 9.0
             if self.frames.dtype != torch.uint8 or self.frames.shape != expected:
-                raise ValueError(f"its shape is {tuple(self.frames.shape)}, not {expected} of uint8")
+                raise ValueError(f"it is {self.frames.dtype} {(*self.frames.shape,)}, not uint8 {expected}")
+            states = root / "test_states.json"
+            self.states = common.read_json(states) if states.is_file() else {}
         except Exception as error:       # of a damaged file: ValueError, KeyError, EOFError, ...
-            raise UserError(f"cannot read {root}/{split}.npy: {common.reason(error)}") from error
+            raise UserError(f"cannot read {root}/{split}.npy and .json: {common.reason(error)}") from error
         first = np.cumsum([0, *(length for _, length in listed)]).tolist()
         self.videos = [(name, start, length) for (name, length), start in zip(listed, first) if length >= T]
         if not self.videos:
@@ -600,14 +601,13 @@ def evaluate(args, run, model, test):
     clips = test.first_clips(args.eval_clips or None)
     names = [name for name, _, _ in test.videos[:len(clips)]]
     kinds = [os.path.dirname(name) or "videos" for name in names]
-    states = json.loads(common.read_text(Path(args.data_dir, "test_states.json")))
     background = (model.background.cpu() + 1) / 2
     train_frames = Clips(args.data_dir, "train", 1).frames
     mean_frame = train_frames[::math.ceil(len(train_frames) / 4096)].float().mean(0) / 255
     tables = {}                                  # method -> [{metric: 1 T}], a table for each clip
     for clip, name in zip(tqdm(clips, "evaluate", unit="clip"), names):
         observed, truth = (clip / 255).split([T_in, T_out])
-        state = states.get(name)
+        state = test.states.get(name)
         colours = torch.tensor(state["colour"] if state else [[0., 0., 0.]])       # else all is one object
         with run.autocast():
             forecast = model((2 * observed[None] - 1).to(run.device), T_out)[0][0]
@@ -622,17 +622,17 @@ def evaluate(args, run, model, test):
             scores |= object_scores(frames, truth, state, T_in)
             tables.setdefault(method, []).append({metric: row[None] for metric, row in scores.items()})
     baselines = {method: average_scores(rows, kinds) for method, rows in tables.items()}
-    results = baselines.pop("model")
-    rows = {"model": results, **baselines}
     horizons = [h for h in (1, 5, 10, 20, 30) if h <= T_out]
-    if states:
-        common.print_table(rows, [f"{name}_h{h:02d}" for name in ("position_px", "missed") for h in horizons])
-    common.print_table(rows, [f"{kind}/mse" for kind in dict.fromkeys(kinds)])
+    if test.states:
+        common.print_table(baselines, [f"{key}_h{h:02d}" for key in ("position_px", "missed")
+                                       for h in horizons])
+    common.print_table(baselines, [f"{kind}/mse" for kind in dict.fromkeys(kinds)])
+    results = baselines.pop("model")
     weights = "trained from scratch" if args.encoder == "cnn" else f"encoder pretrained: {args.encoder}"
     columns = [*(f"mse_h{h:02d}" for h in horizons), "mse", "psnr", "ssim"]
     errors = {name: scores["mse"].mean().item() for name, scores in zip(names, tables["model"])}
     return common.report(SCRIPT, args, weights, began, ("mse", "mean frame", True), results, baselines,
-                         columns, errors, ("mse", "position_px") if states else ("mse",))
+                         columns, errors, ("mse", "position_px") if test.states else ("mse",))
 
 
 @torch.no_grad()
@@ -799,7 +799,7 @@ def train_world_model(args, run, vgg, checkpoint):
 
 def load_model(folder: str, device: str = "cpu", best: bool = False) -> VideoWorldModel:
     """A run's model, with its last weights or those of the lowest validation loss."""
-    args = argparse.Namespace(**json.loads(common.read_text(Path(folder, "args.json"))))
+    args = argparse.Namespace(**common.read_json(Path(folder, "args.json")))
     path = Path(folder, "best" if best else "", "world_model.safetensors")
     return common.load_for_inference(VideoWorldModel(args), common.load_weights(path), path, device)
 

@@ -519,15 +519,19 @@ def run_program(name, *arguments):
 
 
 def cache_folder(args):
+<<<<<<< HEAD
     """data_dir/cache/<hash of the set's files, of clips.py and of the flags that shape the cache>."""
+=======
+    """cache/<hash of files and CACHE_FLAGS>, in the data set, or in the run if the set is read-only."""
+>>>>>>> cold
     root = Path(args.data_dir)
     if not root.is_dir():
         raise UserError(f"no folder {root}: data/{SCRIPT}/check.py has the layout, prepare.py simulates one")
     readers = Path(__file__).resolve().parent / "data" / SCRIPT / "clips.py"
     recipe = [common.read_text(readers), json.dumps({name: getattr(args, name) for name in CACHE_FLAGS})]
     for path in common.find_files(root, (".png", ".jpg", ".jpeg", ".npy", ".csv"))[0]:
-        stat = path.stat()
-        recipe.append(f"{path.relative_to(root)} {stat.st_size} {stat.st_mtime_ns}")
+        recipe.append(f"{path.relative_to(root)} {path.stat().st_size} {path.stat().st_mtime_ns}")
+    root = root if os.access(root, os.W_OK) else Path(args.output_dir)
     return root / "cache" / hashlib.sha256("\n".join(recipe).encode()).hexdigest()[:16]
 
 

@@ -492,14 +492,14 @@ def generate(dit, z0, text, empty, args, seed):
 
 
 # ---- data set: cache ------------------------------------------------------------------------------------
-# data_dir/cache/<hash>/<split>_<number>.<kind>: safetensors, a file per episode, each written once and whole.
+# cache/<hash>/<split>_<number>.<kind>: safetensors, a file per episode, each written once and whole.
 # "windows": latents C F h w, valid F (latent frames without padding), actions T 14, with --eta arm 1 F h w (U
 # of Eq. 7) of each window; text L D, empty L D. "frames", for the IDM: frames 3 h w uint8, actions 14.
 
 def cache_folder(args, splits):
-    """By a hash of CACHE_FLAGS, of the data set's files, and of the IDM if it has to locate the arms."""
-    recipe = [json.dumps({name: getattr(args, name) for name in CACHE_FLAGS}), str(bool(args.eta))]
-    recipe += ["words"] if args.model == "tiny" else []                        # the kind of text embedding
+    """Named by CACHE_FLAGS, files, and the IDM if it locates the arms; in the run if the set is read-only."""
+    recipe = [json.dumps({name: getattr(args, name) for name in CACHE_FLAGS}), str(bool(args.eta)),
+              "words" if args.model == "tiny" else ""]                         # the kind of text embedding
     episodes = [episode for part in splits.values() for episode in part]
     paths = [episode.folder / name for episode in episodes
              for name in ("video.mp4", "actions.npy", "mask.npz")]
@@ -507,10 +507,10 @@ def cache_folder(args, splits):
         if not args.idm:
             raise UserError("--eta weighs the arms: it needs mask.npz or --idm FILE; --eta 0 weighs none")
         paths.append(Path(args.idm))
-    for path in paths:
-        recipe.append(f"{path.stat().st_size} {path.stat().st_mtime_ns}" if path.is_file() else "")
+    recipe += [f"{path.stat().st_size} {path.stat().st_mtime_ns}" if path.is_file() else "" for path in paths]
     recipe += [f"{episode.folder.name} {episode.instruction}" for episode in episodes]
-    return Path(args.data_dir) / "cache" / hashlib.sha256("\n".join(recipe).encode()).hexdigest()[:16]
+    root = args.data_dir if os.access(args.data_dir, os.W_OK) else args.output_dir
+    return Path(root) / "cache" / hashlib.sha256("\n".join(recipe).encode()).hexdigest()[:16]
 
 
 class CacheWriter:

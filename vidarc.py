@@ -19,7 +19,6 @@ Shapes      B batch  T frames  F = (T - 1) / 4 + 1 latent frames  C latent chann
 """
 import argparse
 import functools
-import json
 import os
 import shutil
 import sys
@@ -544,7 +543,7 @@ def load_policy(folder: str, device: str = "auto") -> Policy:
     if not (final / "vidarc.safetensors").is_file():
         raise UserError(f"{folder} has no trained policy (final/vidarc.safetensors): train with python "
                         f"{SCRIPT}.py --output_dir {folder}")
-    args = argparse.Namespace(**json.loads(common.read_text(Path(folder) / "args.json")))
+    args = argparse.Namespace(**common.read_json(Path(folder) / "args.json"))
     args.device, args.fsdp = device, False
     args.vidar, args.random_init = str(final / "vidarc.safetensors"), False
     return make_policy(args, vidar.setup(args), load_dit(args), final)

@@ -22,7 +22,6 @@ import argparse
 import contextlib
 import functools
 import gc
-import json
 import math
 import os
 import sys
@@ -850,7 +849,7 @@ def stage_weights(args, stage):
 def load_adapter(args, device):
     """-> the adapter as trained so far, frozen, its VAE, and which axes are periodic."""
     folder = Path(args.output_dir, "adapter")
-    meta = json.loads(common.read_text(folder / "adapter.json"))
+    meta = common.read_json(folder / "adapter.json")
     adapter = make_adapter(args, meta["names"], meta["grid"])
     weights = stage_weights(args, "adapter") or common.load_weights(folder / "adapter.safetensors")
     adapter = common.load_for_inference(adapter, weights, folder, device)

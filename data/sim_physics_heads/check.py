@@ -53,8 +53,11 @@ def read_table(path):
     column may lack quotes."""
     text = common.read_text(path)
     delimiter = max(",;\t", key=text.split("\n")[0].count)
-    rows = [[cell.strip() for cell in row] for row in csv.reader(
-        text.splitlines(), delimiter=delimiter, skipinitialspace=True)]
+    try:
+        rows = [[cell.strip() for cell in row] for row in csv.reader(
+            text.splitlines(), delimiter=delimiter, skipinitialspace=True, strict=True)]
+    except csv.Error as error:                         # quotes that do not close, for one
+        raise UserError(f"{path} is not a CSV table: {error}") from error
     header = [cell.lower() for cell in rows[0]] if rows else []
     video, prompt = (next((i for i, cell in enumerate(header) if cell in aliases), None)
                      for aliases in COLUMNS.values())
@@ -80,7 +83,8 @@ def read_table(path):
 
 
 def find_scenes(root):
-    """-> list of {"name", "folder", "prompt", "files", "steps" that all kinds have, "spacing" of steps}."""
+    """-> list of {"name", "folder", "prompt", "files", "steps" that all kinds have, "size" of pictures, H W,
+    "spacing" of steps}."""
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"no folder {root}")
@@ -107,8 +111,9 @@ def find_scenes(root):
             raise UserError(f"scene {name}: the folders in {folder} share no step ({counts} files)")
         gaps = [after - before for before, after in zip(steps, steps[1:])]
         prompt = prompt or "A physics simulation of " + name.removeprefix("test_").replace("_", " ")
+        size = common.read_image(files["rgb"][steps[0]]).shape[:2]
         scenes.append({"name": name, "folder": str(folder), "prompt": prompt, "files": files, "steps": steps,
-                       "spacing": max(gaps, key=gaps.count, default=1)})
+                       "size": size, "spacing": max(gaps, key=gaps.count, default=1)})
     if not scenes:
         raise UserError(f"no scenes in {root}: folders such as test_ball_ramp/env_0/0/0 that hold rgb, "
                         f"motion_vectors and distance_to_camera are needed")
@@ -117,19 +122,21 @@ def find_scenes(root):
 
 # ---- check ----------------------------------------------------------------------------------------------
 
-def load(file, kind, size=None):
-    """A .npy file as float32, H W c. An empty array is written for frames without one before."""
+def load(file, kind, size):
+    """A .npy file as float32, H W c. Motion is an empty array for frames without one before."""
     try:
         array = np.load(file)
     except Exception as error:                         # numpy raises its own, OSError, EOFError, ...
         raise UserError(f"{file} cannot be read: {common.reason(error)}") from error
     shape = array.shape + (1,) * (array.ndim == 2)
-    if array.size and (len(shape) != 3 or shape[2] not in CHANNELS[kind] or array.dtype.kind != "f"):
+    if kind == "motion" and not array.size:
+        return np.zeros((0, 0, 2), np.float32)
+    if len(shape) != 3 or shape[2] not in CHANNELS[kind] or array.dtype.kind != "f":
         raise UserError(f"{file} is {array.dtype} {array.shape}: floats of shape (H, W, "
                         f"{' or '.join(map(str, CHANNELS[kind]))}) are expected")
-    if array.size and size and shape[:2] != size:
+    if shape[:2] != tuple(size):
         raise UserError(f"{file} is {shape[1]} x {shape[0]}, the pictures are {size[1]} x {size[0]}")
-    return array.reshape(shape if array.size else (0, 0, CHANNELS[kind][0])).astype(np.float32)
+    return array.reshape(shape).astype(np.float32)
 
 
 def evenly(items, count):
@@ -141,9 +148,8 @@ def describe(scene):
     files = scene["files"]
     steps = scene["steps"]
     folder = scene["folder"]
-    size = common.read_image(files["rgb"][steps[0]]).shape[:2]
     motion, depth = (
-        np.concatenate([load(files[kind][step], kind, size).ravel() for step in evenly(steps, 8)])
+        np.concatenate([load(files[kind][step], kind, scene["size"]).ravel() for step in evenly(steps, 8)])
         for kind in ("motion", "depth"))
     known = motion[np.isfinite(motion)]
     metres = depth[np.isfinite(depth) & (depth > 0)]
@@ -171,16 +177,16 @@ def warp_errors(scenes, count=24):
                   and all(t + offset * spacing in motion for offset in (-1, 0, 1))]
         speeds = []
         for t in evenly(usable, 12):
-            vectors = load(motion[t], "motion")
+            vectors = load(motion[t], "motion", scene["size"])
             speeds.append((np.abs(vectors[np.isfinite(vectors)]).mean() if vectors.size else 0.0, t))
         # A recording's second-best pair competes at half its speed: not all come from one.
         ranked += [(speed / rank, t, scene) for rank, (speed, t) in enumerate(sorted(speeds)[::-1], 1)]
     errors, pixels = {}, 0
     for _, t, scene in sorted(ranked, key=lambda row: -row[0])[:count]:
         files, spacing = scene["files"], scene["spacing"]
-        rgb = {step: common.read_image(files["rgb"][step]).astype(np.float32)
+        rgb = {step: common.read_image(files["rgb"][step], scene["size"]).astype(np.float32)
                for step in [t, t - spacing, *evenly(sorted(files["rgb"]), 9)]}
-        vectors = {offset: np.nan_to_num(load(files["motion"][t + offset * spacing], "motion"))
+        vectors = {offset: np.nan_to_num(load(files["motion"][t + offset * spacing], "motion", scene["size"]))
                    for offset in (-1, 0, 1)}
         if not all(array.size for array in vectors.values()):
             continue

@@ -20,27 +20,25 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))       # the root of the repository
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parents[1])]       # check.py; common.py, at the root of the repository
+import check  # noqa: E402
+
 import common  # noqa: E402
 from common import UserError  # noqa: E402
 
-FAR = 100.0                                            # metres; as far as this is sky
+FAR = float(check.FAR)                                 # metres; as far as this is sky
 
 
 # ---- readers: a recording, indices of the clip's frames, stride -> values T c H W, where known T H W -------
 
-@lru_cache(maxsize=128)
-def load(path):
-    try:
-        return np.load(path).astype(np.float32)
-    except Exception as error:                         # numpy raises its own, OSError, EOFError, ...
-        raise UserError(f"{path} cannot be read: {common.reason(error)}") from error
+load = lru_cache(maxsize=128)(check.load)
 
 
 def load_depth(scene, index):
     """H W in metres, with sky (inf, 0 and below, FAR and beyond) set to FAR; NaN stays: not known."""
-    depth = load(scene["files"]["depth"][str(scene["steps"][index])])
-    depth = depth.reshape(depth.shape[:2])
+    path = scene["files"]["depth"][str(scene["steps"][index])]
+    depth = load(path, "depth", tuple(scene["size"]))[..., 0]
     return np.where((depth <= 0) | (depth >= FAR), np.float32(FAR), depth)
 
 
@@ -57,12 +55,12 @@ def read_sky(scene, frames, stride):
 def read_motion(scene, frames, stride):
     """Single-step vectors composed over the stride. Not known in frame 0 and across missing steps."""
     steps = scene["steps"]
-    shape = load_depth(scene, frames[0]).shape
+    shape = tuple(scene["size"])
     motion = np.zeros((len(frames), 2, *shape), np.float32)
     valid = np.zeros((len(frames), *shape), bool)
     for i, index in enumerate(frames[1:], 1):
         chain = range(index, index - stride, -1)
-        vectors = [load(scene["files"]["motion"][str(steps[j])]) for j in chain]
+        vectors = [load(scene["files"]["motion"][str(steps[j])], "motion", shape) for j in chain]
         # A vector leads to the step before it: where that one is missing, the chain is broken.
         connected = all(steps[j] - steps[j - 1] == scene["spacing"] for j in chain)
         if connected and all(array.size for array in vectors):
@@ -114,8 +112,9 @@ def read_clip(scene, start, stride, frames, size, mirror=False, colours=(0, 1, 2
     """
     height, width = size
     frames = range(start, start + stride * frames, stride)
-    pictures = [common.read_image(scene["files"]["rgb"][str(scene["steps"][index])]) for index in frames]
-    H, W = pictures[0].shape[:2]
+    H, W = scene["size"]
+    pictures = [common.read_image(scene["files"]["rgb"][str(scene["steps"][index])], (H, W))
+                for index in frames]
     h, w = min(H, round(W * height / width)), min(W, round(H * width / height))
     top, left = (H - h) // 2, (W - w) // 2
     video = [Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC,

@@ -109,7 +109,7 @@ class Images:
         for index in indices:
             with readable(f"{self.path}, frame {index}"):
                 row = self.rows[index]
-                if getattr(row, "ndim", 0) == 3:
+                if getattr(row, "ndim", 0) > 1:
                     image = row
                 else:
                     with Image.open(io.BytesIO(np.asarray(row).tobytes())) as file:
@@ -117,7 +117,7 @@ class Images:
                         image = np.asarray(file.convert("RGB"))
                     if self.robotwin and not marked:
                         image = image[..., ::-1]
-                if image.dtype != np.uint8 or image.shape[2] != 3:
+                if image.dtype != np.uint8 or image.shape[2:] != (3,):
                     raise ValueError(f"images are {image.dtype} {image.shape}, not uint8 (H, W, 3)")
             yield image
 
@@ -178,7 +178,7 @@ def list_hdf5(source_format, src, args):
 
 def join_columns(columns):
     """Arrays (T,) or (T, n) -> (T, sum of n)."""
-    columns = [np.asarray(column, np.float64) for column in columns]
+    columns = [np.asarray(column).astype(np.float64, casting="same_kind") for column in columns]
     return np.concatenate([column.reshape(len(column), -1) for column in columns], axis=1)
 
 

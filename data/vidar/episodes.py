@@ -70,8 +70,8 @@ def open_episode(data_dir, row) -> Episode:
         if not (folder / name).is_file():
             raise UserError(f"episode {row['id']} of {data_dir} has no file {folder / name}")
     try:
-        actions = np.load(folder / "actions.npy").astype(np.float32)
-    except (ValueError, OSError, EOFError, TypeError) as error:
+        actions = np.load(folder / "actions.npy").astype(np.float32, casting="same_kind")
+    except Exception as error:                   # numpy raises its own, OSError, EOFError, ...
         raise UserError(f"{folder}/actions.npy cannot be read: {common.reason(error)}") from error
     if actions.ndim != 2 or actions.shape[1] != ACTION_DIM or not len(actions):
         raise UserError(f"{folder}/actions.npy: actions are {actions.shape}, not (T, {ACTION_DIM})")
@@ -79,8 +79,12 @@ def open_episode(data_dir, row) -> Episode:
         frame = np.isfinite(actions).all(1).argmin()
         raise UserError(f"{folder}/actions.npy: action of frame {frame} is NaN or infinite")
     instruction = common.read_text(folder / "instruction.txt").strip()
-    views = tuple(row.get("views") or VIEWS)
-    return Episode(folder, actions, instruction, bool(row.get("random_poses")), views)
+    views, random_poses = row.get("views") or list(VIEWS), row.get("random_poses") or False
+    named = isinstance(views, list) and len(views) <= len(VIEWS) and all(isinstance(v, str) for v in views)
+    if not named or not isinstance(random_poses, bool):
+        raise UserError(f"episode {row['id']} of {data_dir}: in manifest.json, views is a list of up to "
+                        f"{len(VIEWS)} names and random_poses is true or false")
+    return Episode(folder, actions, instruction, random_poses, tuple(views))
 
 
 def load_splits(data_dir) -> dict[str, list[Episode]]:
@@ -116,8 +120,13 @@ def read_episode(episode, size):
         frames = F.interpolate(frames, tuple(size), mode="bicubic", antialias=True)
     if not episode.has_mask:
         return frames, None
-    packed = np.load(episode.folder / "mask.npz")
-    masks = np.unpackbits(packed["bits"], count=packed["shape"].prod()).reshape(packed["shape"])
+    try:
+        packed = np.load(episode.folder / "mask.npz")
+        masks = np.unpackbits(packed["bits"], count=packed["shape"].prod())
+        masks = masks.reshape(len(frames), *packed["shape"][1:3])
+    except Exception as error:                   # KeyError, BadZipFile, ...
+        raise UserError(f"{episode.folder}/mask.npz does not hold bits and shape of {len(frames)} masks: "
+                        f"{common.reason(error)}") from error
     return frames, resize(torch.from_numpy(masks)[:, None].float(), size)[:, 0] >= .5
 
 
@@ -160,14 +169,17 @@ def make_prompt(instruction, head_view, views=VIEWS) -> str:
 
 
 def idm_scores(prediction, target):
-    """Actions N 14 -> {"r2": mean over the joints, "r2_worst", "l1", "accuracy": share of frames in which all
-    joints are within 0.05 rad and both grippers within 0.5}."""
+    """Actions N 14 -> {"r2": mean over the joints that move, "r2_worst", "l1", "accuracy": share of frames in
+    which all joints are within 0.05 rad and both grippers within 0.5}."""
     error = (prediction - target).abs()
     tolerance = torch.full((ACTION_DIM,), .05)
     tolerance[[6, 13]] = .5                      # of the grippers
     residual = (prediction - target).double().square().sum(0)
-    r2 = 1 - residual / (target - target.mean(0)).double().square().sum(0)
-    return {"r2": r2.mean().item(), "r2_worst": r2.min().item(), "l1": error.mean().item(),
+    variation = (target - target.mean(0)).double().square().sum(0)
+    moving = variation > 1e-6 * len(target)      # the others, as an arm at rest, have no R2
+    r2 = 1 - (residual / variation)[moving]
+    worst = r2.min().item() if len(r2) else math.nan
+    return {"r2": r2.mean().item(), "r2_worst": worst, "l1": error.mean().item(),
             "accuracy": (error < tolerance).all(1).float().mean().item()}
 
 

@@ -115,7 +115,7 @@ def convert_episode(args, recording):
         if actions.shape[1] != ACTION_DIM:
             raise UserError(f"{name}: joint positions have width {actions.shape[1]}, not 14: left arm 6, "
                             "gripper, right arm 6, gripper. --actions NAME,NAME joins other columns")
-        finite = np.isfinite(actions).all(axis=1)
+        finite = np.isfinite(actions.astype(np.float32)).all(axis=1)
         if not finite.all():
             raise UserError(f"{name}: joint positions of frame {finite.argmin()} are NaN or infinite")
         lengths = {"joint positions": len(actions), **{view: len(camera) for view, camera in cameras.items()}}

@@ -48,11 +48,11 @@ def write_well_file(path, fields, boundaries=("OPEN", "OPEN"), scalars=None, vec
               for named in (fields, vectors or {}, {})]            # by order of the tensors
     for order, named in enumerate(groups):
         groups[order] = {name: a if a.ndim == 4 + order else a[None] for name, a in named.items()}
-    shape = next(array.shape[:4] for named in groups for array in named.values())
+    shape = next((array.shape[:4] for named in groups for array in named.values()), ())
     for order, named in enumerate(groups):
         for name, array in named.items():
-            if array.shape != shape + (2,) * order:
-                raise ValueError(f"{name} has shape {array.shape}, expected {shape + (2,) * order}")
+            if array.shape != shape + (2,) * order or len(shape) != 4:
+                raise ValueError(f"{name} has shape {array.shape}, the first N T H W is {shape}")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".tmp_{path.name}")
     with h5py.File(part, "w") as file:
@@ -61,7 +61,7 @@ def write_well_file(path, fields, boundaries=("OPEN", "OPEN"), scalars=None, vec
             "n_trajectories": shape[0], "simulation_parameters": np.array(list(scalars), strings), **scalars})
         group = file.create_group("dimensions")
         group.attrs["spatial_dims"] = ["x", "y"]
-        put(group, "time", np.float32(np.arange(shape[1]) if times is None else times), True)
+        put(group, "time", np.float32(range(shape[1]) if times is None else times).reshape(shape[1]), True)
         for axis, kind, n in zip("xy", boundaries, shape[2:]):
             put(group, axis, np.float32((np.arange(n) + 0.5) * spacing))
             boundary = file.create_group(f"boundary_conditions/{axis}_{kind.lower()}")

@@ -50,7 +50,9 @@ def open_split(args, split):
     if folder is None:
         raise UserError(f"no data set in {' or '.join(f'{folder}/data' for folder in folders)}: "
                         f"python data/well_i2v/prepare.py --download --data_dir {root}")
-    paths, _ = common.find_files(folder, (".hdf5", ".h5")) if folder.is_dir() else ([], None)
+    paths, left_out = common.find_files(folder, (".hdf5", ".h5")) if folder.is_dir() else ([], None)
+    if left_out:
+        common.print_once(f"{folder}: left out {common.describe_left_out(left_out)}")
     if not paths:
         raise UserError(f"no .hdf5 files in {folder}: a set has data/train, data/valid and data/test")
     files = []
@@ -84,6 +86,8 @@ def read_metadata(path, file):
             sizes = [n for n, used in zip((trajectories, steps, *grid), varying) if used] + [2] * order
             if shape != tuple(sizes):
                 raise ValueError(f"field {name} has shape {shape}, its attributes say {tuple(sizes)}")
+            if file[group][name].dtype.kind not in "fiub":
+                raise ValueError(f"field {name} is {file[group][name].dtype}, not real numbers")
             if varying[1]:
                 fields.append((group, name, len(components)))
                 names += [f"{name}_{part}" if part else name for part in components]
@@ -93,8 +97,8 @@ def read_metadata(path, file):
         values = np.ravel(file["scalars"][name][()]).astype(float)
         if np.ravel(file["scalars"][name].attrs.get("time_varying", False))[0]:
             left_out.append(f"scalar {name}, which varies in time")
-        elif len(values) not in (1, trajectories):
-            raise ValueError(f"scalar {name} has {len(values)} values for {trajectories} trajectories")
+        elif len(values) not in (1, trajectories) or not np.isfinite(values).all():
+            raise ValueError(f"scalar {name} is {values.tolist()}, for {trajectories} trajectories")
         else:
             scalars[name] = np.resize(values, trajectories).tolist()
     if not names:
@@ -102,8 +106,11 @@ def read_metadata(path, file):
     kinds = {dim: set() for dim in dims}
     for boundary in file.get("boundary_conditions", {}).values():
         for dim in strings(boundary.attrs["associated_dims"]):
-            kinds[dim].update(strings(boundary.attrs["bc_type"]))
-    periodic = tuple({kind.upper() for kind in kinds[dim]} == {"PERIODIC"} for dim in dims)
+            kinds[dim].update(kind.upper() for kind in strings(boundary.attrs["bc_type"]))
+    unknown = set().union(*kinds.values()) - {"PERIODIC", "OPEN", "WALL"}
+    if unknown:
+        raise ValueError(f"boundary {', '.join(unknown)} is neither PERIODIC nor OPEN nor WALL")
+    periodic = tuple(kinds[dim] == {"PERIODIC"} for dim in dims)
     dataset, = strings(file.attrs.get("dataset_name", path.stem))
     return WellFile(path, dataset, fields, names, grid, periodic, trajectories, steps, scalars, left_out)
 
