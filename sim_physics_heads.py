@@ -519,11 +519,7 @@ def run_program(name, *arguments):
 
 
 def cache_folder(args):
-<<<<<<< HEAD
-    """data_dir/cache/<hash of the set's files, of clips.py and of the flags that shape the cache>."""
-=======
-    """cache/<hash of files and CACHE_FLAGS>, in the data set, or in the run if the set is read-only."""
->>>>>>> cold
+    """cache/<hash of files, clips.py, CACHE_FLAGS>, in the data set, or in the run if that is read-only."""
     root = Path(args.data_dir)
     if not root.is_dir():
         raise UserError(f"no folder {root}: data/{SCRIPT}/check.py has the layout, prepare.py simulates one")
