@@ -52,8 +52,8 @@ PRESETS = {
     # the schedule.
     "tiny": dict(
         model="tiny", data_dir=f"data/{SCRIPT}/simulated", adapter="tile", frame_repeat=4, text_length=64,
-        base_steps=700, base_lr=2e-3, max_steps=200, lr=1e-3, lora_targets=",".join(LORA_TARGETS),
-        decoder_steps=750, adapter_lr=1e-3, shift=40.0, batch_size=4, warmup_steps=30, ema_decay=0.99,
+        base_steps=660, base_lr=2e-3, max_steps=200, lr=1e-3, lora_targets=",".join(LORA_TARGETS),
+        decoder_steps=560, adapter_lr=1e-3, shift=40.0, batch_size=4, warmup_steps=30, ema_decay=0.99,
         num_inference_steps=1, members=1, eval_clips=32, rollout_frames=30, sample_frames=16, eval_every=300,
         save_every=300),
     # The reference project's configuration: 20 epochs of 6,696 windows, batch 1 on each of 4 GPUs.
@@ -928,8 +928,8 @@ class Stage:
         mapped, y = model.adapter.map(fields, fields[:, :1])[:, -n_out - 1:], None
         if self.args.mode == "native":
             y = split.roll(torch.stack([self.forecast(split, n) for n in numbers]), shifts).to(model.device)
-        # Up to four successive frames, from a random true one on: each costs a pass of the decoder.
-        unroll = min(4, n_out)
+        # Up to three successive frames, from a random true one on: each costs a pass of the decoder.
+        unroll = min(3, n_out)
         lead = 1 + (values["u"] * (n_out - unroll + 1)).long().clamp(max=n_out - unroll)
         steps = lead[:, None] + torch.arange(unroll, device=lead.device)
         take = lambda x, index: torch.take_along_dim(x, expand_to(index, x), 1)
