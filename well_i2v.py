@@ -8,7 +8,7 @@ Equations   fields <-> [-1, 1] <-> video frames                            -> Fi
             s = shift u / (1 + (shift - 1) u); s >= 0.9: high-noise expert -> shift_sigma, draw_sigma
             dx/ds = v from s = 1 to 0, by UniPC                            -> integrate
             VRMSE = sqrt(mean (x - y)^2 / (var y + 1e-7)), over space      -> vrmse
-Run         python well_i2v.py                       # simulate, train, evaluate: 6 to 12 min on 2 CPU cores
+Run         python well_i2v.py                       # simulate, train, evaluate: 6 to 9 min on 2 CPU cores
             torchrun --nproc_per_node=4 well_i2v.py --lora_rank 32
             python well_i2v.py --sample --num_samples 2                    # or --eval
             python well_i2v.py --mode unet --output_dir runs/unet          # a baseline; or convlstm, adapter
