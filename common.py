@@ -10,14 +10,15 @@ Checkpoints  save_run load_run find_checkpoint save_checkpoint load_checkpoint s
              save_pt gather_state restore_state install_sigterm_handler
 Wan          load_wan official_names wan_encode wan_decode LinearCodec encode_text pad_text save_lora
 Run records  UserError one_line_errors write_json Log horizon_means print_table report describe_data
-             wants_evaluation pick_cases show_results write_report_page loss_panel rank_panel plot_curves
-             provenance dry_run_report
+             file_version cache_path wants_evaluation pick_cases show_results write_report_page
+             loss_panel rank_panel plot_curves provenance dry_run_report
 
 Shapes: B batch, T frames, C channels, H W pixels. A video is B T C H W (or T C H W) in [-1, 1] unless a name
 says otherwise.
 """
 import argparse
 import contextlib
+import hashlib
 import html
 import json
 import math
@@ -1758,6 +1759,21 @@ def report(script, args, weights, began, headline, results, baselines, columns, 
         panels.append({"title": name, "xlabel": "horizon (frames)", "ylabel": name, "lines": lines})
     plot_curves(folder / "curves.png", panels)
     return [f"{folder}/eval.json", f"{folder}/curves.png"]
+
+
+def file_version(path):
+    """Size and modification time of a file, as text that changes with it; "" where there is no file."""
+    if not path.is_file():
+        return ""
+    stat = path.stat()
+    return f"{stat.st_size} {stat.st_mtime_ns}"
+
+
+def cache_path(args, recipe):
+    """Folder of a cache that depends on the lines of `recipe`: in the data set, or in the run where the data
+    set is read-only."""
+    root = args.data_dir if os.access(args.data_dir, os.W_OK) else args.output_dir
+    return Path(root, "cache", hashlib.sha256("\n".join(recipe).encode()).hexdigest()[:16])
 
 
 def describe_data(root):

@@ -488,7 +488,7 @@ class Clips:
         try:
             listed = common.read_json(root / "split.json")[split]
             self.frames = torch.from_numpy(np.load(root / f"{split}.npy", mmap_mode="c"))
-            expected = (sum(len(range(length)) for _, length in listed), 3, SIZE, SIZE)     # TypeError: 9.0
+            expected = (sum(len(range(n)) for _, n in listed), 3, SIZE, SIZE)   # range: no floats, -9 counts 0
             if self.frames.dtype != torch.uint8 or self.frames.shape != expected:
                 raise ValueError(f"it is {self.frames.dtype} {(*self.frames.shape,)}, not uint8 {expected}")
             states = root / "test_states.json"
@@ -621,17 +621,17 @@ def evaluate(args, run, model, test):
                       "psnr": common.psnr(frames, truth), "ssim": common.ssim(frames, truth)}
             scores |= object_scores(frames, truth, state, T_in)
             tables.setdefault(method, []).append({metric: row[None] for metric, row in scores.items()})
-    baselines = {method: average_scores(rows, kinds) for method, rows in tables.items()}
+    methods = {method: average_scores(rows, kinds) for method, rows in tables.items()}
     horizons = [h for h in (1, 5, 10, 20, 30) if h <= T_out]
     if test.states:
-        common.print_table(baselines, [f"{key}_h{h:02d}" for key in ("position_px", "missed")
-                                       for h in horizons])
-    common.print_table(baselines, [f"{kind}/mse" for kind in dict.fromkeys(kinds)])
-    results = baselines.pop("model")
+        common.print_table(methods, [f"{key}_h{h:02d}" for key in ("position_px", "missed")
+                                     for h in horizons])
+    common.print_table(methods, [f"{kind}/mse" for kind in dict.fromkeys(kinds)])
+    results = methods.pop("model")               # the baselines are left
     weights = "trained from scratch" if args.encoder == "cnn" else f"encoder pretrained: {args.encoder}"
     columns = [*(f"mse_h{h:02d}" for h in horizons), "mse", "psnr", "ssim"]
     errors = {name: scores["mse"].mean().item() for name, scores in zip(names, tables["model"])}
-    return common.report(SCRIPT, args, weights, began, ("mse", "mean frame", True), results, baselines,
+    return common.report(SCRIPT, args, weights, began, ("mse", "mean frame", True), results, methods,
                          columns, errors, ("mse", "position_px") if test.states else ("mse",))
 
 

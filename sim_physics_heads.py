@@ -18,7 +18,6 @@ Shapes      B batch  T frames  F = (T - 1) / 4 + 1 latent frames  C latent chann
 """
 import argparse
 import functools
-import hashlib
 import json
 import math
 import os
@@ -526,9 +525,8 @@ def cache_folder(args):
     readers = Path(__file__).resolve().parent / "data" / SCRIPT / "clips.py"
     recipe = [common.read_text(readers), json.dumps({name: getattr(args, name) for name in CACHE_FLAGS})]
     for path in common.find_files(root, (".png", ".jpg", ".jpeg", ".npy", ".csv"))[0]:
-        recipe.append(f"{path.relative_to(root)} {path.stat().st_size} {path.stat().st_mtime_ns}")
-    root = root if os.access(root, os.W_OK) else Path(args.output_dir)
-    return root / "cache" / hashlib.sha256("\n".join(recipe).encode()).hexdigest()[:16]
+        recipe.append(f"{path.relative_to(root)} {common.file_version(path)}")
+    return common.cache_path(args, recipe)
 
 
 def build_cache(args, run):

@@ -24,7 +24,6 @@ Shapes      B batch  T frames  F = (T - 1) / 4 + 1 latent frames  C latent chann
 """
 import argparse
 import functools
-import hashlib
 import json
 import math
 import os
@@ -507,10 +506,9 @@ def cache_folder(args, splits):
         if not args.idm:
             raise UserError("--eta weighs the arms: it needs mask.npz or --idm FILE; --eta 0 weighs none")
         paths.append(Path(args.idm))
-    recipe += [f"{path.stat().st_size} {path.stat().st_mtime_ns}" if path.is_file() else "" for path in paths]
+    recipe += [common.file_version(path) for path in paths]
     recipe += [f"{episode.folder.name} {episode.instruction}" for episode in episodes]
-    root = args.data_dir if os.access(args.data_dir, os.W_OK) else args.output_dir
-    return Path(root) / "cache" / hashlib.sha256("\n".join(recipe).encode()).hexdigest()[:16]
+    return common.cache_path(args, recipe)
 
 
 class CacheWriter:
