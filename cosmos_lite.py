@@ -488,7 +488,7 @@ class Clips:
         try:
             listed = common.read_json(root / "split.json")[split]
             self.frames = torch.from_numpy(np.load(root / f"{split}.npy", mmap_mode="c"))
-            expected = (sum(len(range(n)) for _, n in listed), 3, SIZE, SIZE)   # range: no floats, -9 counts 0
+            expected = (sum(len(range(n)) for _, n in listed), 3, SIZE, SIZE)   # range() refuses floats
             if self.frames.dtype != torch.uint8 or self.frames.shape != expected:
                 raise ValueError(f"it is {self.frames.dtype} {(*self.frames.shape,)}, not uint8 {expected}")
             states = root / "test_states.json"
