@@ -2878,8 +2878,9 @@ def test_vidar_loss():
 def test_vidar_oracle_velocity_leads_to_the_data(monkeypatch):
     """With v = eps - z UniPC ends at z. Timesteps are the scheduler's integers on the official grid, guidance
     compares with the empty prompt, and with the opposite sign the sampler does not arrive."""
-    args, (batch, _, _) = vidar_args("--num_inference_steps 6 --guidance_scale 3 --shift 5"), vidar_clip(1)
-    z, text, calls = batch["latents"], batch["text"], []
+    args = vidar_args("--num_inference_steps 6 --guidance_scale 3 --sample_shift 5")
+    batch, calls = vidar_clip(1)[0], []
+    z, text = batch["latents"], batch["text"]
 
     def sample(sign):
         def oracle(dit, x, t, text):
@@ -3184,7 +3185,7 @@ def test_vidarc_guidance(guidance):
     v, unguided = (dit(noise, torch.full((1, 1), 999.), prompt, cache=filled_cache(dit, z, prompt))
                    for prompt in (text, -text))
     cache = filled_cache(dit, vidarc.repeat_for_guidance(z, guidance), prompts)
-    generated = next(vidarc.generate_latents(dit, cache, noise, prompts, vidarc_args("--shift 1"), 1,
+    generated = next(vidarc.generate_latents(dit, cache, noise, prompts, vidarc_args("--sample_shift 1"), 1,
                                              guidance))
     assert near(generated, noise - .999 * (unguided + guidance * (v - unguided)), 1e-3)
     assert not near(v, unguided, .01)
@@ -3200,7 +3201,7 @@ def test_vidarc_generated_latents_come_one_by_one():
             timesteps.append(t[0, 0].item())
             return (noise - z)[:, :, cache.frames - 5:cache.frames - 4]
 
-    args = vidarc_args("--shift 5")
+    args = vidarc_args("--sample_shift 5")
     for keep in (False, True):
         cache = filled_cache(dit, z[:, :, [0, 1, 2, 3, 3]], text)
         latents = vidarc.generate_latents(oracle, cache, noise, text, args, 4, keep_last=keep)

@@ -57,9 +57,9 @@ PRESETS = {
     "tiny": dict(
         model="tiny", stage="all", data_dir="data/vidar/simulated", height=112, width=96, frames=33,
         prompt_views="none", windows=3, text_length=64, batch_size=2, global_batch=0, max_steps=1650, lr=3e-3,
-        warmup_steps=50, ema_decay=.99, eta=3., shift=8.0, num_inference_steps=2, guidance_scale=1.,
-        idm_steps=1850, idm_lr=3e-3, idm_batch_size=32, idm_frames=12, idm_generated=600, mask_weight=.015,
-        cfg_drop=0., eval_every=500, save_every=500, eval_clips=24),
+        warmup_steps=50, ema_decay=.99, eta=3., shift=8.0, sample_shift=.25, num_inference_steps=2,
+        guidance_scale=1., idm_steps=2000, idm_lr=3e-3, idm_batch_size=32, idm_frames=12, idm_generated=600,
+        mask_weight=.01, cfg_drop=0., eval_every=500, save_every=500, eval_clips=24),
     # Table 5 of the paper. Any number of GPUs: gradients are accumulated to 128 samples.
     "ti2v_5b": dict(data_dir="data/robotwin", max_steps=14000, lr=2e-5, batch_size=8, warmup_steps=200,
                     weight_decay=.1, grad_checkpoint=True, save_every=500, eval_every=500),
@@ -67,6 +67,7 @@ PRESETS = {
 TINY = {
     "transformer": {"num_attention_heads": 4, "attention_head_dim": 32, "in_channels": 16, "out_channels": 16,
                     "text_dim": 32, "freq_dim": 64, "ffn_dim": 384, "num_layers": 4},
+    "codec": {"z_dim": 16, "ridge": 3e4},        # less ridge leaves a faint pattern on the plain table
 }
 # These shape the weights or give them their meaning: a checkpoint's values hold.
 MODEL_FLAGS = ("model", "stage", "text_length", "height", "width")
@@ -92,11 +93,12 @@ def add_stage_flags(parser):
     add("--idm", metavar="FILE", help="idm.pt: a trained inverse dynamics model")
     add("--random_init", action="store_true", help="random weights in Wan's shape, to measure speed")
     add("--text_length", type=at_least(1), default=512, help="tokens of a prompt, padding included")
-    add("--shift", type=at_least(1e-3, float), default=5.0, help="shift of Wan's noise schedule")
+    add("--shift", type=at_least(1e-3, float), default=5.0, help="shift of training's noise levels")
     add("--cfg_drop", type=between(0, 1), default=.1, help="share of training samples with an empty prompt")
     add("--global_batch", type=at_least(0), default=128, help="samples per step, sets --grad_accum (0: no)")
     add("--cpu_offload", action="store_true", help="with --fsdp: keep weights and optimizer on the CPU")
     add = parser.add_argument_group("sampling and evaluation").add_argument
+    add("--sample_shift", type=at_least(1e-3, float), default=5.0, help="shift of the sampler's noise levels")
     add("--eval_clips", type=at_least(0), default=0, help="held-out episodes of --eval (0: all)")
     add("--num_samples", type=at_least(1), default=3, help="videos to sample: 3 are best, median and worst")
     return parser
@@ -462,7 +464,7 @@ def make_scheduler(args, steps, device):
     """UniPC on the official code's grid of noise levels: sigma .999 to 0, shifted."""
     from diffusers import UniPCMultistepScheduler
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True,
-                                        flow_shift=args.shift)
+                                        flow_shift=args.sample_shift)
     scheduler.set_timesteps(sigmas=np.linspace(.999, 0, steps + 1)[:-1], device=device)
     return scheduler
 
@@ -498,7 +500,7 @@ def generate(dit, z0, text, empty, args, seed):
 def cache_folder(args, splits):
     """Named by CACHE_FLAGS, files, and the IDM if it locates the arms; in the run if the set is read-only."""
     recipe = [json.dumps({name: getattr(args, name) for name in CACHE_FLAGS}), str(bool(args.eta)),
-              "words" if args.model == "tiny" else ""]                         # the kind of text embedding
+              json.dumps(TINY) + "words" if args.model == "tiny" else ""]      # the kind of text embedding
     episodes = [episode for part in splits.values() for episode in part]
     paths = [episode.folder / name for episode in episodes
              for name in ("video.mp4", "actions.npy", "mask.npz")]
@@ -554,7 +556,7 @@ def build_cache(args, run, splits, folder, kinds, idm=None):
         chosen = tasks(splits["train"])          # the tiny model's codec is fitted to 40 of these
         videos = [robot_data.read_episode(episode, size)[0][robot_data.cut_window(episode, 0, args.frames)[0]]
                   for episode in chosen[::max(1, len(chosen) // 40)]]
-        codec = common.LinearCodec.fit(from_uint8(torch.stack(videos)), TINY["transformer"]["in_channels"])
+        codec = common.LinearCodec.fit(from_uint8(torch.stack(videos)), **TINY["codec"])
         common.save_weights(folder / "codec.safetensors", codec.tensors)
     common.barrier()
     writer, jobs = CacheWriter(args, run, folder, idm), []

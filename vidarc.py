@@ -54,8 +54,8 @@ PRESETS = {
             "idm_frames", "batch_size", "global_batch", "lr", "warmup_steps", "ema_decay", "shift",
             "cfg_drop", "eval_every", "save_every", "eval_clips")},
         vidar="runs/vidar/video/final/vidar.safetensors", idm="runs/vidar/final/idm.pt", max_steps=1150,
-        num_inference_steps=1, guidance_scale=1., chunk_size=8, kv_cache_length=32, context_noise=.02,
-        self_forcing=.1, self_forcing_after=850, worlds=48),
+        sample_shift=8.0, num_inference_steps=1, guidance_scale=1., chunk_size=8, kv_cache_length=32,
+        context_noise=.02, self_forcing=.1, self_forcing_after=850, worlds=48),
     "ti2v_5b": dict({**vidar.PRESETS["ti2v_5b"], "max_steps": 4000, "save_every": 250, "eval_every": 250},
                     vidar="checkpoints/vidar/vidar.pt", idm="checkpoints/vidar/idm.pt"),
 }
