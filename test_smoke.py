@@ -3359,10 +3359,15 @@ def test_vidarc_policy():
     assert not torch.is_autocast_enabled("cpu")
 
 
-def test_vidarc_load_policy(trained):
-    """The folder of a run is enough, and gives the EMA weights that training evaluated."""
+def test_vidarc_load_policy(trained, tmp_path):
+    """The folder of a run is enough, also one of an earlier version that lacks a flag, and gives the EMA
+    weights that training evaluated."""
     run = trained("vidarc").run
-    policy = vidarc.load_policy(str(run), "cpu")
+    shutil.copytree(run / "final", tmp_path / "final")
+    flags = common.read_json(run / "args.json")
+    del flags["sample_shift"]
+    common.write_json(tmp_path / "args.json", flags)
+    policy = vidarc.load_policy(str(tmp_path), "cpu")
     actions = policy.act(observed_frames(policy, 1), "using left arm, put the red block on the plate.")
     assert actions.shape == (8, 14) and np.isfinite(actions).all()
     ema = common.load_weights(run / "ckpt/step_000004/ema.safetensors")

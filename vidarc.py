@@ -543,7 +543,8 @@ def load_policy(folder: str, device: str = "auto") -> Policy:
     if not (final / "vidarc.safetensors").is_file():
         raise UserError(f"{folder} has no trained policy (final/vidarc.safetensors): train with python "
                         f"{SCRIPT}.py --output_dir {folder}")
-    args = argparse.Namespace(**common.read_json(Path(folder) / "args.json"))
+    flags = common.read_json(Path(folder) / "args.json")   # of an earlier version if it lacks a flag
+    args = argparse.Namespace(**{**vars(build_parser().parse_args([])), **flags})
     args.device, args.fsdp = device, False
     args.vidar, args.random_init = str(final / "vidarc.safetensors"), False
     return make_policy(args, vidar.setup(args), load_dit(args), final)
