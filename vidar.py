@@ -67,8 +67,8 @@ PRESETS = {
 TINY = {
     "transformer": {"num_attention_heads": 4, "attention_head_dim": 32, "in_channels": 16, "out_channels": 16,
                     "text_dim": 32, "freq_dim": 64, "ffn_dim": 384, "num_layers": 4},
-    "codec": {"z_dim": 16, "ridge": 3e4},        # less ridge leaves a faint pattern on the plain table
 }
+CODEC_RIDGE = 3e4                        # of the tiny codec: less leaves a faint pattern on the plain table
 # These shape the weights or give them their meaning: a checkpoint's values hold.
 MODEL_FLAGS = ("model", "stage", "text_length", "height", "width")
 # The cache depends on these and on the data set's files.
@@ -500,10 +500,9 @@ def generate(dit, z0, text, empty, args, seed):
 def cache_folder(args, splits):
     """Named by CACHE_FLAGS, files, and the IDM if it locates the arms; in the run if the set is read-only."""
     recipe = [json.dumps({name: getattr(args, name) for name in CACHE_FLAGS}), str(bool(args.eta)),
-              json.dumps(TINY) + "words" if args.model == "tiny" else ""]      # the kind of text embedding
+              f"{TINY}, ridge {CODEC_RIDGE}, words" if args.model == "tiny" else ""]     # codec and text
     episodes = [episode for part in splits.values() for episode in part]
-    paths = [episode.folder / name for episode in episodes
-             for name in ("video.mp4", "actions.npy", "mask.npz")]
+    paths = [e.folder / name for e in episodes for name in ("video.mp4", "actions.npy", "mask.npz")]
     if args.eta and getattr(args, "stage", "") != "idm" and not all(e.has_mask for e in tasks(episodes)):
         if not args.idm:
             raise UserError("--eta weighs the arms: it needs mask.npz or --idm FILE; --eta 0 weighs none")
@@ -556,7 +555,8 @@ def build_cache(args, run, splits, folder, kinds, idm=None):
         chosen = tasks(splits["train"])          # the tiny model's codec is fitted to 40 of these
         videos = [robot_data.read_episode(episode, size)[0][robot_data.cut_window(episode, 0, args.frames)[0]]
                   for episode in chosen[::max(1, len(chosen) // 40)]]
-        codec = common.LinearCodec.fit(from_uint8(torch.stack(videos)), **TINY["codec"])
+        z_dim = TINY["transformer"]["in_channels"]
+        codec = common.LinearCodec.fit(from_uint8(torch.stack(videos)), z_dim, ridge=CODEC_RIDGE)
         common.save_weights(folder / "codec.safetensors", codec.tensors)
     common.barrier()
     writer, jobs = CacheWriter(args, run, folder, idm), []

@@ -543,7 +543,7 @@ def load_policy(folder: str, device: str = "auto") -> Policy:
     if not (final / "vidarc.safetensors").is_file():
         raise UserError(f"{folder} has no trained policy (final/vidarc.safetensors): train with python "
                         f"{SCRIPT}.py --output_dir {folder}")
-    flags = common.read_json(Path(folder) / "args.json")   # of an earlier version if it lacks a flag
+    flags = common.read_json(Path(folder) / "args.json")   # a flag that is newer than the run: its default
     args = argparse.Namespace(**{**vars(build_parser().parse_args([])), **flags})
     args.device, args.fsdp = device, False
     args.vidar, args.random_init = str(final / "vidarc.safetensors"), False
