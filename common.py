@@ -847,7 +847,7 @@ def load_checkpoint(path, script):
         return state, meta
     except UserError:
         raise
-    except Exception as error:        # zip, json and safetensors raise types of their own for damage
+    except Exception as error:        # zip, json and safetensors raise their own types
         raise UserError(f"checkpoint {path} cannot be read ({reason(error)}): "
                         f"use an older one, --resume PATH") from error
 
@@ -1040,7 +1040,7 @@ def announce(script, args, preset_reason, run, checkpoint):
         print_once(f"no checkpoint in {args.output_dir}/ckpt: training preset {args.preset} first")
 
 
-SIGTERMS = []                                    # received signals, also between two stages
+SIGTERMS = []                                    # received signals, which the next stage checks as well
 
 
 def install_sigterm_handler():
@@ -1128,7 +1128,7 @@ def load_wan(source, *, part, config="ti2v_5b", dtype=torch.float32, device="cpu
         if info["missing_keys"]:      # the libraries would warn and fill in random weights
             raise ValueError(f"its files lack {sorted(info['missing_keys'])[0]}")
         return model.to(device).eval()
-    except Exception as error:        # each reader raises types of its own
+    except Exception as error:        # each reader raises its own types
         target = source if hub else f"{config.get('repo')} --local-dir {source}"
         downloadable = hub or "repo" in config and path.suffix not in (".pt", ".pth", ".safetensors")
         raise UserError(f"cannot load Wan's {name} from {source} ({reason(error)})"
@@ -1384,7 +1384,7 @@ class LinearCodec:
         x = []
         for name, length in (("first", 1), ("later", 4)):
             mean = self.tensors["mean"].repeat(length)[:, None, None]
-            for cells in self.context(name, z).unbind(2):      # one by one: streaming gives equal bits
+            for cells in self.context(name, z).unbind(2):      # one at a time: streaming gives equal bits
                 part = torch.einsum("pk,bkhw->bphw", self.tensors[f"{name}_decoder"], cells) + mean
                 x.append(F.pixel_shuffle(part, self.side).unflatten(1, (length, 3)).transpose(1, 2))
         return SimpleNamespace(sample=torch.cat(x, dim=2))
@@ -1395,7 +1395,7 @@ def encode_text(tokenizer, encoder, prompts, length=512):
     """Prompts -> list of embeddings L D, as in WanPipeline but without padding, which pad_text adds."""
     from diffusers.pipelines.wan.pipeline_wan import prompt_clean
     texts = []
-    for prompt in prompts:            # one by one: the 512 tokens of a prompt keep a GPU busy
+    for prompt in prompts:            # one at a time: 512 tokens keep a GPU busy
         tokens = tokenizer([prompt_clean(prompt)], padding="max_length", max_length=length, truncation=True,
                            return_tensors="pt").to(encoder.device)
         embedding = encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state[0]
@@ -1427,7 +1427,7 @@ def save_lora(folder, transformer, weights=None):
 
 def one_line_errors(script, work):
     """Calls work() -> exit code. Errors that the user can fix (UserError, a full disk, too little memory)
-    and the death of another process become one line and 2. os._exit does not wait for torchrun's others."""
+    and the death of another process become one line and 2. os._exit does not wait for other ranks."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     SIGTERMS.clear()
     try:
@@ -1817,9 +1817,9 @@ def plot_curves(path, panels):
 
 
 def provenance():
-    """{"python", "torch", "git", "command"} of this run, for args.json."""
+    """{"python", "torch", "git", "command"} of this run, for args.json. "git" may be None."""
     root = Path(__file__).parent
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=root)
+    git = subprocess.run("git rev-parse HEAD", shell=True, capture_output=True, text=True, cwd=root)
     processes = os.environ.get("LOCAL_WORLD_SIZE")
     launcher = f"torchrun --nproc_per_node={processes}" if processes else "python"
     return {"python": sys.version.split()[0], "torch": torch.__version__, "git": git.stdout.strip() or None,
