@@ -53,7 +53,7 @@ class UserError(Exception):
 
 
 def reason(error):
-    """What another library's error says, as the end of one line: its first 200 characters, or its name."""
+    """An exception's message on one line, at most 200 characters; the name of its class if it has none."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
@@ -98,7 +98,7 @@ class Parser(argparse.ArgumentParser):
         self.presets = presets
         add = self.add_argument_group("run").add_argument
         add("--preset", choices=["auto", *presets], default="auto",
-            help=f"auto: {list(presets)[1]} where CUDA, data and weights are there, otherwise tiny")
+            help=f"auto: {list(presets)[1]} where CUDA, data and weights are available, otherwise tiny")
         add("--sample", action="store_true", help="write videos from the newest checkpoint")
         add("--eval", action="store_true", help="evaluate the newest checkpoint on held-out data")
         add("--dry_run", action="store_true", help="print parameters, FLOPs and memory, then exit")
@@ -126,7 +126,7 @@ class Parser(argparse.ArgumentParser):
         add("--grad_checkpoint", action="store_true", help="recompute activations in the backward pass")
         add("--log_every", type=at_least(0), default=10, help="steps between rows of metrics.jsonl (0: none)")
         add("--eval_every", type=at_least(0), default=250, help="steps between validations (0: none)")
-        add("--save_every", type=at_least(0), default=250, help="steps between checkpoints (0: at the end)")
+        add("--save_every", type=at_least(0), default=250, help="steps between checkpoints (0: last only)")
         add("--keep_last", type=at_least(0), default=3, help="checkpoints to keep (0: all)")
         add("--tensorboard", action="store_true", help="also write TensorBoard events")
         add("--wandb", metavar="PROJECT", help="also log to this Weights & Biases project")
@@ -144,9 +144,9 @@ def parse_args(parser, argv=None, locked=(), **paper_needs):
     """Flags by precedence: command line > checkpoint > preset > default.
 
     locked: flags that shape the weights or give them their meaning; a value on the command line must agree
-    with the checkpoint's. paper_needs: arguments of auto_preset. The checkpoint is the one that --resume and
-    --output_dir name. --resume PATH without --output_dir continues in PATH's run.
-    -> (args, Checkpoint or None, why this preset). UserError where flags contradict the checkpoint.
+    with the checkpoint's. paper_needs: arguments of auto_preset. --resume and --output_dir determine the
+    checkpoint. --resume PATH without --output_dir continues in PATH's run.
+    -> (args, Checkpoint or None, reason for the preset). UserError where flags contradict the checkpoint.
     """
     script, presets, unset = parser.script, parser.presets, object()
     names = [action.dest for action in parser._actions if action.dest != "help"]
@@ -173,25 +173,25 @@ def parse_args(parser, argv=None, locked=(), **paper_needs):
         raise UserError(f"no checkpoint in {folder}: train first with python {script}.py --output_dir "
                         f"{values['output_dir']}")
 
-    preset, reason = values["preset"], "from the command line"
+    preset, preset_reason = values["preset"], "from the command line"
     if checkpoint:
-        preset, reason = saved["preset"], "from the checkpoint"
+        preset, preset_reason = saved["preset"], "from the checkpoint"
     elif preset == "auto":
-        preset, reason = auto_preset(presets, values, **paper_needs)
+        preset, preset_reason = auto_preset(presets, values, **paper_needs)
     saved = {name: value for name, value in saved.items() if name in values and name not in RUN_FLAGS}
     original = {**defaults, **presets[preset]}
     merged = {**original, **saved, **explicit, "preset": preset}
     changed = {name: value for name, value in merged.items() if value != original[name]}
-    return argparse.Namespace(**merged, changed=changed), checkpoint, reason
+    return argparse.Namespace(**merged, changed=changed), checkpoint, preset_reason
 
 
 def auto_preset(presets, flags, data="{data_dir}", get_data="", weights=None):
-    """What --preset auto stands for: the paper's preset, which is the second one, where CUDA, its data and
-    its weights are there; otherwise tiny.
+    """Resolves --preset auto: the paper's preset, which is the second one, where CUDA, its data and its
+    weights are available; otherwise tiny.
 
-    flags: {name: value} of the command line; data_dir None stands for the preset's. data: what has to exist.
-    weights: a file, a folder or a hub id, by default --weights_from. get_data: how to get the data.
-    -> (preset, the reason)
+    flags: {name: value} of the command line; data_dir None means the preset's. data: path that has to exist.
+    weights: a file, a folder or a hub id, by default --weights_from. get_data: command that gets the data.
+    -> (preset, reason)
     """
     paper = list(presets)[1]
     weights = weights or flags.get("weights_from")
@@ -206,7 +206,7 @@ def auto_preset(presets, flags, data="{data_dir}", get_data="", weights=None):
             missing.append(f"{weights} (hf download {weights})")
     if missing:
         return "tiny", f"{paper} needs {', '.join(missing)}"
-    return paper, "CUDA, data and weights are there" if weights else "CUDA and data are there"
+    return paper, "CUDA, data and weights are available" if weights else "CUDA and data are available"
 
 
 # ---- tensors --------------------------------------------------------------------------------------------
@@ -229,7 +229,7 @@ def sample_global_batch(spec, seed, batch_size, rank=0, world=1, micro=0, grad_a
     """Random values of a micro-batch: {name: ("randint", high) | ("rand",) | ("randn", *shape)} -> tensors.
 
     Values are drawn for the global batch of grad_accum x world x batch_size samples and then sliced, so that
-    two processes of 8 samples train on what one process of 16 does.
+    two processes with 8 samples each train on the same samples as one process with 16.
     """
     generator = torch.Generator(device).manual_seed(seed)
     global_batch = batch_size * world * grad_accum
@@ -260,19 +260,19 @@ def from_uint8(x):
 
 
 class EMA:
-    """Exponential moving average of parameters, in place of the parameters inside `with ema.applied():`."""
+    """Exponential moving average of parameters, which `with ema.applied():` swaps in for the parameters."""
     def __init__(self, params, decay):
         self.params = list(params)
         self.decay = decay
         self.reset()
 
     def reset(self):
-        """Starts again from the present parameters. Without decay it shares their memory."""
+        """Restarts from the current parameters. With decay 0 it shares their memory."""
         self.weights = [p.detach().clone() if self.decay else p.detach() for p in self.params]
 
     @torch.no_grad()
     def update(self, step):
-        """Call it after optimizer step `step`, counted from 0. The first steps have a shorter memory."""
+        """Call it after optimizer step `step`, counted from 0. The decay is smaller in the first steps."""
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(self.weights, [p.detach() for p in self.params], 1 - decay)
 
@@ -294,7 +294,7 @@ class EMA:
 
 
 def gather_rows(tables):
-    """{name: [row]} of each process -> that of all processes, on each of them; the identity with one."""
+    """{name: [row]} of each process -> the rows of all processes, on every process."""
     if not dist.is_initialized():
         return tables
     gathered = [None] * dist.get_world_size()
@@ -309,7 +309,7 @@ def count_params(model, trainable_only=False):
 
 
 def barrier():
-    """Waits for all processes; nothing with one."""
+    """Waits for all processes; does nothing in a run of one process."""
     if dist.is_initialized():
         dist.barrier()
 
@@ -381,9 +381,9 @@ def frechet_distance(a, b):
 
 @torch.no_grad()
 def fvd(detector, predicted, truth, device="cpu"):
-    """Frechet video distance of clips N T 3 H W in [-1, 1], by the TorchScript file of StyleGAN-V's I3D.
+    """Frechet video distance of clips N T 3 H W in [-1, 1], with StyleGAN-V's TorchScript file of I3D.
 
-    Biased upwards for few clips: compare figures of equal N and T. UserError where the detector does not fit.
+    Biased upwards for few clips: compare equal N and T only. Raises UserError if the detector does not fit.
     """
     options = dict(rescale=False, resize=True, return_features=True)
     features = []
@@ -400,7 +400,7 @@ def fvd(detector, predicted, truth, device="cpu"):
 
 def rank_histogram(members, truth):
     """Members m N, truth N -> m + 1 counts: how often 0 to m members are below the truth. They are equal for
-    a calibrated ensemble (Hamill 2001). Ties count in equal parts for all ranks that they span."""
+    a calibrated ensemble (Hamill 2001). Ties are split equally among the ranks that they span."""
     below, below_or_equal = (members < truth).sum(0), (members <= truth).sum(0)
     ranks = torch.arange(len(members) + 1, device=members.device)[:, None]
     spanned = (below <= ranks) & (ranks <= below_or_equal)
@@ -411,13 +411,13 @@ def rank_panel(counts):
     """Counts of rank_histogram -> a panel for plot_curves."""
     m = len(counts) - 1
     return {"title": "rank of the truth in the ensemble", "xlabel": f"members below the truth, of {m}",
-            "ylabel": "frequency / that of a calibrated one", "lines": {"calibrated": ([0, m], [1, 1])},
+            "ylabel": "relative frequency (calibrated: 1)", "lines": {"calibrated": ([0, m], [1, 1])},
             "bars": (list(range(m + 1)), (counts / counts.mean()).tolist())}
 
 
 def fair_crps(members, truth, dim=0):
     """Continuous ranked probability score, elementwise: E|X - y| - E|X - X'| / 2, pairs over m (m - 1),
-    so unbiased in the ensemble size (Ferro 2014). Members lie along `dim`; one's is its absolute error."""
+    so unbiased in the ensemble size (Ferro 2014). Members lie along `dim`; for m = 1 it is |X - y|."""
     m = members.shape[dim]
     x = members.movedim(dim, 0).sort(dim=0).values
     rank = expand_to(2 * torch.arange(1, m + 1, device=x.device) - m - 1, x)   # sum |xi - xj| = 2 sum rank x
@@ -459,7 +459,7 @@ def read_text(path) -> str:
 
 
 def read_json(path):
-    """What a JSON file holds. UserError, naming the file, where it cannot be read."""
+    """Reads a JSON file. Raises UserError, naming the file, where it cannot be read."""
     try:
         return json.loads(read_text(path))
     except ValueError as error:
@@ -469,8 +469,8 @@ def read_json(path):
 def read_image(path, size=None) -> np.ndarray:
     """An image file -> H W 3 uint8 (RGB), upright, alpha composited over black, 16 bits scaled to 8.
 
-    Of an animation, the first frame. Raises UserError, naming the file, where it cannot be read, for another
-    size than `size` (height, width), and for floating-point pixels outside [0, 1].
+    Of an animation, reads the first frame. Raises UserError, naming the file, where it cannot be read, its
+    size is not `size` (height, width), or float or 32-bit pixels are outside [0, 1] or 0 to 65535.
     """
     from PIL import Image, ImageOps
     try:
@@ -481,13 +481,13 @@ def read_image(path, size=None) -> np.ndarray:
         if image.mode[0] in "IF":                      # grey of 16 bits, of 32 bits, or floating-point
             grey = np.asarray(image)
             white = 1 if image.mode == "F" else 65535
-            if not (0 <= grey.min() and grey.max() <= white):              # false for NaN, too
+            if not (0 <= grey.min() and grey.max() <= white):              # also false for NaN
                 raise ValueError(f"its values {grey.min()} to {grey.max()} are outside 0 to {white}")
             if "transparency" in image.info:
                 grey = np.where(grey == image.info["transparency"], 0, grey)
             grey = np.rint(grey * (255 / white)).astype(np.uint8)
             return np.stack([grey, grey, grey], axis=-1)
-        if image.has_transparency_data:                # RGBa has colours times alpha: composited over black
+        if image.has_transparency_data:                # RGBa is premultiplied: composited over black
             image = image.convert("RGBA").convert("RGBa")
             return np.array(image)[..., :3].copy()
         return np.array(image.convert("RGB"))
@@ -496,11 +496,11 @@ def read_image(path, size=None) -> np.ndarray:
 
 
 def find_files(root, suffixes, unique=True) -> tuple[list[Path], Counter]:
-    """The files below a folder whose ending is one of `suffixes`, in any case, sorted -> (files, left_out).
+    """Sorted files below a folder that end in one of `suffixes`, in any case -> (files, left_out).
 
     Symbolic links are followed. With `unique`, a file that several links reach is listed once, by its real
     name if that is below root. Hidden files and folders, such as "._x.mp4" of macOS, are skipped. left_out
-    counts the other files: {ending: count}. Raises UserError where a folder cannot be read.
+    counts the other files: {suffix: count}. Raises UserError where a folder cannot be read.
     """
     suffixes = {suffix.lower() for suffix in suffixes}
     files, left_out, visited = [], Counter(), set()
@@ -533,7 +533,7 @@ def describe_left_out(left_out) -> str:
 
 
 def read_images(paths, size, description) -> np.ndarray:
-    """Images of one size (height, width) -> N H W 3 uint8, on all cores. UserError names one that is not."""
+    """Reads images of one size (height, width) in parallel -> N H W 3 uint8. UserError as in read_image."""
     with ThreadPoolExecutor() as pool:
         images = pool.map(lambda path: read_image(path, size), paths)
         return np.stack(list(tqdm(images, description, len(paths), leave=False)))
@@ -542,21 +542,21 @@ def read_images(paths, size, description) -> np.ndarray:
 # ---- video files ----------------------------------------------------------------------------------------
 
 def ffmpeg(arguments, data=None):
-    """Runs the ffmpeg that imageio brings, on bytes -> bytes. OSError with its last words where it fails."""
+    """Runs imageio's ffmpeg with bytes on stdin -> stdout. Raises OSError with its last line of stderr."""
     from imageio.plugins.ffmpeg import get_exe
-    done = subprocess.run([get_exe(), "-v", "error", *map(str, arguments)], input=data, capture_output=True)
-    if done.returncode:
-        raise OSError((done.stderr.decode(errors="replace").strip().splitlines() or ["ffmpeg failed"])[-1])
-    return done.stdout
+    result = subprocess.run([get_exe(), "-v", "error", *map(str, arguments)], input=data, capture_output=True)
+    if result.returncode:
+        raise OSError((result.stderr.decode(errors="replace").strip().splitlines() or ["ffmpeg failed"])[-1])
+    return result.stdout
 
 
 def video_frames(path, size=None, fps=None):
-    """Yields the frames of a video file, as stored, as H W 3 uint8 (RGB), with one in memory at a time.
+    """Yields every stored frame of a video file as H W 3 uint8 (RGB), with one frame in memory at a time.
 
-    8 bits (HDR is not tone-mapped), upright, square pixels, alpha composited over black. size: the centre is
-    cropped to a square and averaged to size x size, which is anti-aliased. fps: resampled to this rate.
-    Raises UserError, naming the file, where it cannot be decoded; where it is damaged or cut, after the last
-    frame.
+    8 bits (HDR is not tone-mapped), upright, square pixels, alpha composited over black. size: the central
+    square is cropped and resized to size x size by area averaging. fps: the video is resampled to this rate.
+    Raises UserError, naming the file, where it cannot be decoded. If the file is damaged or cut, this happens
+    after the last frame.
     """
     from imageio.plugins.ffmpeg import get_exe
     video = ["-i", f"file:{path}", "-map", "0:V:0", "-fps_mode", "passthrough"]        # V: no cover pictures
@@ -566,7 +566,7 @@ def video_frames(path, size=None, fps=None):
         probe = subprocess.run([*command, *video, "-frames:v", "1", "-f", "null", "-"], capture_output=True,
                                stdin=subprocess.DEVNULL).stderr.decode(errors="replace")
         vpx = re.search(r"Video: (vp8|vp9).*?alpha_mode +: 1", probe, re.S)
-        if vpx:                                        # ffmpeg's own decoders of these ignore alpha
+        if vpx:                                        # ffmpeg's native decoders ignore their alpha
             command += ["-c:v", {"vp8": "libvpx", "vp9": "libvpx-vp9"}[vpx[1]]]
         if vpx or re.search("wrapped_avframe, (yuva|ya|rgba|bgra|argb|abgr|gbrap|pal8|ayuv|vuya)", probe):
             filters.append("format=gbrap16,premultiply=inplace=1")         # in 8 bits, 255 would become 254
@@ -586,14 +586,14 @@ def video_frames(path, size=None, fps=None):
                     frame = np.empty((height, width, 3), np.uint8)
                     if process.stdout.readinto(frame.reshape(-1)) < frame.size:
                         break
-                    # Broadcast formats start anywhere. Errors before the first key frame are no damage.
+                    # Broadcast streams may start mid-GOP: errors before the first key frame are not damage.
                     if count == 0 and re.search("Input #0, (mpegts|mpeg|mpegvideo|h264|hevc),", probe):
                         start = os.fstat(log.fileno()).st_size
                     count += 1
                     yield frame
                 process.wait()
             finally:
-                process.kill()                         # has ended, unless the caller stops early
+                process.kill()                         # has an effect if the caller stops early
             log.seek(start)
             check_decoded(probe, log.read().decode(errors="replace"), count, process.returncode)
     except Exception as error:
@@ -603,7 +603,7 @@ def video_frames(path, size=None, fps=None):
 def check_decoded(probe, messages, count, returncode):
     """Raises OSError where a file, of which `count` frames were decoded, is damaged or cut.
 
-    probe: what ffmpeg says about the file. messages: what it says on decoding (-v level+warning -stats).
+    probe: ffmpeg's description of the file. messages: its output while decoding (-v level+warning -stats).
     """
     harmless = "monotonically increasing"              # equal time stamps do not matter here
     if "timestamp discontinuity" in messages:
@@ -621,7 +621,7 @@ def check_decoded(probe, messages, count, returncode):
     clock, source = r"(\d+):(\d+):([\d.]+)", probe.split("Stream mapping:")[0]
     declared = re.search("Input #0, (?:flv|matroska|mxf|avi).*?Duration: " + clock, source, re.S)
     decoded = re.findall("time=" + clock, messages)
-    if declared and decoded and source.count("  Stream #0:") == 1:         # others, as sound, may be longer
+    if declared and decoded and source.count("  Stream #0:") == 1:         # audio streams may be longer
         expected, seconds = (int(h) * 3600 + int(m) * 60 + float(s) for h, m, s in (
             declared.groups(), decoded[-1]))
         expected -= max(0, float(re.search(r"start: ([-\d.]+)|$", source)[1] or 0))
@@ -638,8 +638,8 @@ def read_video(path, side=None):
 
 
 def write_video(path, x, fps=8, options=("-crf", "16", "-pix_fmt", "yuv420p")):
-    """Writes x (T C H W, uint8 or [-1, 1]) by suffix: .mp4 (H.264, with ffmpeg's options), .gif, .png (the
-    frames in a row). -> path."""
+    """Writes x (T C H W, uint8 or floats in [-1, 1]) in the format of the suffix: .mp4 (H.264, with ffmpeg's
+    options), .gif, or .png (the frames in a row). -> path"""
     frames = (x if x.dtype == torch.uint8 else to_uint8(x)).permute(0, 2, 3, 1).cpu().numpy()
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -665,7 +665,7 @@ class ColoredVideo(NamedTuple):
 
 
 def apply_colormap(values, low, high, unit, cmap="viridis", labels=None):
-    """Values T H W -> ColoredVideo, from `low` to `high`. labels: texts for these two, not the numbers."""
+    """Values T H W -> ColoredVideo, from `low` to `high`. labels: texts for the two ends of the legend."""
     import matplotlib
     colours = torch.from_numpy(matplotlib.colormaps[cmap](np.arange(256))[:, :3]).float() * 2 - 1
     index = ((values.cpu() - low) / max(high - low, 1e-12)).clamp(0, 1).mul(255).round().long()
@@ -675,28 +675,28 @@ def apply_colormap(values, low, high, unit, cmap="viridis", labels=None):
 
 
 def error_picture(prediction, truth):
-    """Videos T 3 H W in [-1, 1] -> ColoredVideo: mean over the channels of |error|, of pixels in [0, 1]."""
+    """Videos T 3 H W in [-1, 1] -> ColoredVideo of |error|, for pixels in [0, 1], averaged over channels."""
     return apply_colormap((prediction - truth).abs().mean(1) / 2, 0.0, 0.5, "", "magma")
 
 
 def picture_grid(rows, columns, scale=2, gap=4, forecast_from=None, legends=None):
     """Labelled pictures: {row name: [C H W in [-1, 1], ...]} and a name per column -> 3 H' W' uint8.
 
-    Enlarged `scale` times without smoothing: a pixel stays a pixel. A red line stands before column
+    Pictures are enlarged `scale` times by nearest-neighbour resampling. A red line is drawn before column
     `forecast_from`, the first one that is not observed. legends: {row name: ColoredVideo}.
     """
     from PIL import Image, ImageDraw, ImageFont
     legends = legends or {}
     H, W = (scale * side for side in next(iter(rows.values()))[0].shape[-2:])
-    size = max(13, min(H, W) // 6)               # legible where a phone shows seven columns
+    size = max(13, min(H, W) // 6)               # legible on a phone that shows seven columns
     font = ImageFont.load_default(size=size)
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1))).multiline_textbbox
     left = 12 + int(max(measure((0, 0), name, font)[2] for name in rows))
     top = 6 + int(max(measure((0, 0), name, font)[3] for name in columns))
-    tall = max(4, H - 2 * size - 8)              # of a legend, between its two numbers
-    wide = {name: 14 if x.legend.shape[-1] == 1 else tall for name, x in legends.items()}
-    texts = [font.getlength(value) for x in legends.values() for value in (x.low, x.high)]
-    right = 12 + int(max([*wide.values(), *texts])) if legends else 0
+    legend_height = max(4, H - 2 * size - 8)     # between its two labels
+    legend_widths = {name: 14 if x.legend.shape[-1] == 1 else legend_height for name, x in legends.items()}
+    label_widths = [font.getlength(label) for x in legends.values() for label in (x.low, x.high)]
+    right = 12 + int(max([*legend_widths.values(), *label_widths])) if legends else 0
     edge = left + len(columns) * (W + gap)
     page = Image.new("RGB", (edge - gap + right, top + len(rows) * (H + gap) - gap), "white")
     canvas = ImageDraw.Draw(page)
@@ -716,7 +716,7 @@ def picture_grid(rows, columns, scale=2, gap=4, forecast_from=None, legends=None
         for i, picture in enumerate(pictures):
             paste(picture, left + i * (W + gap), y, W, H)
         if name in legends:
-            paste(legends[name].legend, edge + 2, y + size + 4, wide[name], tall)
+            paste(legends[name].legend, edge + 2, y + size + 4, legend_widths[name], legend_height)
             text(edge + 2, y, legends[name].high, "la")
             text(edge + 2, y + H, legends[name].low, "ld")
     if forecast_from:
@@ -726,21 +726,21 @@ def picture_grid(rows, columns, scale=2, gap=4, forecast_from=None, legends=None
 
 
 def strip_frames(total, observed, columns):
-    """Numbers of the frames that a picture with `columns` columns shows: all, or the last observed one, the
-    first forecast and, evenly spaced, others up to the last."""
+    """Indices of the frames in a picture of at most `columns` columns: all frames, or the last observed one
+    and evenly spaced ones from the first to the last forecast."""
     if total <= columns:
         return list(range(total))
-    given = [observed - 1] if observed else []
-    count = min(columns - len(given), total - observed)
-    return given + np.linspace(observed, total - 1, count).round().astype(int).tolist()
+    context = [observed - 1] if observed else []
+    count = min(columns - len(context), total - observed)
+    return context + np.linspace(observed, total - 1, count).round().astype(int).tolist()
 
 
 def write_panels(stem, panels, observed=1, fps=8, scale=2, labels=None):
     """Videos of equal size and length, {quantity: {method: T C H W in [-1, 1] or ColoredVideo}}, the first
-    `observed` frames of which are given -> [stem.mp4, stem.png].
+    `observed` frames of which are the context -> [stem.mp4, stem.png].
 
-    The .mp4 has a row of videos for each quantity, the .png a row for each video and a column for some of the
-    frames. labels: T names of frames (default: their horizons, ..., t-1, t, t+1, ...).
+    The .mp4 has a row of videos for each quantity, the .png a row for each video and a column for each frame
+    of strip_frames. labels: T names of frames (default: their horizons, ..., t-1, t, t+1, ...).
     """
     legends, rows, tiles = {}, {}, {}
     for quantity, methods in panels.items():
@@ -758,29 +758,29 @@ def write_panels(stem, panels, observed=1, fps=8, scale=2, labels=None):
     width = max(grid.shape[-1] for frame in frames for grid in frame)            # the labels' widths differ
     frames = [torch.cat([F.pad(grid, (width - grid.shape[-1], 0), value=255) for grid in frame], dim=1)
               for frame in frames]
-    shown = strip_frames(T, observed, 7)
-    strip = picture_grid({name: [video[t] for t in shown] for name, video in rows.items()},
-                         [labels[t] for t in shown], scale, forecast_from=sum(t < observed for t in shown),
+    times = strip_frames(T, observed, 7)
+    strip = picture_grid({name: [video[t] for t in times] for name, video in rows.items()},
+                         [labels[t] for t in times], scale, forecast_from=sum(t < observed for t in times),
                          legends=legends)
     return [write_video(f"{stem}.mp4", torch.stack(frames), fps), write_video(f"{stem}.png", strip[None])]
 
 
 # ---- checkpoints ----------------------------------------------------------------------------------------
 # ckpt/step_000500/ holds a file per entry of the state, and meta.json, written last, with every file's size.
-# The folder is written under another name and renamed when complete: a checkpoint is there whole, or not.
+# The folder is written under a temporary name and renamed when complete: a checkpoint is saved atomically.
 
 def save_checkpoint(folder, step, state, meta, keep_last=3):
     """Writes folder/step_XXXXXX atomically, then removes all but the newest `keep_last` (0: none). On rank 0.
 
-    state: {name: flat dict of tensors, saved as safetensors, or what torch.load(weights_only=True) reads}.
-    meta: JSON-able; "step" and "files" are added. Where the disk is full, raises UserError naming the newest
-    complete checkpoint, having removed what it wrote and left older checkpoints alone.
+    state: {name: flat dict of tensors, saved as safetensors, or a value that torch.load(weights_only=True)
+    reads}. meta: JSON-serializable; "step" and "files" are added. If writing fails, as on a full disk, the
+    incomplete files are removed, and UserError names the newest complete checkpoint.
     """
     folder = Path(folder)
     final, tmp = folder / f"step_{step:06d}", folder / f".tmp_step_{step:06d}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for stale in folder.glob(".tmp_*"):                        # of a killed save or a killed removal
+        for stale in folder.glob(".tmp_*"):                        # of an interrupted save or removal
             shutil.rmtree(stale)
         tmp.mkdir()
         for name, value in state.items():
@@ -793,16 +793,16 @@ def save_checkpoint(folder, step, state, meta, keep_last=3):
         for file in tmp.iterdir():
             with open(file) as handle:
                 os.fsync(handle.fileno())
-        if final.exists():                                         # only a damaged one can be in the way
+        if final.exists():                                         # a damaged checkpoint of this step
             final.rename(folder / f".tmp_damaged_{step:06d}")
         tmp.rename(final)
-    except Exception as error:        # a full disk is OSError, RuntimeError or SafetensorError, by who wrote
+    except Exception as error:        # a full disk raises OSError, RuntimeError or SafetensorError
         shutil.rmtree(tmp, ignore_errors=True)
         last = latest_checkpoint(folder) or "none"
         raise UserError(f"could not save {final} ({reason(error)}); the last complete one is "
                         f"{last}") from error
     for old in checkpoints(folder)[:-keep_last] if keep_last else []:
-        old = old.rename(folder / f".tmp_old_{old.name}")          # first: a kill leaves no half of it
+        old = old.rename(folder / f".tmp_old_{old.name}")          # atomic, unlike rmtree
         shutil.rmtree(old)
     return final
 
@@ -816,8 +816,8 @@ class Checkpoint(NamedTuple):
 
 def checkpoints(folder):
     """Complete checkpoints of a folder, oldest first."""
-    found = [p.parent for p in Path(folder).glob("step_*/meta.json") if p.parent.name[5:].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[5:]))
+    complete = [p.parent for p in Path(folder).glob("step_*/meta.json") if p.parent.name[5:].isdigit()]
+    return sorted(complete, key=lambda path: int(path.name[5:]))
 
 
 def latest_checkpoint(folder):
@@ -847,7 +847,7 @@ def load_checkpoint(path, script):
         return state, meta
     except UserError:
         raise
-    except Exception as error:        # a damaged zip, json or safetensors raise their own; the answer is one
+    except Exception as error:        # zip, json and safetensors raise their own types
         raise UserError(f"checkpoint {path} cannot be read ({reason(error)}): "
                         f"use an older one, --resume PATH") from error
 
@@ -858,11 +858,11 @@ def run_folder(path):
 
 
 def find_checkpoint(folder, script, resume, train=False):
-    """What --resume auto|none|PATH means for a ckpt folder: -> Checkpoint, or None for a new run.
+    """Resolves --resume auto|none|PATH for a ckpt folder -> Checkpoint, or None for a new run.
 
-    auto: the newest that can be read, with a warning where a newer one cannot. none: UserError if there are
-    any. PATH: that checkpoint, or the newest of that run's folder; to train on from it where `folder` has
-    later steps or another run's, UserError, but for those that the same command made before.
+    auto: the newest readable checkpoint, with a warning where a newer one is damaged. none: UserError if the
+    folder has checkpoints. PATH: that checkpoint, or the newest one of that run; with `train`, UserError if
+    `folder` has later checkpoints or another run's, unless a run of the same --resume PATH saved them.
     """
     if resume == "none":
         if checkpoints(folder):
@@ -875,7 +875,7 @@ def find_checkpoint(folder, script, resume, train=False):
         others = [other for other in checkpoints(folder)
                   if not same_run or int(other.name[5:]) > int(path.name[5:])]
         if train and others and path in checkpoints(path.parent):
-            newest = find_checkpoint(folder, script, "auto")       # not PATH's too, which may be as large
+            newest = find_checkpoint(folder, script, "auto")       # loads this one only: each may be large
             if newest.meta["args"].get("resume") == str(resume):
                 return newest
             raise UserError(f"{folder} holds {'later' if same_run else 'other'} checkpoints, and resuming "
@@ -908,7 +908,7 @@ def copy_stages(checkpoint, folder, stages):
 
 
 def save_weights(path, weights):
-    """Exports {name: tensor} as one safetensors file; whole, or not there."""
+    """Writes {name: tensor} to a safetensors file, atomically."""
     path = Path(path)
     tmp = path.with_name(f".tmp_{path.name}")
     save_file({name: value.detach().cpu().contiguous() for name, value in weights.items()}, tmp)
@@ -916,7 +916,7 @@ def save_weights(path, weights):
 
 
 def save_pt(path, value):
-    """torch.save, whole or not at all."""
+    """torch.save, written atomically."""
     tmp = path.with_name(f".tmp_{path.name}")
     torch.save(value, tmp)
     tmp.replace(path)
@@ -926,16 +926,16 @@ def load_weights(path):
     """Reads a safetensors file -> {name: tensor} on the CPU. UserError where it is absent or damaged."""
     try:
         return load_file(path)
-    except Exception as error:        # SafetensorError, FileNotFoundError, ...: the user needs the name
+    except Exception as error:        # SafetensorError, FileNotFoundError, ... without the path
         raise UserError(f"cannot read the weights {path}: {reason(error)}") from error
 
 
 def gather_state(model, optimizer=None, everywhere=False, trained_only=False):
     """Full state of a plain, DDP or fully_shard model: ({name: tensor}, optimizer state or {}).
 
-    Collective: call it on all ranks. On the CPU of rank 0 and empty elsewhere, or with `everywhere` on each
-    rank's device. trained_only leaves out what is frozen: an adapter without its base. The result holds no
-    trace of how many processes trained, and no alias of weights that train on.
+    Collective: call it on all ranks. The result is on the CPU of rank 0 and empty elsewhere, or with
+    `everywhere` on each rank's device. trained_only omits frozen weights: an adapter without its base. The
+    result does not depend on the number of processes, and its weights are copies.
     """
     from torch.distributed.checkpoint import state_dict as dcp
     options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=not everywhere,
@@ -947,16 +947,16 @@ def gather_state(model, optimizer=None, everywhere=False, trained_only=False):
 
 def restore_state(model, weights, optimizer=None, optimizer_state=None, source="checkpoint",
                   trained_only=False):
-    """Inverse of gather_state, on any number of processes. UserError, naming `source`, where they differ."""
+    """Inverse of gather_state, on any number of processes. UserError, naming `source`, if shapes differ."""
     from torch.distributed.checkpoint import state_dict as dcp
     frozen = {name for name, p in model.named_parameters() if trained_only and not p.requires_grad}
-    own = {name.removeprefix("module."): tuple(v.shape) for name, v in model.state_dict().items()
-           if name not in frozen}
-    theirs = {name: tuple(v.shape) for name, v in weights.items()}
-    for name in sorted(own.keys() | theirs.keys()):
-        if own.get(name) != theirs.get(name):
-            raise UserError(f"{source} does not fit this model: {name} is {theirs.get(name, 'absent')}, "
-                            f"in the model {own.get(name, 'absent')}")
+    expected = {name.removeprefix("module."): tuple(v.shape) for name, v in model.state_dict().items()
+                if name not in frozen}
+    shapes = {name: tuple(v.shape) for name, v in weights.items()}
+    for name in sorted(expected.keys() | shapes.keys()):
+        if expected.get(name) != shapes.get(name):
+            raise UserError(f"{source} does not fit this model: {name} is {shapes.get(name, 'absent')}, "
+                            f"in the model {expected.get(name, 'absent')}")
     options = dcp.StateDictOptions(full_state_dict=True, strict=not trained_only,
                                    ignore_frozen_params=trained_only)
     dcp.set_model_state_dict(model, weights, options=options)
@@ -965,22 +965,22 @@ def restore_state(model, weights, optimizer=None, optimizer_state=None, source="
 
 
 def load_for_inference(module, weights, source, device="cpu"):
-    """The module with these weights, frozen, in eval mode. UserError where those of `source` do not fit."""
+    """The module with these weights, frozen, in eval mode. UserError, naming `source`, if they do not fit."""
     module = module.to(device).eval().requires_grad_(False)
     restore_state(module, weights, source=str(source))
     return module
 
 
-def save_run(folder, script, step, model, optimizer, ema, args, keep_last=3, trained_only=False, **more):
-    """Saves folder/ckpt/step_XXXXXX: model, EMA weights, optimizer, flags and `more` ({name: state dict}).
+def save_run(folder, script, step, model, optimizer, ema, args, keep_last=3, trained_only=False, **extra):
+    """Saves folder/ckpt/step_XXXXXX: model, EMA weights, optimizer, flags and `extra` ({name: state dict}).
 
-    Atomic. Call it on all ranks, with a plain, DDP or fully_shard model. trained_only omits what is frozen.
+    Atomic. Call it on all ranks, with a plain, DDP or fully_shard model. trained_only omits frozen weights.
     """
     weights, moments = gather_state(model, optimizer, trained_only=trained_only)
     with ema.applied():
         ema_weights, _ = gather_state(model, trained_only=trained_only)
     if int(os.environ.get("RANK", 0)) == 0:
-        state = {"model": weights, "ema": ema_weights, "optimizer": moments, **more}
+        state = {"model": weights, "ema": ema_weights, "optimizer": moments, **extra}
         save_checkpoint(Path(folder) / "ckpt", step, state, {"script": script, "args": vars(args)}, keep_last)
     barrier()
 
@@ -997,7 +997,7 @@ def load_run(checkpoint, model, optimizer, ema, trained_only=False):
 
 
 def remove_sigterm_handler():
-    """From now on SIGTERM ends the process again."""
+    """Restores the default handler: SIGTERM ends the process."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
@@ -1007,8 +1007,8 @@ def choose_device(name):
     if name == "cuda" and not cuda:
         raise UserError("--device cuda: no CUDA device was found; use --device cpu")
     if name == "auto":
-        alone = int(os.environ.get("WORLD_SIZE", 1)) == 1              # gloo does not know MPS
-        name = "cuda" if cuda else "mps" if alone and torch.backends.mps.is_available() else "cpu"
+        single = int(os.environ.get("WORLD_SIZE", 1)) == 1             # gloo does not support MPS
+        name = "cuda" if cuda else "mps" if single and torch.backends.mps.is_available() else "cpu"
     return torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
 
 
@@ -1022,31 +1022,31 @@ def choose_dtype(name, device):
 
 
 def simulate_missing_data(script, data_dir, default):
-    """Runs data/<script>/prepare.py where data_dir is tiny's `default` and does not exist. On all ranks."""
+    """Runs data/<script>/prepare.py if data_dir is tiny's `default` and is missing. Call it on all ranks."""
     prepare = Path(__file__).resolve().parent / "data" / script / "prepare.py"
     if int(os.environ.get("RANK", 0)) == 0 and data_dir == default and not Path(data_dir).exists():
-        done = subprocess.run([sys.executable, prepare, "--data_dir", data_dir])
-        if done.returncode:
-            raise UserError(f"{prepare} --data_dir {data_dir} ended with exit code {done.returncode}")
+        result = subprocess.run([sys.executable, prepare, "--data_dir", data_dir])
+        if result.returncode:
+            raise UserError(f"{prepare} --data_dir {data_dir} failed with exit code {result.returncode}")
     barrier()
 
 
-def announce(script, args, why_preset, run, checkpoint):
-    """Prints the first line of a run, and that training comes first where inference finds no checkpoint."""
+def announce(script, args, preset_reason, run, checkpoint):
+    """Prints the first line of a run, and a notice if --sample or --eval have to train first."""
     resumed = f"; checkpoint {checkpoint.path}" if checkpoint else ""
-    print_once(f"{script}: preset {args.preset} ({why_preset}); data {args.data_dir}; {run.world} x "
+    print_once(f"{script}: preset {args.preset} ({preset_reason}); data {args.data_dir}; {run.world} x "
                f"{run.device.type} {str(run.dtype).removeprefix('torch.')}{resumed}")
     if (args.sample or args.eval) and not checkpoint:
         print_once(f"no checkpoint in {args.output_dir}/ckpt: training preset {args.preset} first")
 
 
-SIGTERMS = []                                    # those received, also between two stages
+SIGTERMS = []                                    # received signals, which the next stage checks as well
 
 
 def install_sigterm_handler():
-    """From now on SIGTERM does not end the process. -> should_stop(): whether any process has received it.
+    """Records SIGTERM instead of ending the process -> should_stop(): whether any process has received it.
 
-    should_stop is collective, over gloo, so that no GPU is waited for.
+    should_stop is collective and uses gloo, so that it does not synchronize with the GPU.
     """
     signal.signal(signal.SIGTERM, lambda *_: SIGTERMS.append(True))
 
@@ -1060,7 +1060,7 @@ def install_sigterm_handler():
 
 
 # ---- Wan ------------------------------------------------------------------------------------------------
-# What is not named is the default of diffusers' class, which is Wan2.1-14B's: 40 layers, 40 heads of 128, ffn
+# Unlisted values are the defaults of diffusers' classes, those of Wan2.1-14B: 40 layers, 40 heads of 128, ffn
 # 13824, text 4096, patch 1 2 2; VAE of 16 channels, stride 4 8 8. The numbers are those of diffusers'
 # scripts/convert_wan_to_diffusers.py; latent statistics are per channel.
 UMT5_XXL = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24,
@@ -1087,19 +1087,19 @@ WAN = {
 
 def load_wan(source, *, part, config="ti2v_5b", dtype=torch.float32, device="cpu", random_init=False,
              expert="transformer"):
-    """A part of Wan: "transformer" | "vae" | "text_encoder" (modules in eval mode) | "tokenizer".
+    """Loads a part of Wan: "transformer" | "vae" | "text_encoder" (modules in eval mode) | "tokenizer".
 
-    source: a diffusers folder, or a hub id that `hf download` put in the cache (none is fetched unasked); a
-    folder of the official files; or, for a transformer, one file of weights (vidar.pt), under official or
-    diffusers' names. What diffusers saved brings its own config.
-    config: a name in WAN, or a dict like its entries: any size of the same classes.
-    random_init: random weights in `config`'s shape, made on `device` ("meta" too) and in dtype; `source` is
-    not read. The tokenizer is then ByT5's, a token per byte: vocab_size 259.
-    expert: "transformer", or "transformer_2", A14B's low-noise one (official low_noise_model/).
-    dtype: as in diffusers, in bf16 a transformer's norms, time embedder and modulation stay fp32. FSDP2 wants
-    one dtype for all trained parameters of a block, so a transformer that is trained whole is loaded in fp32;
-    what is frozen may be mixed, as a bf16 base under a LoRA in fp32.
-    Raises UserError, one line, where files are missing or do not fit.
+    source: a diffusers folder, or a hub id that `hf download` put in the cache (nothing is downloaded here);
+    a folder of the official files; or, for a transformer, one file of weights (vidar.pt), with official or
+    diffusers' names. A diffusers folder or hub id uses its own config.
+    config: a name in WAN, or a dict like its entries, for any size of the same classes.
+    random_init: random weights in the shapes of `config`, created on `device` (or "meta") in dtype; `source`
+    is not read. The tokenizer is then ByT5's, with a token per byte: vocab_size 259.
+    expert: "transformer", or "transformer_2", A14B's low-noise expert (official low_noise_model/).
+    dtype: as in diffusers, in bf16 a transformer's norms, time embedder and modulation stay fp32. FSDP2 needs
+    one dtype for all trained parameters of a block, so a transformer that is fully trained is loaded in fp32.
+    Frozen parameters may be mixed, as in a bf16 base under an fp32 LoRA.
+    Raises UserError, with a one-line message, where files are missing or do not fit.
     """
     config = WAN[config] if isinstance(config, str) else config
     if random_init:
@@ -1128,15 +1128,15 @@ def load_wan(source, *, part, config="ti2v_5b", dtype=torch.float32, device="cpu
         if info["missing_keys"]:      # the libraries would warn and fill in random weights
             raise ValueError(f"its files lack {sorted(info['missing_keys'])[0]}")
         return model.to(device).eval()
-    except Exception as error:        # each reader has its own errors; the user needs file, reason, command
-        get = source if hub else f"{config.get('repo')} --local-dir {source}"
-        known = hub or "repo" in config and path.suffix not in (".pt", ".pth", ".safetensors")
+    except Exception as error:        # each reader raises its own types
+        target = source if hub else f"{config.get('repo')} --local-dir {source}"
+        downloadable = hub or "repo" in config and path.suffix not in (".pt", ".pth", ".safetensors")
         raise UserError(f"cannot load Wan's {name} from {source} ({reason(error)})"
-                        + (f": hf download {get}" if known else "")) from error
+                        + (f": hf download {target}" if downloadable else "")) from error
 
 
 def wan_class(part):
-    """A part's class."""
+    """The class of a part, from diffusers or transformers."""
     import diffusers
     import transformers
     return {"transformer": diffusers.WanTransformer3DModel, "vae": diffusers.AutoencoderKLWan,
@@ -1147,26 +1147,26 @@ def build_wan(part, config, dtype, device, weights=None):
     """A part from its config, with official (or diffusers') weights, which must fit, or with random ones."""
     from accelerate import init_empty_weights
     from transformers import UMT5Config
-    make, usual = wan_class(part), torch.get_default_dtype()
+    model_class, default_dtype = wan_class(part), torch.get_default_dtype()
     arguments = {"config": UMT5Config(**config)} if part == "text_encoder" else config
     if weights is None:
         try:
             torch.set_default_dtype(dtype)
             with torch.device(device):
-                model = make(**arguments)
+                model = model_class(**arguments)
         finally:
-            torch.set_default_dtype(usual)
+            torch.set_default_dtype(default_dtype)
     else:
-        with init_empty_weights():                         # leaves buffers real: rope's are in no file
-            model = make(**arguments)
+        with init_empty_weights():                         # buffers stay real: no file has RoPE's
+            model = model_class(**arguments)
         model.load_state_dict(diffusers_names(weights, part), assign=True)
         if torch.device(device).type == "meta":            # enough to know that the weights fit
             return model.to(device)
         if part == "text_encoder":
             model.tie_weights()
-    kept = set(make._keep_in_fp32_modules or ()) if part == "transformer" else set()
+    fp32_modules = set(model_class._keep_in_fp32_modules or ()) if part == "transformer" else set()
     for name, p in model.named_parameters():
-        p.data = p.data.to(device, torch.float32 if kept & set(name.split(".")) else dtype)
+        p.data = p.data.to(device, torch.float32 if fp32_modules & set(name.split(".")) else dtype)
     return model.to(device).eval()
 
 
@@ -1174,7 +1174,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 def read_official(path, part, expert, config):
-    """A file of weights, or the part's files in an official folder -> {name: tensor} without wrappers."""
+    """A file of weights, or a part's files in an official folder -> {name: tensor} without prefixes."""
     files = [path]
     if path.is_dir() and part == "transformer":
         noise = path / ("low_noise_model" if expert == "transformer_2" else "high_noise_model")
@@ -1208,10 +1208,10 @@ VAE_NAMES = {"residual.0": "norm1", "residual.2": "conv1", "residual.3": "norm2"
 
 def diffusers_names(weights, part):
     """Official names -> diffusers' (UMT5: transformers'), by diffusers' own converters where it has them."""
-    from diffusers.loaders import single_file_utils as own
-    if part == "transformer":         # not twice: the converter swaps norm2 and norm3
+    from diffusers.loaders import single_file_utils as utils
+    if part == "transformer":         # only once: the converter swaps norm2 and norm3
         official = any(".self_attn." in name for name in weights)
-        return own.convert_wan_transformer_to_diffusers(weights) if official else weights
+        return utils.convert_wan_transformer_to_diffusers(weights) if official else weights
     if part == "text_encoder":
         named = {}
         for name, value in weights.items():
@@ -1228,7 +1228,7 @@ def diffusers_names(weights, part):
         return f"{side}_blocks.{block}.{side}sampler.{layer}.{suffix}"
 
     pattern = r"(down|up)samples\.(\d+)\.\1samples\.(\d+)\.(.+)\.(\w+)"
-    return own.convert_wan_vae_to_diffusers({re.sub(pattern, nested, k): v for k, v in weights.items()})
+    return utils.convert_wan_vae_to_diffusers({re.sub(pattern, nested, k): v for k, v in weights.items()})
 
 
 OFFICIAL_NAMES = {
@@ -1246,8 +1246,8 @@ def official_names(weights):
     """diffusers' names of a transformer's weights -> official ones: the inverse of diffusers_names."""
     named = {}
     for name, value in weights.items():
-        for own, official in OFFICIAL_NAMES.items():
-            name = name.replace(own, official)
+        for old, new in OFFICIAL_NAMES.items():
+            name = name.replace(old, new)
         name = "head.modulation" if name == "scale_shift_table" else name
         named[name.replace("scale_shift_table", "modulation")] = value
     return named
@@ -1262,7 +1262,7 @@ def latent_scale(vae, device):
 def wan_encode(vae, x):
     """Video B T C H W in [-1, 1], T = 4k + 1 -> float32 latents B C F h w, (mode - mean) / std per channel.
 
-    Keeps gradients. ValueError for another T, whose last frames the VAE would drop without a word.
+    Differentiable. Raises ValueError for another T, whose last frames the VAE would drop silently.
     """
     if x.shape[1] % 4 != 1:
         raise ValueError(f"Wan's VAE takes 4k + 1 frames, not {x.shape[1]}")
@@ -1282,10 +1282,10 @@ class LinearCodec:
     """AutoencoderKLWan's interface at a size that has no pretrained weights: linear, causal, 8 times smaller
     in space, 4 in time.
 
-    encode: principal components of 8x8 patches in the first frame; in later ones of what 4x8x8 patches differ
-    from the first frame's patch, so that a scene that stays is zeros, and a model need not learn to copy.
-    decode: each patch from the latents of 3x3 cells, by ridge regression. A patch from its own cell alone
-    ends at visible edges; its neighbours' latents say how the picture continues there.
+    encode: principal components of 8x8 patches in the first frame; in later frames, of 4x8x8 patches minus
+    the first frame's patch, so that a static scene has zero latents and a model need not learn to copy.
+    decode: each patch from the latents of 3x3 cells, by ridge regression. Patches decoded from their own cell
+    alone would have visible edges; the neighbours' latents tell how the picture continues.
     """
     side, dtype = 8, torch.float32
 
@@ -1299,39 +1299,39 @@ class LinearCodec:
     @classmethod
     @torch.no_grad()
     def fit(cls, videos, z_dim, flatness=.5, ridge=100):
-        """videos B T C H W in [-1, 1]. A latent has the size (its component's std) ** (1 - flatness): 1 makes
-        all equal, and a model of them spends itself on detail; 0 lets noise drown detail at once. ridge: as
-        if the decoders had also seen this many patches to which the 3x3 cells add nothing."""
+        """videos B T C H W in [-1, 1]. A latent's std is proportional to its component's ** (1 - flatness).
+        At 1 all are equal, and a model spends its capacity on detail; at 0 little noise already hides detail.
+        ridge: number of virtual patches in the decoders' regression to which the 3x3 cells add nothing."""
         rows = lambda part: part.movedim(1, -1).flatten(0, -2)                   # n p
         first, later = cls.patches(videos.transpose(1, 2))
         codec = cls({"mean": rows(first).mean(0), "first": torch.zeros(z_dim, first.shape[1])})
 
-        def scaled(name, part):                  # z_dim principal components of rows n p around 0
+        def fit_components(name, part):          # z_dim principal components of rows n p, not centred
             values, vectors = torch.linalg.eigh((part.T @ part / len(part)).double())
             std = values.flip(0)[:z_dim].clamp(min=1e-12).sqrt().float()
             scale = std ** flatness
             codec.tensors |= {name: vectors.T.flip(0)[:z_dim].float(),
                               f"{name}_scale": scale * (std / scale).square().mean().sqrt()}
 
-        scaled("first", rows(first) - codec.tensors["mean"])
-        scaled("later", rows(later - codec.still(codec.project("first", first), later)))
+        fit_components("first", rows(first) - codec.tensors["mean"])
+        fit_components("later", rows(later - codec.static_patches(codec.project("first", first), later)))
         codec.fit_decoders(videos, ridge)
         return codec
 
     def fit_decoders(self, videos, ridge):
-        """The components in the middle cell, and the regression of what these leave on all cells. Mirror
-        images double what few scenes show."""
+        """Initialises the decoders with the components in the middle cell, and adds a regression of the
+        residuals on all cells. Mirrored videos double the training data."""
         rows = lambda part: part.movedim(1, -1).flatten(0, -2)                   # n p
         for name in ("first", "later"):
             basis = (self.tensors[name] * self.tensors[f"{name}_scale"][:, None]).T           # p z
             self.tensors[f"{name}_decoder"] = F.pad(basis, [4 * basis.shape[1]] * 2)          # cell 4 of 9
-        still = self.tensors["first_decoder"].repeat(4, 1)
-        self.tensors["later_decoder"] = torch.cat([self.tensors["later_decoder"], still], dim=1)
+        static = self.tensors["first_decoder"].repeat(4, 1)
+        self.tensors["later_decoder"] = torch.cat([self.tensors["later_decoder"], static], dim=1)
         sums = {"first": [0, 0, 0], "later": [0, 0, 0]}
         for video in (*videos.split(1), *videos.flip(-1).split(1)):
             z = self.encode(video.transpose(1, 2)).latent_dist.mode()
-            left = self.patches(video.transpose(1, 2) - self.decode(z).sample)
-            for name, part in zip(sums, left):
+            residuals = self.patches(video.transpose(1, 2) - self.decode(z).sample)
+            for name, part in zip(sums, residuals):
                 context = rows(self.context(name, z))
                 sums[name][0] += (context.T @ context).double()
                 sums[name][1] += (context.T @ rows(part)).double()
@@ -1355,16 +1355,16 @@ class LinearCodec:
         part = part - expand_to(self.tensors["mean"], part[0]) if name == "first" else part
         return torch.einsum("dp,bpfhw->bdfhw", rows, part)
 
-    def still(self, z, like):
-        """The first frame's latents B z 1 h w -> the patches of later frames that show its components."""
+    def static_patches(self, z, like):
+        """The first frame's latents B z 1 h w -> patches that repeat it in later frames, shaped as `like`."""
         rows = self.tensors["first"] * self.tensors["first_scale"][:, None]
         part = torch.einsum("dp,bdfhw->bpfhw", rows, z)
         part = part + expand_to(self.tensors["mean"], part[0])
         return part.repeat(1, 4, 1, 1, 1).expand_as(like)
 
     def context(self, name, z):
-        """Latents B z F h w -> what the first frame's patches (B 9z 1 h w) or the others' (B 18z F-1 h w) are
-        decoded from: 3x3 cells, zeros outside, of the frame itself and of the first."""
+        """Latents B z F h w -> inputs of the decoder of the first frame (B 9z 1 h w) or of others (B 18z F-1
+        h w): 3x3 cells, zero-padded, of the frame itself and, for later frames, of the first frame."""
         h, w = z.shape[-2:]
         padded = F.pad(z, (1, 1, 1, 1))
         cells = torch.cat([padded[..., y:y + h, x:x + w] for y in range(3) for x in range(3)], dim=1)
@@ -1375,16 +1375,16 @@ class LinearCodec:
         first, later = self.patches(x)
         z = self.project("first", first)
         if later.shape[2]:
-            z = torch.cat([z, self.project("later", later - self.still(z, later))], dim=2)
+            z = torch.cat([z, self.project("later", later - self.static_patches(z, later))], dim=2)
         return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: z))
 
     def decode(self, z):
         if "first_decoder" not in self.tensors:
-            raise UserError("codec of an earlier version: remove the folder of its cache and run again")
+            raise UserError("the codec is of an earlier version: remove its cache folder and run again")
         x = []
         for name, length in (("first", 1), ("later", 4)):
             mean = self.tensors["mean"].repeat(length)[:, None, None]
-            for cells in self.context(name, z).unbind(2):      # one by one: a stream's bits are the whole's
+            for cells in self.context(name, z).unbind(2):      # one at a time: streaming gives equal bits
                 part = torch.einsum("pk,bkhw->bphw", self.tensors[f"{name}_decoder"], cells) + mean
                 x.append(F.pixel_shuffle(part, self.side).unflatten(1, (length, 3)).transpose(1, 2))
         return SimpleNamespace(sample=torch.cat(x, dim=2))
@@ -1392,10 +1392,10 @@ class LinearCodec:
 
 @torch.no_grad()
 def encode_text(tokenizer, encoder, prompts, length=512):
-    """Prompts -> [L D], embeddings as WanPipeline makes them, without the padding that pad_text adds."""
+    """Prompts -> list of embeddings L D, as in WanPipeline but without padding, which pad_text adds."""
     from diffusers.pipelines.wan.pipeline_wan import prompt_clean
     texts = []
-    for prompt in prompts:            # one by one: 512 tokens fill a GPU, and no text depends on another
+    for prompt in prompts:            # one at a time: 512 tokens keep a GPU busy
         tokens = tokenizer([prompt_clean(prompt)], padding="max_length", max_length=length, truncation=True,
                            return_tensors="pt").to(encoder.device)
         embedding = encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state[0]
@@ -1404,7 +1404,7 @@ def encode_text(tokenizer, encoder, prompts, length=512):
 
 
 def pad_text(texts, length=512):
-    """[L D] -> B length D, zeros after L. Wan has no text mask: these zeros, and their number, take part."""
+    """List of L D -> B length D, zero-padded. Wan has no text mask: it attends to the zeros as well."""
     return torch.stack([F.pad(text, (0, 0, 0, length - len(text))) for text in texts])
 
 
@@ -1414,7 +1414,7 @@ def save_lora(folder, transformer, weights=None):
     weights: the full state, from gather_state(), where the transformer is sharded. One folder per expert:
     load_lora_weights(folder, load_into_transformer_2=True). -> path.
     """
-    from diffusers.loaders import WanLoraLoaderMixin  # the pipeline's own, without its warnings
+    from diffusers.loaders import WanLoraLoaderMixin  # the pipeline's base, without its warnings
     from peft import get_peft_model_state_dict
     tmp, path = Path(folder, ".tmp_lora.safetensors"), Path(folder, "pytorch_lora_weights.safetensors")
     WanLoraLoaderMixin.save_lora_weights(
@@ -1426,20 +1426,20 @@ def save_lora(folder, transformer, weights=None):
 # ---- run files ------------------------------------------------------------------------------------------
 
 def one_line_errors(script, work):
-    """Calls work() -> exit code. An error that the user can fix (UserError, a full disk) becomes one line and
-    2; so does the failure of another process under torchrun, for which a normal exit would wait."""
+    """Calls work() -> exit code. Errors that the user can fix (UserError, a full disk, too little memory)
+    and the death of another process become one line and 2. os._exit does not wait for other ranks."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     SIGTERMS.clear()
     try:
         work()
         sys.stdout.flush()
         return 0
-    except BrokenPipeError:                      # of `script --dry_run | head`: the reader has seen enough
+    except BrokenPipeError:                      # as in `script --dry_run | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
     except UserError as error:
         message = str(error)
-    except OSError as error:                     # h5py's have several lines
+    except OSError as error:                     # h5py's messages have several lines
         message = reason(error)
     except (MemoryError, RuntimeError) as error:
         if re.search("out of memory|t allocate memory|Unable to allocate", str(error)):
@@ -1450,7 +1450,7 @@ def one_line_errors(script, work):
             raise
     except KeyboardInterrupt:
         message = "interrupted"
-    for bar in list(getattr(tqdm, "_instances", ())):          # else the line would follow a bar
+    for bar in list(getattr(tqdm, "_instances", ())):          # or the message would continue its line
         bar.close()
     rank = f" (rank {os.environ['RANK']})" if world > 1 else ""
     print(f"{script}: error{rank}: {message}", file=sys.stderr, flush=True)
@@ -1460,7 +1460,7 @@ def one_line_errors(script, work):
 
 
 def finite(value):
-    """JSON has neither NaN nor infinity: here they become None (null), at any depth of dicts and lists."""
+    """Replaces NaN and infinity, which JSON lacks, by None (null) in nested dicts and lists."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -1469,7 +1469,7 @@ def finite(value):
 
 
 def write_json(path, value):
-    """Writes a JSON file whole or not at all, of finite() values."""
+    """Writes finite(value) to a JSON file, atomically."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".tmp_{path.name}")
@@ -1478,17 +1478,17 @@ def write_json(path, value):
 
 
 def append_jsonl(path, row):
-    """Appends one JSON object, of finite() values, as one line, in one write: a kill leaves whole lines."""
+    """Appends finite(row) as a line of JSON, in a single write, so that a kill leaves no partial line."""
     with open(path, "a") as file:
         file.write(json.dumps(finite(row), allow_nan=False) + "\n")
 
 
 def open_trackers(folder, tensorboard=False, wandb=None, config=None, purge_step=None):
-    """-> functions (step, {name: number, or the Path of a .png}) that show these in TensorBoard's event files
-    in `folder` and in the W&B run that is named after it, which begins here if it is not this process's yet.
+    """-> functions (step, {name: number, or the Path of a .png}) that log to TensorBoard files in `folder`
+    and to the W&B run named after it, which is started unless it is already this process's current run.
 
-    purge_step: TensorBoard forgets what an earlier process showed from there on. UserError where a package is
-    missing.
+    purge_step: TensorBoard discards events that an earlier process logged from this step on. UserError where
+    a package is missing.
     """
     trackers = []
     try:
@@ -1496,17 +1496,17 @@ def open_trackers(folder, tensorboard=False, wandb=None, config=None, purge_step
             from torch.utils.tensorboard import SummaryWriter
             writer = SummaryWriter(folder, purge_step=purge_step)
 
-            def show(step, values):
+            def log_events(step, values):
                 for name, value in values.items():
                     if isinstance(value, Path):
                         writer.add_image(name, iio.imread(value), step, dataformats="HWC")
                     else:
                         writer.add_scalar(name, value, step)
                 writer.flush()
-            trackers.append(show)
+            trackers.append(log_events)
         if wandb:
             import wandb as client
-            if client.run is None or client.run.name != str(folder):       # a stage is a run of its own
+            if client.run is None or client.run.name != str(folder):       # each stage is a separate run
                 client.finish()
                 client.init(project=wandb, name=str(folder), config=config)
             trackers.append(lambda step, values: client.log({"step": step, **{
@@ -1518,10 +1518,10 @@ def open_trackers(folder, tensorboard=False, wandb=None, config=None, purge_step
 
 
 def show_results(folder, written, tensorboard=False, wandb=None):
-    """Prints the files that evaluation and sampling have `written`, and shows eval.json's results and every
-    .png where Log shows its curves, at the step of the newest checkpoint. On rank 0.
+    """Prints the files that evaluation and sampling have `written`, and logs eval.json's results and every
+    .png to the trackers, at the step of the newest checkpoint. Call it on rank 0.
 
-    The W&B run is the one whose training this process did; --sample or --eval alone begin another one.
+    The W&B run is that of this process's training; --sample or --eval alone start another one.
     """
     folder, newest, values = Path(folder), latest_checkpoint(Path(folder) / "ckpt"), {}
     for path in map(Path, written) if tensorboard or wandb else ():
@@ -1540,7 +1540,7 @@ def show_results(folder, written, tensorboard=False, wandb=None):
 class Log:
     """A stage's records on rank 0: progress bar, folder/metrics.jsonl, and on request TensorBoard and W&B.
 
-    Opening it removes rows beyond step `start`, TensorBoard's too: the resumed run writes them again.
+    Creating it removes rows after step `start`, also from TensorBoard: the resumed run writes them again.
     """
 
     def __init__(self, folder, name, start, total, rank=0, tensorboard=False, wandb=None, config=None,
@@ -1554,15 +1554,15 @@ class Log:
         if rank > 0:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        rows = self.path.read_text().splitlines() if self.path.is_file() else []
-        kept = [line for line in rows if line.endswith("}") and json.loads(line)["step"] <= start]
+        lines = self.path.read_text().splitlines() if self.path.is_file() else []
+        rows = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= start]
         tmp = self.path.with_name(f".tmp_{self.path.name}")
-        tmp.write_text("".join(line + "\n" for line in kept))
+        tmp.write_text("".join(row + "\n" for row in rows))
         tmp.replace(self.path)
         self.trackers = open_trackers(folder, tensorboard, wandb, config, purge_step=start + 1)
 
     def add(self, **terms):
-        """Collects a micro-step's loss and terms: numbers, or one per sample, of which NaN are left out."""
+        """Accumulates a micro-step's loss and terms: scalars, or a value per sample, where NaN is ignored."""
         for name, value in terms.items():
             value = torch.as_tensor(value, dtype=torch.float32).detach()
             total = torch.stack([value.nansum(), (~value.isnan()).sum()])
@@ -1584,7 +1584,7 @@ class Log:
         self.restart_clock()
 
     def restart_clock(self):
-        """Leaves what happened until now (a validation) out of seconds_per_step."""
+        """Excludes the time until now, such as that of a validation, from seconds_per_step."""
         self.clock = time.time()
         self.steps_since_row = 0
 
@@ -1593,8 +1593,8 @@ class Log:
             append_jsonl(self.path, {"step": step, **values})
             for track in self.trackers:
                 track(step, {f"{self.name}/{key}": value for key, value in values.items()})
-            shown = {key: f"{value:.4g}" for key, value in values.items() if key in ("loss", "val_loss")}
-            self.bar.set_postfix(shown, refresh=False)
+            losses = {key: f"{value:.4g}" for key, value in values.items() if key in ("loss", "val_loss")}
+            self.bar.set_postfix(losses, refresh=False)
 
 
 PAGE = """<!doctype html>
@@ -1611,7 +1611,7 @@ td, th {{ padding: .2rem .7rem; text-align: left; border-bottom: 1px solid #8886
 
 
 def html_table(header, rows):
-    """A row of cells that are text, and rows of cells that are HTML -> HTML."""
+    """Header cells as plain text, rows of cells as HTML -> HTML."""
     rows = ["".join(f"<td>{cell}</td>" for cell in row) for row in rows]
     header = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     return f'<div class="wide"><table><tr>{header}</tr><tr>{"</tr><tr>".join(rows)}</tr></table></div>'
@@ -1631,7 +1631,7 @@ def format_headline(folder):
 
 def write_report_page(folder):
     """Writes <folder>/report.html: a run's results, curves, videos, flags and commands, with relative links.
-    Where the folder that holds the run is named runs, its index.html lists the runs."""
+    If the parent folder is named runs, updates its index.html, too."""
     folder = Path(folder).absolute()
     args = read_json(folder / "args.json")
     parts = [f"<p><b>{html.escape(format_headline(folder))}</b></p>"]
@@ -1640,7 +1640,7 @@ def write_report_page(folder):
         methods = {"model": results["results"], **results["baselines"]}
         rows = [[html.escape(metric), *("-" if scores.get(metric) is None else f"{scores[metric]:.4g}"
                                         for scores in methods.values())] for metric in results["results"]]
-        means = [row for row in rows if not re.search(r"_h\d+$", row[0])]           # of all horizons
+        means = [row for row in rows if not re.search(r"_h\d+$", row[0])]           # over all horizons
         parts += [f"<p>Data: {html.escape(results['data'])}. Weights: {html.escape(results['weights'])}.</p>",
                   html_table(["metric", *methods], means)]
         if len(means) < len(rows):
@@ -1689,7 +1689,7 @@ def open_log(script, stage, args, start, total):
 
 
 def horizon_means(tables):
-    """A list of {metric: N T}, T horizons -> {metric: mean, metric_h01: at horizon 1, ...}, NaN left out."""
+    """A list of {metric: N T}, T horizons -> {metric: mean, metric_h01: at horizon 1, ...}, NaN ignored."""
     means = {}
     for name in tables[0]:
         values = torch.cat([table[name].cpu() for table in tables])
@@ -1699,23 +1699,23 @@ def horizon_means(tables):
 
 
 def print_table(rows, columns):
-    """Prints {row name: {column: number}}; what a row lacks is a dash."""
-    left = max(map(len, rows)) + 2
+    """Prints {row name: {column: number}}, with a dash for missing values."""
+    margin = max(map(len, rows)) + 2
     widths = [max(10, len(name) + 2) for name in columns]
-    print(" " * left + "".join(f"{name:>{width}}" for name, width in zip(columns, widths)))
+    print(" " * margin + "".join(f"{name:>{width}}" for name, width in zip(columns, widths)))
     for row, values in rows.items():
         cells = [f"{values[name]:.4g}" if values.get(name) is not None else "-" for name in columns]
-        print(f"{row:<{left}}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths)))
+        print(f"{row:<{margin}}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths)))
 
 
 def wants_evaluation(args):
-    """Whether to evaluate: after training, on --eval, and for --sample without scores to pick clips by."""
+    """Whether to evaluate: after training, with --eval, or with --sample if eval.json does not exist yet."""
     return not args.sample or args.eval or not Path(args.output_dir, "eval.json").is_file()
 
 
 def pick_cases(folder, names, count=3):
-    """The clips to show -> {"best": i, "median": j, "worst": k}, numbers in `names`, the held-out clips, by
-    their scores in folder/eval.json. Another count than 3 takes ranks that are evenly spaced, too."""
+    """Picks held-out clips by their scores in folder/eval.json -> {"best": i, "median": j, "worst": k}, which
+    are indices into `names`, the clips' names. A `count` other than 3 picks further evenly spaced ranks."""
     scores = read_json(Path(folder, "eval.json")).get("clips", {})
     order = [names.index(name) for name in scores if name in names]              # the best comes first
     if not order:
@@ -1730,11 +1730,11 @@ def report(script, args, weights, began, headline, results, baselines, columns, 
            stages=(".",), panels=()):
     """Writes eval.json and curves.png, and prints a table with a row per method and `columns` of metrics.
 
-    weights: what was loaded, None for --weights_from or the tiny model. headline: (metric, name of its
+    weights: origin of the weights, None for --weights_from or the tiny model. headline: (metric, name of its
     baseline, whether lower is better). results: {metric: number}; baselines: {name: {metric: number}}.
-    clips: {name: headline metric, or a score in its direction} of the held-out clips. curves: metrics with
-    values per horizon (horizon_means). stages: folders whose losses are drawn. panels: more of them, for
-    plot_curves. began: time.time() at the start. -> the two files.
+    clips: {name: headline metric, or a score of equal direction} of the held-out clips. curves: metrics with
+    values per horizon (horizon_means). stages: folders whose losses are drawn. panels: further panels
+    for plot_curves. began: time.time() at the start. -> the two files.
     """
     folder = Path(args.output_dir)
     weights = weights or ("tiny, trained by this run" if args.model == "tiny" else args.weights_from)
@@ -1750,7 +1750,7 @@ def report(script, args, weights, began, headline, results, baselines, columns, 
     methods = {"model": results, **baselines}
     print_table(methods, columns)
     losses = [loss_panel(folder / stage, "loss" if stage == "." else f"loss, {stage}") for stage in stages]
-    panels = [*(panel for panel in losses if panel["lines"]), *panels]           # no stage that was reused
+    panels = [*(panel for panel in losses if panel["lines"]), *panels]       # none for reused stages
     for name in curves:
         lines = {}
         for method, values in methods.items():
@@ -1780,13 +1780,13 @@ def describe_data(root):
     """The data set's folder and its source, which prepare.py writes into dataset_stats.json."""
     try:
         source = read_json(Path(root) / "dataset_stats.json")["source"]
-    except (UserError, ValueError, TypeError, KeyError):               # no such file, or another program's
-        source = "frames as found"
+    except (UserError, TypeError, KeyError):     # no such file, or not from prepare.py
+        source = "source not recorded"
     return f"{root} ({source})"
 
 
 def loss_panel(folder, title, keys=("loss", "val_loss")):
-    """Columns of folder/metrics.jsonl -> a panel for plot_curves; those that have no rows are left out."""
+    """Columns of folder/metrics.jsonl -> a panel for plot_curves; columns without values are omitted."""
     path = Path(folder) / "metrics.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
     lines = {key: tuple(zip(*points)) for key in keys
@@ -1795,8 +1795,8 @@ def loss_panel(folder, title, keys=("loss", "val_loss")):
 
 
 def plot_curves(path, panels):
-    """A picture with a panel per entry: [{"title", "xlabel", "ylabel", "lines": {name: (xs, ys)}, "log",
-    "bars": (xs, heights)}]."""
+    """Draws a panel per entry of [{"title", "xlabel", "ylabel", "lines": {name: (xs, ys)}, "log",
+    "bars": (xs, heights)}] side by side."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -1817,9 +1817,9 @@ def plot_curves(path, panels):
 
 
 def provenance():
-    """{"python", "torch", "git", "command"} of this run, for args.json."""
-    here = Path(__file__).parent
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=here)
+    """{"python", "torch", "git", "command"} of this run, for args.json. "git" may be None."""
+    root = Path(__file__).parent
+    git = subprocess.run("git rev-parse HEAD", shell=True, capture_output=True, text=True, cwd=root)
     processes = os.environ.get("LOCAL_WORLD_SIZE")
     launcher = f"torchrun --nproc_per_node={processes}" if processes else "python"
     return {"python": sys.version.split()[0], "torch": torch.__version__, "git": git.stdout.strip() or None,
@@ -1830,17 +1830,17 @@ def dry_run_report(name, model, loss, samples, tokens, world=1, sharded=False):
     """Text on one training step of a model on the meta device: parameters, tokens, FLOPs, bytes per device.
 
     loss: () -> scalar for `samples` samples. FLOPs are torch's count over forward and backward, activations
-    what autograd keeps. Weights, gradients and AdamW's moments are divided by `world` when sharded.
+    what autograd saves. Weights, gradients and AdamW's moments are divided by `world` when sharded.
     """
     from torch.utils.flop_counter import FlopCounterMode
     saved = {}
 
-    def keep(tensor):                                              # kept alive, so that no id is used twice
+    def save_tensor(tensor):                                       # stays alive, so that ids are unique
         if not isinstance(tensor, torch.nn.Parameter):
             saved[id(tensor)] = tensor
         return tensor
 
-    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    hooks = torch.autograd.graph.saved_tensors_hooks(save_tensor, lambda tensor: tensor)
     with FlopCounterMode(display=False) as counter, hooks:
         loss().backward()
     share = world if sharded else 1

@@ -37,7 +37,7 @@ from common import UserError, at_least, between, from_uint8
 SCRIPT = "river_smoke"
 SIZE = 64                       # height and width of a frame; latents have an eighth of it
 SMOKE_LEVEL = 0.05              # a pixel is smoke if its brightest channel, in [0, 1], exceeds this
-AUTOENCODER, FLOW, EVALUATE, SAMPLE, VALIDATE = range(1, 6)          # streams of random numbers
+AUTOENCODER, FLOW, EVALUATE, SAMPLE, VALIDATE = range(1, 6)          # random streams, for seed_all
 
 # ---- presets and flags ----------------------------------------------------------------------------------
 
@@ -58,19 +58,19 @@ MODEL_FLAGS = ("quantizer", "latent_channels", "codes", "ae_width", "ae_steps", 
 def build_parser():
     parser = common.Parser(SCRIPT, PRESETS, __doc__.split("\n")[0], fsdp=False)
     add = parser.add_argument_group("autoencoder and vector field").add_argument
-    add("--quantizer", choices=["fsq", "vq"], default="fsq", help="finite scalar, or EMA codebook")
+    add("--quantizer", choices=["fsq", "vq"], default="fsq", help="finite scalar or EMA codebook")
     add("--latent_channels", type=at_least(1), default=16, help="channels C of a latent")
     add("--codes", type=at_least(2), default=1024, help="vq: size of the codebook")
     add("--ae_width", type=at_least(8), default=32, help="channels at half resolution, a multiple of 8")
     add("--ae_steps", type=at_least(1), default=400, help="optimizer steps of the autoencoder")
     add("--ae_lr", type=at_least(0, float), default=2e-3, help="peak learning rate of the autoencoder")
-    add("--masked_finetune", type=between(0, 1), default=0.25, help="last share of ae_steps: smoke weighs 5")
+    add("--masked_finetune", type=between(0, 1), default=0.25, help="final share of ae_steps: smoke weighs 5")
     add("--gan", type=at_least(0, float), default=0.0, help="PatchGAN loss weight in that share (0: none)")
     add("--autoencoder", metavar="FILE", help="autoencoder.safetensors to use instead of training")
     add("--num_observations", type=at_least(3), default=10, help="frames of a training sequence")
-    add("--sigma", type=between(0, 1, True), default=0.0, help="sigma_min of the path")
+    add("--sigma", type=between(0, 1, True), default=0.0, help="sigma_min of the probability path")
     add("--width", type=at_least(1), default=256, help="width D of the vector field")
-    add("--depth", type=at_least(0), default=1, help="layers on each side of two middle ones")
+    add("--depth", type=at_least(0), default=1, help="layers before and after the two middle layers")
     add("--heads", type=at_least(1), default=4, help="attention heads")
     add("--history", type=at_least(1), default=3, help="reference frames z^{tau-1}, ... (paper: 1)")
     add = parser.add_argument_group("sampling and evaluation").add_argument
@@ -78,16 +78,16 @@ def build_parser():
     add("--frames_to_generate", type=at_least(1), default=10, help="frames to predict after them")
     add("--num_inference_steps", type=at_least(1), default=4, help="network calls per frame")
     add("--solver", choices=["euler", "midpoint"], default="midpoint", help="ODE solver")
-    add("--temperature", type=at_least(0, float), default=1.0, help="scale of the noise to start from")
-    add("--warm_start", type=between(0, 1, True), default=0.0, help="start time s, near the last frame")
+    add("--temperature", type=at_least(0, float), default=1.0, help="scale of the initial noise")
+    add("--warm_start", type=between(0, 1, True), default=0.0, help="start time s, from the previous frame")
     add("--num_samples", type=at_least(1), default=8, help="ensemble members m")
-    add("--eval_clips", type=at_least(1), default=24, help="test clips to evaluate, at most")
+    add("--eval_clips", type=at_least(1), default=24, help="maximum number of test clips to evaluate")
     add("--i3d", metavar="FILE", help="StyleGAN-V's i3d_torchscript.pt: also report FVD")
     return parser
 
 
 def parse_args(argv=None):
-    """-> flags, checkpoint or None, the reason for the preset."""
+    """-> flags, checkpoint or None, reason for the preset."""
     get_data = f"python data/{SCRIPT}/prepare.py --extract VIDEOS --data_dir final_dataset"
     args, checkpoint, preset_reason = common.parse_args(build_parser(), argv, MODEL_FLAGS, get_data=get_data)
     if args.width % args.heads:
@@ -123,7 +123,7 @@ class FSQ(nn.Module):
         return ((z.clamp(-1, 1) + 1) * radius).round() / radius - 1
 
     def latent(self, z):
-        """The encoder's output in the form on which the flow is trained."""
+        """The encoder's output -> the latent on which the flow is trained."""
         return self.nearest(torch.tanh(z))
 
     def forward(self, z):
@@ -145,7 +145,7 @@ class VQ(nn.Module):
 
     def index(self, vectors):
         """N C -> N. The squared distance without |vector|^2, which is the same for every code."""
-        with torch.autocast(vectors.device.type, enabled=False):       # bf16 would choose other codes
+        with torch.autocast(vectors.device.type, enabled=False):       # bf16 would select other codes
             return (self.codebook.pow(2).sum(1) - 2 * vectors @ self.codebook.T).argmin(1)
 
     def nearest(self, z):
@@ -164,7 +164,7 @@ class VQ(nn.Module):
 
     @torch.no_grad()
     def update(self, vectors):
-        if dist.is_initialized():                # all processes see all vectors: their codebooks stay equal
+        if dist.is_initialized():                # with the vectors of all processes, the codebooks stay equal
             parts = [torch.empty_like(vectors) for _ in range(dist.get_world_size())]
             dist.all_gather(parts, vectors.contiguous())
             vectors = torch.cat(parts)
@@ -172,7 +172,7 @@ class VQ(nn.Module):
         count = torch.bincount(index, minlength=len(self.codebook)).to(vectors)
         self.counts.lerp_(count, 1 - self.decay)
         self.sums.lerp_(torch.zeros_like(self.sums).index_add_(0, index, vectors), 1 - self.decay)
-        dead = self.counts < 0.03                # fewer than about 3 hits in 100 batches; at first, all codes
+        dead = self.counts < 0.03                # fewer than about 3 hits in 100 batches; initially all codes
         replacement = torch.linspace(0, len(vectors) - 1, len(dead), device=vectors.device).long()
         self.sums[dead] = vectors[replacement][dead]
         self.counts[dead] = 1.0
@@ -185,7 +185,7 @@ class Autoencoder(nn.Module):
         super().__init__()
         a, b, c, C = args.ae_width, 3 * args.ae_width, 6 * args.ae_width, args.latent_channels
         # Pixel shuffles keep the work at H/4 and H/8: convolutions at full resolution would take most of the
-        # time. One block per stage suffices to encode; the decoder has to reconstruct edges.
+        # time. The encoder needs only one block per stage; the decoder has to reconstruct edges.
         self.encoder = nn.Sequential(
             nn.PixelUnshuffle(4), nn.Conv2d(48, b, 3, padding=1), ResBlock(b),
             nn.PixelUnshuffle(2), nn.Conv2d(4 * b, c, 1), ResBlock(c),
@@ -222,7 +222,7 @@ class Autoencoder(nn.Module):
 
 
 class AutoencoderLoss(nn.Module):
-    """Training loss of the autoencoder; with --gan also of a PatchGAN discriminator."""
+    """Training loss of the autoencoder, and with --gan of a PatchGAN discriminator."""
     def __init__(self, args):
         super().__init__()
         self.autoencoder = Autoencoder(args)
@@ -234,15 +234,15 @@ class AutoencoderLoss(nn.Module):
                 nn.Conv2d(128, 256, 4, 2, 1), nn.GroupNorm(8, 256), nn.LeakyReLU(0.2), nn.Conv2d(256, 1, 1))
 
     def forward(self, x, masked):
-        """x B 3 H W -> loss, {name: term}. masked: smoke weighs 5, the decoder is trained adversarially."""
+        """x B 3 H W -> loss, {name: term}. masked: smoke weighs 5, and the GAN loss reaches the decoder."""
         y, commitment = self.autoencoder(x)
         smoke = (x.amax(dim=1, keepdim=True) + 1) / 2 > SMOKE_LEVEL
         weight = 1 + 4 * float(masked) * smoke
         weight = weight / weight.mean(dim=(1, 2, 3), keepdim=True)
         loss = (weight * ((y - x) ** 2 + 0.1 * (y - x).abs())).mean() + commitment
         if self.gan:
-            # Where the decoder asks for a high score the discriminator's weights are detached, so that one
-            # backward pass serves both.
+            # The discriminator's weights are detached in the decoder's loss, so that one backward pass serves
+            # both.
             weights = {name: value.detach() for name, value in self.discriminator.named_parameters()}
             score = torch.func.functional_call(self.discriminator, weights, (y,)).mean()
             real, fake = self.discriminator(x), self.discriminator(y.detach())
@@ -253,8 +253,8 @@ class AutoencoderLoss(nn.Module):
 # ---- model: vector field --------------------------------------------------------------------------------
 
 class Block(nn.Module):
-    """Transformer layer modulated by time and distance through adaLN-single (PixArt, 2310.00426): one map for
-    all layers and a table for each, zero at first, so that the layer starts as the identity."""
+    """Transformer layer modulated by time and distance through adaLN-single (PixArt, 2310.00426): a shared
+    projection and a table per layer, both zero at first, so that each layer starts as the identity."""
     def __init__(self, width, heads):
         super().__init__()
         self.heads = heads
@@ -338,7 +338,7 @@ def probability_path(z, eps, t, sigma):
 
 
 def reference_frames(z, tau, history):
-    """z B T C h w, tau B -> B history C h w: frames tau - 1, tau - 2, ...; before the first, the first."""
+    """z B T C h w, tau B -> B history C h w: frames tau - 1, tau - 2, ..., clamped to the first frame."""
     frames = tau[:, None] - 1 - torch.arange(history, device=z.device)
     return z[torch.arange(len(z), device=z.device)[:, None], frames.clamp(min=0)]
 
@@ -346,8 +346,8 @@ def reference_frames(z, tau, history):
 def river_loss(field, z, values, args):
     """Steps 3 to 9 of the training algorithm; steps 1 and 2, load and encode, were done once: z B T C h w.
 
-    values: tau, t, c, uniform in [0, 1), B, and eps B C h w. Frames count from 0 here, from 1 in the paper.
-    -> scalar loss, {name: term to log}. decode() has no gradient: a loss in pixels needs one that has.
+    values: tau, t, c: B, uniform in [0, 1); eps: B C h w. Frames count from 0 here, from 1 in the paper.
+    -> scalar loss, {name: term to log}. A loss in pixels needs another decode(): this one has no gradient.
     """
     B, T = z.shape[:2]
     batch = torch.arange(B, device=z.device)
@@ -368,7 +368,7 @@ def river_loss(field, z, values, args):
 # ---- sampler --------------------------------------------------------------------------------------------
 
 def network_calls(args, warm_start):
-    """Network calls per frame: a warm start at t = s leaves (1 - s) of them to do."""
+    """Network calls per frame: a warm start at t = s needs a fraction 1 - s of them."""
     return max(1, round((1 - warm_start) * args.num_inference_steps))
 
 
@@ -376,7 +376,7 @@ def network_calls(args, warm_start):
 def generate(field, z, args, generator, warm_start=None):
     """Predicts frames_to_generate latents after the observed ones: z B T C h w -> B frames C h w.
 
-    Integrates dz/dt = v_t from t = s to 1, frame after frame. Each integration step draws one context.
+    Integrates dz/dt = v_t from t = s to 1, frame by frame. Each integration step samples a context frame.
     """
     s = args.warm_start if warm_start is None else warm_start
     calls = network_calls(args, s)
@@ -384,24 +384,24 @@ def generate(field, z, args, generator, warm_start=None):
     for _ in range(args.frames_to_generate):
         tau = torch.full((B,), z.shape[1], device=z.device)
         references = reference_frames(z, tau, args.history)
-        max_distance = min(z.shape[1], args.num_observations - 1)             # of training
+        max_distance = min(z.shape[1], args.num_observations - 1)             # at most that of training
         eps = args.temperature * torch.randn(z[:, -1].shape, generator=generator, device=z.device)
-        # z'_s ~ p_s(z | z^{T-1}): the path towards the frame before, left at t = s; noise where s = 0.
+        # z'_s ~ p_s(z | z^{T-1}): the path towards the previous frame at t = s; pure noise for s = 0.
         x, _ = probability_path(z[:, -1], eps, torch.full((B,), s, device=z.device), args.sigma)
-        done = 0
-        while done < calls:
+        call = 0
+        while call < calls:
             u = torch.rand(B, generator=generator, device=z.device)
             c = tau - max_distance + (u * max(1, max_distance - 1)).long()
             conditions = references, z[batch, c], tau - c
-            t = torch.full((B,), s + (1 - s) * done / calls, device=z.device)
+            t = torch.full((B,), s + (1 - s) * call / calls, device=z.device)
             # Each call advances by (1 - s) / calls, so that a midpoint step of two calls is twice as long and
             # an odd number of calls ends on one Euler step.
             step = (1 - s) / calls
             v = field(x, *conditions, t)
-            done += 1
-            if args.solver == "midpoint" and done < calls:
+            call += 1
+            if args.solver == "midpoint" and call < calls:
                 v = field(x + step * v, *conditions, t + step)
-                done += 1
+                call += 1
                 step = 2 * step
             x = x + step * v
         z = torch.cat([z, x[:, None]], dim=1)
@@ -420,16 +420,16 @@ def forecast(autoencoder, field, x, args, members, seed, warm_start=None):
 def load_clips(root, split):
     """Reads the frames of a split, in one of two layouts:
 
-        root/<split>/<clip>/0001.png              a folder per clip, as data/river_smoke/prepare.py writes
-        root/<split>/<clip>_frame_0001.png        named in root/<split>_files.txt, a line each, label optional
+        root/<split>/<clip>/0001.png              a folder per clip, as written by prepare.py
+        root/<split>/<clip>_frame_0001.png        listed in root/<split>_files.txt, with optional labels
     -> frames F 3 H W uint8, clip after clip, and a list of (clip, index of its first frame, frame numbers).
     """
     folder, listing = Path(root, split), Path(root, f"{split}_files.txt")
     if not folder.is_dir():
-        raise UserError(f"no folder {folder}: make it with python data/{SCRIPT}/prepare.py --extract VIDEOS "
-                        f"--data_dir {root}")
+        raise UserError(f"no folder {folder}: create it with python data/{SCRIPT}/prepare.py --extract "
+                        f"VIDEOS --data_dir {root}")
     if listing.is_file():
-        name = r"^(?:.*[/\\])?(.*\d\.[a-zA-Z]\w*)(?:\s+\S+)*$"       # of a file, between folders and labels
+        name = r"^(?:.*[/\\])?(.*\d\.[a-zA-Z]\w*)(?:\s+\S+)*$"       # drops folders and labels
         lines = [line.strip() for line in common.read_text(listing).splitlines() if line.strip()]
         paths = [folder / re.sub(name, r"\1", line) for line in lines]
     else:
@@ -441,9 +441,9 @@ def load_clips(root, split):
         match = re.fullmatch(r"(.+?)(?:_frame_|[/_])?(\d+)\.\w+", os.path.relpath(path, folder))
         if not match:
             raise UserError(f"{path} is not named <clip>/<number>.png or <clip>_frame_<number>.png")
-        other = clips.setdefault(match[1], {}).setdefault(int(match[2]), path)
-        if other != path:
-            raise UserError(f"{path} and {other} are the same frame of the same clip: remove one")
+        first = clips.setdefault(match[1], {}).setdefault(int(match[2]), path)
+        if first != path:
+            raise UserError(f"{path} and {first} are the same frame of the same clip: remove one")
     if not clips:
         raise UserError(f"split {split} is empty: no images in {folder}")
     paths, videos = [], []
@@ -456,7 +456,7 @@ def load_clips(root, split):
 
 
 def window_starts(videos, length, split):
-    """Frames at which `length` consecutive frames of a clip begin: [N int64], of each clip that has any."""
+    """Indices at which windows of `length` consecutive frames begin: [N int64] per clip that has any."""
     starts, short = [], []
     for clip, first, numbers in videos:
         steps = numbers[length - 1:] - numbers[:max(0, len(numbers) - length + 1)]
@@ -467,8 +467,8 @@ def window_starts(videos, length, split):
     if not starts:
         raise UserError(f"no clip of {split} has {length} consecutively numbered frames: use longer clips or "
                         f"lower --num_observations, --condition_frames or --frames_to_generate")
-    left_out = f", {len(short)} clips without a window: {', '.join(short[:5])}" if short else ""
-    common.print_once(f"{split}: {len(videos)} clips, {sum(map(len, starts))} windows{left_out}")
+    skipped = f", {len(short)} clips without a window: {', '.join(short[:5])}" if short else ""
+    common.print_once(f"{split}: {len(videos)} clips, {sum(map(len, starts))} windows{skipped}")
     return starts
 
 
@@ -481,7 +481,7 @@ def held_out_windows(args):
 
 
 def encode_clips(autoencoder, views, device):
-    """views V F 3 H W uint8 -> latents V F C h w float16, on the device: 8.5 GB for 2 x 130,000 x 256."""
+    """views V F 3 H W uint8 -> latents V F C h w float16 on the device: 8.5 GB for V F C = 2 130,000 256."""
     z = [autoencoder.encode(from_uint8(part.to(device))).half() for view in views for part in view.split(256)]
     return torch.cat(z).unflatten(0, (len(views), -1))
 
@@ -491,8 +491,8 @@ def encode_clips(autoencoder, views, device):
 def forecast_scores(members, truth):
     """members W m T 3 H W, truth W T 3 H W in [-1, 1] -> {metric: W T}, of pixels in [0, 1].
 
-    psnr, mse and ssim are means over single members, psnr_ensemble_mean scores their mean. The last two are
-    the squared error of that mean and the members' variance, corrected for m.
+    psnr, mse and ssim are averaged over members; psnr_ensemble_mean scores the ensemble mean. ensemble_mse is
+    the squared error of that mean, ensemble_variance the members' variance, corrected for m.
     """
     members, truth = (members + 1) / 2, (truth + 1) / 2
     m = members.shape[1]
@@ -508,7 +508,7 @@ def forecast_scores(members, truth):
 
 
 def smoke_ranks(members, truth):
-    """-> common.rank_histogram of brightness, of pixels in which the truth or any member shows smoke."""
+    """-> common.rank_histogram of brightness, over pixels where the truth or any member shows smoke."""
     brightness = (torch.cat([truth[:, None], members], dim=1).amax(3) + 1) / 2           # W m+1 T H W
     smoke = brightness.movedim(1, 0)[:, (brightness > SMOKE_LEVEL).any(1)]
     return common.rank_histogram(smoke[1:], smoke[0])
@@ -523,7 +523,7 @@ def average_scores(tables):
 
 @torch.no_grad()
 def evaluate(args, device, autoencoder, field, windows):
-    """Forecasts the test windows N T 3 H W uint8, prints tables -> [eval.json, curves.png]."""
+    """Forecasts the test windows N T 3 H W uint8 and prints tables -> [eval.json, curves.png]."""
     began, P = time.time(), args.condition_frames
     tables, warm_tables, predicted, ranks = {}, {}, [], 0        # tables: method -> [{metric: W T}]
     for first in tqdm(range(0, len(windows), 4), "evaluate", unit="x4 clips"):
@@ -537,10 +537,10 @@ def evaluate(args, device, autoencoder, field, windows):
                 warm_tables[s] = {"seconds": time.time() - clock, "calls": network_calls(args, s),
                                   **average_scores([forecast_scores(members, x[:, P:].cpu())])}
             if s == args.warm_start:
-                model = members.to(device)
-        ranks = ranks + smoke_ranks(model, x[:, P:])
-        predicted.append(torch.cat([x[:, :P], model[:, 0]], dim=1).cpu())
-        methods = {"model": model, "persistence": x[:, None, P - 1:P].expand_as(x[:, None, P:]),
+                ensemble = members.to(device)
+        ranks = ranks + smoke_ranks(ensemble, x[:, P:])
+        predicted.append(torch.cat([x[:, :P], ensemble[:, 0]], dim=1).cpu())
+        methods = {"model": ensemble, "persistence": x[:, None, P - 1:P].expand_as(x[:, None, P:]),
                    "black frame": torch.full_like(x[:, None, P:], -1),
                    "reconstruction bound": autoencoder.decode(autoencoder.encode(x[:, P:]))[:, None]}
         for name, members in methods.items():
@@ -582,7 +582,7 @@ def sample(args, device, autoencoder, field, windows):
 # ---- set-up and parallel wrap ---------------------------------------------------------------------------
 
 def setup(args):
-    """Joins torchrun's processes and chooses device and precision -> rank, world, device, dtype, autocast."""
+    """Joins torchrun's processes and selects device and precision -> rank, world, device, dtype, autocast."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = common.choose_device(args.device)
     if device.type == "cuda":
@@ -618,11 +618,11 @@ def get_lr(step, peak, warmup, total):
     return peak * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
 
 
-def train(args, run, stage, stream, model, spec, loss_fn, val_fn, steps, lr, checkpoint, **more):
+def train(args, run, stage, stream, model, spec, loss_fn, val_fn, steps, lr, checkpoint, **extra):
     """Trains `model` up to `steps`, resuming from `checkpoint`; saves into <output_dir>/<stage>/ckpt.
 
     spec: random values of a sample, for common.sample_global_batch. loss_fn(model, values, step) -> loss,
-    {name: term to log}. val_fn(model) -> {name: number}. more: {name: state dict}, saved as well.
+    {name: term to log}. val_fn(model) -> {name: number}. extra: {name: state dict}, saved as well.
     """
     folder = Path(args.output_dir, stage)
     net = wrap(model, args, run)
@@ -657,7 +657,7 @@ def train(args, run, stage, stream, model, spec, loss_fn, val_fn, steps, lr, che
         ema.update(step)
         log.step(done, lr=optimizer.param_groups[0]["lr"], grad_norm=norm)
         if save:                                 # before validation, so that an error there loses nothing
-            common.save_run(folder, SCRIPT, done, net, optimizer, ema, args, args.keep_last, **more)
+            common.save_run(folder, SCRIPT, done, net, optimizer, ema, args, args.keep_last, **extra)
         if args.eval_every and (done % args.eval_every == 0 or done == steps):
             with ema.applied(), torch.no_grad(), run.autocast():
                 log.row(done, **val_fn(net.eval()))
@@ -689,7 +689,7 @@ def train_autoencoder(args, run, frames, val_frames):
     model = AutoencoderLoss(args).to(run.device)
     train(args, run, "autoencoder", AUTOENCODER, model, spec, loss_fn, val_fn, args.ae_steps, args.ae_lr,
           checkpoint)
-    if run.rank == 0:                            # latents get mean 0 and variance 1, as the noise has
+    if run.rank == 0:                            # normalise latents to the mean and variance of the noise
         path, state, _ = common.find_checkpoint(folder / "ckpt", SCRIPT, "auto")
         model = common.load_for_inference(AutoencoderLoss(args), state["ema"], path, run.device)
         autoencoder = model.autoencoder
@@ -705,7 +705,7 @@ def train_flow(args, run, data, autoencoder, checkpoint):
     """Trains the vector field on latents that are encoded once. data: {split: (frames, window starts)}."""
     latents, starts, specs = {}, {}, {}
     for split, (frames, split_starts) in data.items():
-        views = [frames, frames.flip(-1)] if split == "train" else [frames]        # clips are mirrored whole
+        views = [frames, frames.flip(-1)] if split == "train" else [frames]        # mirrors whole clips
         latents[split] = encode_clips(autoencoder, views, run.device)
         starts[split] = split_starts.to(run.device)
         specs[split] = {"window": ("randint", len(split_starts)), "view": ("randint", len(views)),
@@ -729,7 +729,7 @@ def train_flow(args, run, data, autoencoder, checkpoint):
 
 
 def train_stages(args, run, checkpoint):
-    """Trains what is missing -> the newest checkpoint, which holds autoencoder and vector field."""
+    """Trains the missing stages -> the newest checkpoint, with autoencoder and vector field."""
     folder = Path(args.output_dir)
     if run.rank == 0:
         common.write_json(folder / "args.json", {**vars(args), **common.provenance()})
@@ -737,7 +737,7 @@ def train_stages(args, run, checkpoint):
     for split in ("train", "val"):
         frames, videos = load_clips(args.data_dir, split)
         data[split] = frames, torch.cat(window_starts(videos, args.num_observations, split))
-    if checkpoint:                               # with the autoencoder whose latents it was trained on
+    if checkpoint:                               # holds the autoencoder of its latents
         autoencoder, _ = load_models(args, checkpoint, run.device)
     else:
         path = Path(args.autoencoder or folder / "autoencoder/autoencoder.safetensors")
@@ -762,7 +762,7 @@ def load_models(args, checkpoint, device="cpu") -> tuple[Autoencoder, VectorFiel
 
 
 def dry_run(args):
-    """Prints parameters, FLOPs and memory of the vector field, on the meta device: no data, no allocation."""
+    """Prints parameters, FLOPs and memory of the vector field, on the meta device, without data."""
     B, C, cells = args.batch_size, args.latent_channels, SIZE // 8
     with torch.device("meta"):
         field = VectorField(args)
@@ -783,7 +783,7 @@ def run_script(argv):
     windows = held_out_windows(args)             # an error in the test split should show before training
     if not (inference_only and checkpoint):
         checkpoint = train_stages(args, run, checkpoint)
-    common.shutdown()                            # evaluation is rank 0's alone
+    common.shutdown()                            # only rank 0 evaluates
     if run.rank == 0:
         models = load_models(args, checkpoint, run.device)
         files = evaluate(args, run.device, *models, windows) if common.wants_evaluation(args) else []

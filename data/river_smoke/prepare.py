@@ -1,9 +1,9 @@
-"""prepare.py: makes the data set of river_smoke.py, clips of 64x64 smoke on black, simulated or from videos.
+"""prepare.py: creates the data set of river_smoke.py, clips of 64x64 smoke on black, simulated or from video.
 
-Run         python data/river_smoke/prepare.py                    # simulates 320 clips, beside this file
-            python data/river_smoke/prepare.py --extract VIDEOS --data_dir final_dataset    # camera at rest
+Run         python data/river_smoke/prepare.py                    # simulates 320 clips, next to this file
+            python data/river_smoke/prepare.py --extract VIDEOS --data_dir final_dataset    # static camera
 Writes      final_dataset/{train,val,test}/<clip>/0001.png ... and final_dataset/dataset_stats.json
-Restart     the same command continues an interrupted one from final_dataset.partial
+Restart     the same command continues an interrupted run from final_dataset.partial
 """
 import argparse
 import hashlib
@@ -27,8 +27,8 @@ import common  # noqa: E402
 from common import UserError, at_least  # noqa: E402
 
 SIZE = 64                            # height and width of a picture
-HIDDEN_ROWS = 16                     # of the simulation, above the picture: no ceiling flattens the plumes
-HEIGHT = SIZE + HIDDEN_ROWS          # of the simulation
+HIDDEN_ROWS = 16                     # simulated above the picture, so that no ceiling flattens the plumes
+HEIGHT = SIZE + HIDDEN_ROWS          # height of the simulation
 WARMUP = 16                          # simulated frames before the first picture
 SUBSTEPS = 2                         # solver steps per frame
 DT = 1 / SUBSTEPS                    # solver step in frames
@@ -37,28 +37,28 @@ STATS = "dataset_stats.json"
 
 
 def open_partial(partial, recipe):
-    """Opens the folder of an interrupted run of this recipe, or begins a new one -> its statistics."""
+    """Opens the folder of an interrupted run of this recipe, or starts a new one -> its statistics."""
     stats = json.loads((partial / STATS).read_text()) if (partial / STATS).is_file() else {}
     if not stats and not list(partial.glob("[!.]*")):
         stats = recipe
         common.write_json(partial / STATS, stats)
     if any(stats.get(key) != value for key, value in recipe.items()):
         raise UserError(f"{partial} belongs to another command: run that one again, or remove the folder")
-    for clip in partial.glob("*/*"):                               # a kill may have left some in their split
+    for clip in partial.glob("*/*"):                               # back from the split, after a kill
         os.renames(clip, partial / "clips" / clip.name)
     return stats
 
 
 def write_clip(partial, clip, pictures):
-    """Writes partial/clips/<clip>/0001.png ..., whole or not at all."""
+    """Writes partial/clips/<clip>/0001.png ..., atomically."""
     temporary = partial / "clips" / ".temporary"
-    shutil.rmtree(temporary, ignore_errors=True)                   # of a killed run
+    shutil.rmtree(temporary, ignore_errors=True)                   # of an interrupted run
     temporary.mkdir(parents=True)
     try:
         for number, picture in enumerate(pictures, 1):
             Image.fromarray(picture).save(temporary / f"{number:04d}.png", compress_level=1)
     except OSError as error:
-        raise UserError(f"cannot write {temporary} ({error}): the same command continues") from error
+        raise UserError(f"cannot write {temporary} ({error}): run the command again to continue") from error
     temporary.rename(partial / "clips" / clip)
 
 
@@ -74,7 +74,7 @@ class SmokeSolver:
     def __init__(self, n, seed):
         self.generator = torch.Generator().manual_seed(seed)
 
-        def uniform(low, high):                # the order of these draws is part of what a seed means
+        def uniform(low, high):                # the order of these calls defines the data of a seed
             return low + (high - low) * torch.rand(n, 1, 1, generator=self.generator)
 
         self.sources = []
@@ -90,7 +90,7 @@ class SmokeSolver:
         self.tint = torch.stack([uniform(.80, 1.), uniform(.88, 1.), uniform(.96, 1.)], dim=-1)    # n 1 1 3
         self.y, self.x = torch.meshgrid(torch.arange(float(HEIGHT)), torch.arange(float(SIZE)), indexing="ij")
         rim = torch.stack([self.x, SIZE - 1 - self.x, self.y / 4, HEIGHT - 1 - self.y]) / (.05 * SIZE)
-        self.inside = rim.amin(0).clamp(0, 1)                      # falls to 0 at the rim, which absorbs
+        self.inside = rim.amin(0).clamp(0, 1)                      # 0 at the boundary, which absorbs
         self.ky = 2 * torch.pi * torch.fft.fftfreq(HEIGHT)[:, None]
         self.kx = 2 * torch.pi * torch.fft.rfftfreq(SIZE)[None]
 
@@ -109,7 +109,7 @@ class SmokeSolver:
             self.heat = self.heat + released
 
     def accelerate(self):
-        """Eddies within the smoke, vorticity confinement, buoyancy, and wind with gusts."""
+        """Applies eddies within the smoke, vorticity confinement, buoyancy, and wind with gusts."""
         gust = torch.randn(self.gust.shape, generator=self.generator)
         self.gust = .97 * self.gust + .25 * self.scene.gustiness * gust
         self.eddies = .9 * self.eddies + .44 * torch.randn(self.eddies.shape, generator=self.generator)
@@ -121,7 +121,7 @@ class SmokeSolver:
         spin = DT * self.scene.confinement * curl * torch.rsqrt(slope_x ** 2 + slope_y ** 2 + 1e-6)
         u = self.u + eddies[:, 0] + spin * slope_y
         v = self.v + eddies[:, 1] - spin * slope_x - DT * self.scene.buoyancy * self.heat.clamp(max=3)
-        # The wind weakens towards the ground. The rim pulls the flow to it harder and so absorbs waves.
+        # The wind weakens towards the ground. Relaxation to it is stronger at the boundary, to absorb waves.
         relaxation = DT * (.05 + .5 * (1 - self.inside))
         wind = (self.scene.wind + self.gust) * (1 - .6 * self.y / HEIGHT)
         self.u = u + relaxation * (wind - u)
@@ -136,7 +136,7 @@ class SmokeSolver:
         self.v = torch.fft.irfft2(v_hat - self.ky * divergence, (HEIGHT, SIZE))
 
     def advect(self):
-        """Carries all fields along the flow (semi-Lagrangian). Smoke fades, heat fades faster."""
+        """Advects all fields (semi-Lagrangian). Smoke fades, and heat fades faster."""
         x = (self.x - DT * self.u + .5) * 2 / SIZE - 1             # departure points in [-1, 1]
         y = (self.y - DT * self.v + .5) * 2 / HEIGHT - 1
         fields = torch.stack([self.u, self.v, self.smoke, self.heat], dim=1)
@@ -147,7 +147,7 @@ class SmokeSolver:
         self.heat = heat * transmission * (self.scene.fade - .03) ** DT
 
     def render(self):
-        """-> pictures n 64 64 3 uint8. The background is exactly black, as behind a matte."""
+        """-> pictures n 64 64 3 uint8. The background is exactly black."""
         smoke = self.smoke[:, HIDDEN_ROWS:]
         alpha = 1 - torch.exp(-self.scene.density * smoke)         # Beer-Lambert
         alpha = alpha * ((alpha - .08) / .12).clamp(0, 1)
@@ -171,7 +171,7 @@ def simulate_smoke(n, frames, seed):
 
 
 def simulate_clips(args, partial):
-    """Simulates what `partial` lacks, in batches of 32 clips with a seed each -> (stats, {clip: split})."""
+    """Simulates the missing clips, in batches of 32 with a seed each -> (stats, {clip: split})."""
     flags = {"clips": args.clips, "frames": args.frames, "seed": args.seed}
     stats = open_partial(partial, {"source": "SIMULATED 2-D stable fluids, not filmed", "flags": flags})
     split_of = {}
@@ -189,15 +189,15 @@ def simulate_clips(args, partial):
 
 
 def extract_smoke(frames):
-    """Turns 64 64 3 uint8 frames, a list, into smoke on black in place -> why to drop the clip, or None.
+    """Turns a list of 64 64 3 uint8 frames into smoke on black, in place -> reason to drop the clip, or None.
 
     The background is the median of up to 512 evenly spaced frames, alpha a smoothstep from .04 to .18 of the
-    largest channel difference to it. A clip is dropped where smoke (brightest channel above .05) covers under
-    1 % or over 90 % of all pixels, has a mean grey below .1, or leaves the variance of grey below .001.
+    largest channel difference to it. A clip is dropped if smoke (brightest channel above .05) covers under
+    1 % or over 90 % of all pixels or has a mean grey below .1, or if the variance of grey is below .001.
     """
     background = torch.from_numpy(np.stack(frames[::1 + len(frames) // 512])).median(dim=0).values / 255
     sums = torch.zeros(4, dtype=torch.float64)
-    for start in range(0, len(frames), 64):                        # floats of a long video may not fit memory
+    for start in range(0, len(frames), 64):                        # a long video's floats may not fit memory
         x = torch.from_numpy(np.stack(frames[start:start + 64])) / 255
         difference = (x - background).abs().amax(dim=-1, keepdim=True)
         ramp = ((difference - .04) / (.18 - .04)).clamp(0, 1)
@@ -217,7 +217,7 @@ def extract_smoke(frames):
 
 
 def extract_clips(args, partial):
-    """Extracts the videos that `partial` lacks -> (stats with those left out and why, {clip: split})."""
+    """Extracts the missing videos -> (stats, with the reason for each unused video, {clip: split})."""
     source = Path(args.extract)
     files = [source]
     if source.is_dir():
@@ -227,7 +227,7 @@ def extract_clips(args, partial):
     if not files or not os.path.exists(args.extract):
         raise UserError(f"no videos in {source}: --extract takes a video file or a folder of them")
     stats = open_partial(partial, {"source": f"extracted from {os.path.abspath(args.extract)}"})
-    dropped = stats.setdefault("dropped", {})                      # not decoded again after a kill
+    dropped = stats.setdefault("dropped", {})                      # not decoded again on a restart
     skipped = stats["skipped"] = {}
     root = source if source.is_dir() else source.parent
     videos = [os.path.relpath(file, root) for file in files]
@@ -267,7 +267,7 @@ def prepare(args):
     make_clips = simulate_clips if args.extract is None else extract_clips
     stats, split_of = make_clips(args, partial)
     if not split_of:
-        raise UserError(f"no usable video in {args.extract}: the lines above say why")
+        raise UserError(f"no usable video in {args.extract}: see the reasons above")
     for clip, split in split_of.items():
         os.renames(partial / "clips" / clip, partial / split / clip)
     shutil.rmtree(partial / "clips", ignore_errors=True)
@@ -276,17 +276,17 @@ def prepare(args):
     common.write_json(partial / STATS, stats)
     partial.rename(data_dir)
     print(f"wrote {data_dir}: clips {stats['clips']}, frames {stats['frames']}, "
-          f"{len(stats.get('dropped', ''))} videos dropped, {len(stats.get('skipped', ''))} skipped")
+          f"{len(stats.get('dropped', {}))} videos dropped, {len(stats.get('skipped', {}))} skipped")
     if not stats["clips"]["val"]:
         print("fewer than 3 clips: all are in train, but river_smoke.py needs val and test as well")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Makes the data set of river_smoke.py.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Create the data set of river_smoke.py.", allow_abbrev=False)
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--simulate", action="store_true", help="simulate the clips; this is the default")
     mode.add_argument("--extract", metavar="VIDEOS", help="extract smoke from a video file or a folder")
-    parser.add_argument("--data_dir", default=HERE / "final_dataset", help="folder to write; it must be new")
+    parser.add_argument("--data_dir", default=HERE / "final_dataset", help="output folder; it must not exist")
     parser.add_argument("--clips", type=at_least(1), default=256, help="training clips to simulate (256)")
     parser.add_argument("--frames", type=at_least(1), default=36, help="frames of a simulated clip (36)")
     parser.add_argument("--seed", type=at_least(0), default=0, help="seed of the simulation (0)")
