@@ -2774,6 +2774,9 @@ def test_well_own_fields(tmp_path):
         u = np.cumsum(rng.random((12, 32, 32)), axis=0)
         well_prepare.write_well_file(tmp_path / f"data/{split}/run.hdf5", {"u": u, "h": u ** 2},
                                      ("PERIODIC", "PERIODIC"), {"nu": .1}, dataset="my_set")
+    with pytest.raises(ValueError, match="boundaries must be two of PERIODIC, OPEN, WALL"):
+        well_prepare.write_well_file(tmp_path / "other/run.hdf5", {"u": u}, ("OPEN", "SLIP"))
+    assert not (tmp_path / "other").exists()
     flags = f"--data_dir {tmp_path} --output_dir {tmp_path}/run --adapter tile --rollout_frames 0"
     assert launch("well_i2v", flags, full=True) == 0
     results = json.loads((tmp_path / "run/eval.json").read_text())["results"]
