@@ -2657,8 +2657,8 @@ def test_well_python_interface(trained, pair, tmp_path):
     history = reader.Windows(well_args("--data_dir", str(base.data)), "test").fields([3])[0, :1]
     forecast = well.predict_fields(model, history, "simulated radiative layer, tcool 0.1")
     assert forecast.shape == (8, 4, 16, 48) and forecast.isfinite().all()
-    run = shutil.copytree(base.run, tmp_path / "run")
-    pair("well_i2v", f"{base.inputs} --output_dir {run} --eval", full=True)
+    run = tmp_path / "run"
+    pair("well_i2v", f"{base.inputs} --resume {base.run} --output_dir {run} --eval", full=True)
     for part in ("results", "baselines", "clips"):
         one, two = (json.loads((folder / "eval.json").read_text())[part] for folder in (base.run, run))
         assert_same(flat(one), flat(two), 1e-4)
