@@ -2651,8 +2651,8 @@ def test_well_python_interface(trained, pair, tmp_path):
     history = reader.Windows(well_args("--data_dir", str(base.data)), "test").fields([3])[0, :1]
     forecast = well.predict_fields(model, history, "simulated radiative layer, tcool 0.1")
     assert forecast.shape == (8, 4, 16, 48) and forecast.isfinite().all()
-    run = shutil.copytree(base.run, tmp_path / "run")
-    pair("well_i2v", f"{base.inputs} --output_dir {run} --eval", full=True)
+    run = tmp_path / "run"
+    pair("well_i2v", f"{base.inputs} --resume {base.run} --output_dir {run} --eval", full=True)
     for part in ("results", "baselines", "clips"):
         one, two = (json.loads((folder / "eval.json").read_text())[part] for folder in (base.run, run))
         assert_same(flat(one), flat(two), 1e-4)
@@ -2768,6 +2768,9 @@ def test_well_own_fields(tmp_path):
         u = np.cumsum(rng.random((12, 32, 32)), axis=0)
         well_prepare.write_well_file(tmp_path / f"data/{split}/run.hdf5", {"u": u, "h": u ** 2},
                                      ("PERIODIC", "PERIODIC"), {"nu": .1}, dataset="my_set")
+    with pytest.raises(ValueError, match="boundaries must be two of PERIODIC, OPEN, WALL"):
+        well_prepare.write_well_file(tmp_path / "other/run.hdf5", {"u": u}, ("OPEN", "SLIP"))
+    assert not (tmp_path / "other").exists()
     flags = f"--data_dir {tmp_path} --output_dir {tmp_path}/run --adapter tile --rollout_frames 0"
     assert launch("well_i2v", flags, full=True) == 0
     results = json.loads((tmp_path / "run/eval.json").read_text())["results"]

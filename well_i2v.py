@@ -1,9 +1,9 @@
 """well_i2v.py: an image-to-video diffusion model, fine-tuned to forecast simulations of The Well.
 
-Reference   LIX-shape-analysis/video_for_science, on Wan2.2-I2V-A14B (arXiv:2503.20314), The Well
-            (arXiv:2412.00568) and LoRA (arXiv:2106.09685) of both experts, one after the other.
+Reference   LIX-shape-analysis/video_for_science: Wan2.2-I2V-A14B (arXiv:2503.20314) on The Well
+            (arXiv:2412.00568). LoRA (arXiv:2106.09685) is trained on both experts, one after the other.
 Equations   fields <-> [-1, 1] <-> video frames                            -> FieldMap, LearnedAdapter
-            input = [x_s 16, mask 4, VAE(given frame, then grey) 16]       -> condition
+            input = [x_s 16, mask 4, VAE(input frame, then grey) 16]       -> condition
             x_s = (1 - s) z + s eps; loss |v - (eps - z)|^2                -> add_noise, Expert
             s = shift u / (1 + (shift - 1) u); s >= 0.9: high-noise expert -> shift_sigma, draw_sigma
             dx/ds = v from s = 1 to 0, by UniPC                            -> integrate
@@ -11,11 +11,11 @@ Equations   fields <-> [-1, 1] <-> video frames                            -> Fi
 Run         python well_i2v.py                       # simulate, train, evaluate: 6 to 9 min on 2 CPU cores
             torchrun --nproc_per_node=4 well_i2v.py --lora_rank 32
             python well_i2v.py --sample --num_samples 2                    # or --eval
-            python well_i2v.py --mode unet --output_dir runs/unet          # a baseline; or convlstm, adapter
+            python well_i2v.py --mode unet --output_dir runs/unet          # baseline; also convlstm, adapter
             torchrun --nproc_per_node=4 well_i2v.py --preset i2v_a14b --data_dir data/the_well
 Data        data/well_i2v/prepare.py simulates, downloads The Well, and writes your fields in its format.
-Shapes      B batch  T frames  C fields  H W their grid  H' W' video  F latent frames  h w latent grid
-            L text tokens  D width  S members. Fields are B T C H W in physical units, videos B T' 3 H' W' in
+Shapes      B batch  T frames  C fields  H W grid  H' W' video frame  F latent frames  h w latent grid
+            L text tokens  D width  S samples. Fields are B T C H W in physical units, videos B T' 3 H' W' in
             [-1, 1], latents B 16 F h w. Mapped fields are B T C H W in about [-1, 1].
 """
 import argparse
@@ -40,16 +40,16 @@ from data.well_i2v.reader import DATASET, PUBLISHED, list_windows, open_data, re
 from data.well_i2v.unet import Conv, UNet
 
 SCRIPT = "well_i2v"
-BOUNDARY = 0.9                           # sigma from which on Wan2.2-I2V-A14B uses its high-noise expert
+BOUNDARY = 0.9                           # Wan2.2-I2V-A14B uses its high-noise expert from this sigma on
 TRANSFORMERS = {"high": "transformer", "low": "transformer_2"}                 # names in diffusers' pipeline
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")       # Wan's names
-FIRST_TARGET = 4                         # The Well's rollouts are given 4 frames: the first target is frame 4
+FIRST_TARGET = 4                         # The Well rolls out from 4 frames: the first target is frame 4
 
 # ---- presets and flags ----------------------------------------------------------------------------------
 
 PRESETS = {
-    # One network call from pure noise forecasts the mean, which VRMSE rewards, so that high noise has most of
-    # the schedule.
+    # A single network call on pure noise predicts the mean, which VRMSE favors. The large shift therefore
+    # spends most of the schedule at high noise.
     "tiny": dict(
         model="tiny", data_dir=f"data/{SCRIPT}/simulated", adapter="tile", frame_repeat=4, text_length=64,
         base_steps=660, base_lr=2e-3, max_steps=200, lr=1e-3, lora_targets=",".join(LORA_TARGETS),
@@ -59,7 +59,7 @@ PRESETS = {
     # The reference project's configuration: 20 epochs of 6,696 windows, batch 1 on each of 4 GPUs.
     "i2v_a14b": dict(data_dir="data/the_well", lr=1e-5, batch_size=1, max_steps=33480, grad_checkpoint=True,
                      save_every=500, eval_every=1000),
-    # Its older modes: a predictor of latents, and the adapter alone.
+    # The reference project's older modes: a predictor of latents, and the adapter alone.
     "convlstm": dict(data_dir="data/the_well", mode="convlstm", n_in=5, lr=1e-4, batch_size=1, grad_accum=4,
                      max_steps=20000, save_every=1000, eval_every=1000),
     "adapter": dict(data_dir="data/the_well", mode="adapter", lr=2e-4, batch_size=1, grad_accum=4,
@@ -71,7 +71,7 @@ TINY = {
     "text_encoder": {"vocab_size": 259, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2,
                      "num_heads": 2},
 }
-# These shape the weights or give them their meaning: a checkpoint's values hold.
+# Flags that define the weights or their meaning: a checkpoint's values cannot be overridden.
 MODEL_FLAGS = ("model", "mode", "n_in", "n_out", "adapter", "video_size", "frame_repeat", "width",
                "lora_rank", "lora_targets", "text_length")
 
@@ -79,76 +79,76 @@ MODEL_FLAGS = ("model", "mode", "n_in", "n_out", "adapter", "video_size", "frame
 def build_parser():
     parser = common.Parser(SCRIPT, PRESETS, __doc__.split("\n")[0])
     add = parser.add_argument_group("data").add_argument
-    add("--dataset", default=DATASET, help="name of the set, where data_dir or data_dir/datasets has several")
-    add("--n_in", type=at_least(1), default=1, help="given frames; --mode convlstm takes 4k + 1")
-    add("--n_out", type=at_least(1), default=8, help="frames of a forecast")
+    add("--dataset", default=DATASET, help="data set to read if data_dir or data_dir/datasets has several")
+    add("--n_in", type=at_least(1), default=1, help="input frames; --mode convlstm takes 4k + 1")
+    add("--n_out", type=at_least(1), default=8, help="frames per forecast")
     add = parser.add_argument_group("model").add_argument
     add("--mode", choices=["native", "convlstm", "adapter", "unet"], default="native",
         help="native: Wan's image-to-video diffusion; convlstm, adapter: older modes; unet: a baseline")
-    add("--model", choices=["i2v_a14b", "tiny"], default="i2v_a14b", help="tiny: the same classes, small")
+    add("--model", choices=["i2v_a14b", "tiny"], default="i2v_a14b", help="tiny: the same classes, smaller")
     add("--weights_from", default="Wan-AI/Wan2.2-I2V-A14B-Diffusers", metavar="FOLDER|HUB_ID",
         help="diffusers folder, hub id, or folder with the official files")
-    add("--random_init", action="store_true", help="random weights in Wan's shape, to measure speed")
+    add("--random_init", action="store_true", help="random weights of Wan's size, to measure speed")
     add("--adapter", choices=["learned", "tile"], default="learned",
         help="fields to 3 channels: learned layers, or three fields per panel of a larger frame")
     add("--video_size", default="", metavar="H,W", help="panel size, multiples of 16 (default: the grid)")
-    add("--frame_repeat", type=at_least(1), default=1, help="video frames per frame; the VAE packs 4 in one")
-    add("--lora_rank", type=at_least(1), default=32, help="rank and alpha of LoRA")
-    add("--lora_targets", default="to_q,to_k,to_v,to_out.0", help="modules; also ffn.net.0.proj,ffn.net.2")
+    add("--frame_repeat", type=at_least(1), default=1, help="video frames per time step; the VAE packs 4")
+    add("--lora_rank", type=at_least(1), default=32, help="LoRA rank and alpha")
+    add("--lora_targets", default="to_q,to_k,to_v,to_out.0", help="LoRA layers; or ffn.net.0.proj,ffn.net.2")
     add("--width", type=at_least(4), default=32, help="channels of adapter, decoder and --mode unet")
-    add("--text_length", type=at_least(1), default=512, help="tokens of a prompt, padding included")
+    add("--text_length", type=at_least(1), default=512, help="tokens per prompt, padding included")
     add = parser.add_argument_group("stages").add_argument
     add("--adapter_steps", type=at_least(0), default=2000, help="optimizer steps of the learned adapter")
     add("--adapter_lr", type=at_least(0, float), default=2e-4, help="lr of adapter and decoder (0: --lr)")
-    add("--base_steps", type=at_least(0), default=0, help="optimizer steps of the tiny base")
-    add("--base_lr", type=at_least(0, float), default=1e-3, help="peak learning rate of the tiny base")
+    add("--base_steps", type=at_least(0), default=0, help="optimizer steps of the tiny base model")
+    add("--base_lr", type=at_least(0, float), default=1e-3, help="peak learning rate of the tiny base model")
     add("--decoder_steps", type=at_least(0), default=0, help="optimizer steps of the decoder (0: none)")
     add("--shift", type=at_least(1e-3, float), default=5.0, help="shift of Wan's noise schedule")
     add = parser.add_argument_group("sampling and evaluation").add_argument
     add("--num_inference_steps", type=at_least(1), default=30, help="sampler steps per forecast")
     add("--offload", action="store_true", help="keep the expert that is not in use on the CPU")
-    add("--members", type=at_least(1), default=4, help="samples of a forecast that --eval averages")
-    add("--eval_clips", type=at_least(1), default=90, help="held-out windows to forecast, evenly chosen")
+    add("--members", type=at_least(1), default=4, help="samples that --eval averages per forecast")
+    add("--eval_clips", type=at_least(1), default=90, help="held-out windows to forecast, evenly spaced")
     add("--rollout_frames", type=at_least(0), default=97, help="frames of --eval's rollouts (0: none)")
-    add("--num_samples", type=at_least(1), default=3, help="windows to sample: 3 are best, median and worst")
-    add("--sample_frames", type=at_least(1), default=24, help="frames to sample")
+    add("--num_samples", type=at_least(1), default=3, help="windows to sample (3: best, median and worst)")
+    add("--sample_frames", type=at_least(1), default=24, help="frames per sample")
     return parser
 
 
 def parse_args(argv=None):
-    """-> flags, checkpoint or None, the reason for the preset."""
+    """-> flags, checkpoint or None, reason for the preset."""
     args, checkpoint, why_preset = common.parse_args(
         build_parser(), argv, MODEL_FLAGS, get_data=f"python data/{SCRIPT}/prepare.py --download")
     world = int(os.environ.get("WORLD_SIZE", 1))
-    wrong = {
+    errors = {
         f"--n_in {args.n_in}, --n_out {args.n_out}, --frame_repeat {args.frame_repeat}: Wan's VAE takes 4k "
         f"+ 1 video frames": args.frame_repeat * (args.n_in - 1) % 4 or args.frame_repeat * args.n_out % 4,
-        f"--n_in {args.n_in}: --mode {args.mode} starts from one frame; --mode convlstm from more":
+        f"--n_in {args.n_in}: --mode {args.mode} takes one input frame; --mode convlstm takes more":
             args.mode in ("native", "unet") and args.n_in > 1,
         f"--lora_targets {args.lora_targets}: choose from {','.join(LORA_TARGETS)}":
             set(args.lora_targets.split(",")) - set(LORA_TARGETS),
         "--mode adapter trains the adapter: it needs --adapter learned":
             args.mode == "adapter" and args.adapter != "learned",
-        f"--fsdp and --compile are for Wan's experts: --mode {args.mode} is small":
+        f"--fsdp and --compile apply to Wan's experts, which --mode {args.mode} does not train":
             (args.fsdp or args.compile) and args.mode != "native",
         "--fsdp shards over processes: start it with torchrun --nproc_per_node=N": args.fsdp and world == 1}
-    for message, is_wrong in wrong.items():
-        if is_wrong:
+    for message, is_error in errors.items():
+        if is_error:
             raise UserError(message)
     if args.preset == "tiny" and args.batch_size == PRESETS["tiny"]["batch_size"] and not checkpoint:
-        args.batch_size = max(1, args.batch_size // world)       # processes on one machine share tiny's batch
+        args.batch_size = max(1, args.batch_size // world)       # tiny's batch is split over the processes
     return args, checkpoint, why_preset
 
 
 # ---- model: fields <-> video ----------------------------------------------------------------------------
 
 class FieldMap(nn.Module):
-    """Fields in physical units <-> mapped fields in about [-1, 1]: affine after asinh((x - m) / (1.5 s)),
-    with mean m and standard deviation s, per field, of the window's first frame.
+    """Fields in physical units <-> mapped fields in about [-1, 1]: an affine map of asinh((x - m) / (1.5 s)),
+    where m and s are each field's mean and standard deviation in the window's first frame.
 
-    VRMSE divides by a frame's own deviation, and that of pressure grows from .01 to .08 while its mean
-    drifts: on one scale for all frames most would be flat. The bounds are the training set's 0.1 and 99.9
-    percentiles with 15 % of room, because the VAE clamps at +-1.
+    VRMSE divides by each frame's standard deviation. That of pressure grows from 0.01 to 0.08 while its mean
+    drifts, so that a single scale would flatten most frames. The bounds are the training set's 0.1 and 99.9
+    percentiles with a margin of 15 %, because the VAE clamps at +-1.
     """
     def __init__(self, C):
         super().__init__()
@@ -156,13 +156,13 @@ class FieldMap(nn.Module):
             self.register_buffer(name, torch.ones(C, 1, 1))
 
     def reference(self, first):
-        """First frames B 1 C H W -> mean and 1.5 deviations B 1 C 1 1. A flat frame counts as 0.3 usual."""
+        """First frames B 1 C H W -> mean and 1.5 std, B 1 C 1 1; the variance is offset for flat frames."""
         mean = first.mean((-2, -1), keepdim=True)
         return mean, 1.5 * (first.var((-2, -1), keepdim=True) + (0.3 * self.scale) ** 2).sqrt()
 
     @torch.no_grad()
     def fit(self, fields):
-        """fields: B T C H W, windows of the training set."""
+        """fields: windows of the training set, B T C H W."""
         self.mid.zero_()
         self.half_range.fill_(1)
         self.scale.copy_(fields.std((-2, -1)).flatten(0, 1).median(0).values.clamp(min=1e-12)[:, None, None])
@@ -173,7 +173,7 @@ class FieldMap(nn.Module):
         self.std.copy_((y.std(1)[:, None, None] / self.half_range).clamp(min=1e-3))
 
     def forward(self, x, first):
-        """x: B T C H W, first: B 1 C H W, the first frames of these windows."""
+        """x: windows B T C H W. first: their first frames B 1 C H W."""
         mean, deviation = self.reference(first)
         return (torch.asinh((x - mean) / deviation) - self.mid) / self.half_range
 
@@ -186,7 +186,7 @@ class FieldMap(nn.Module):
         return ((y - target) / self.std).square().mean()
 
     def relative_error(self, y, target):
-        """Mean over samples, frames and fields of the root of that error: what VRMSE averages."""
+        """Mean over samples, frames and fields of the root of error() over space, as in VRMSE."""
         return (((y - target) / self.std).square().mean((-2, -1)) + 1e-6).sqrt().mean()
 
 
@@ -199,11 +199,11 @@ def resize(x, size):
 
 
 class TileAdapter(nn.Module):
-    """C fields <-> 3 channels of a video, frame by frame: three fields per panel, panels side by side along
-    the short axis, unused channels 0.
+    """C fields <-> a video of 3 channels, frame by frame: three fields per panel, panels tiled along the
+    short axis. Unused channels are 0.
 
-    names: of the fields; grid: H, W; panel: H', W' of a panel; repeat: video frames per frame after the
-    first, because the VAE packs 4 frames in one latent.
+    names: field names. grid: H, W. panel: H', W' of a panel. repeat: video frames per time step after the
+    first, because the VAE packs 4 frames into one latent frame.
     """
     def __init__(self, names, grid, panel, repeat, panels=None):
         super().__init__()
@@ -215,7 +215,7 @@ class TileAdapter(nn.Module):
         self.map = FieldMap(len(names))
 
     def fit(self, fields):
-        """Statistics of training windows B T C H W."""
+        """Fits the statistics of training windows B T C H W."""
         self.map.fit(fields)
 
     def video_frames(self, T):
@@ -250,8 +250,8 @@ class TileAdapter(nn.Module):
 class LearnedAdapter(TileAdapter):
     """The reference project's channel adapter (C <-> 3) and spatial adapter (grid <-> video), learned.
 
-    It starts as the principal components of the mapped fields and bicubic interpolation; convolutions beside
-    them are 0 at first. There is no norm: a GroupNorm over the frame would remove what the values mean.
+    It is initialized to principal components of the mapped fields and bicubic interpolation, with
+    convolution branches at zero. There is no GroupNorm, which would remove the level and scale of the fields.
     """
     def __init__(self, names, grid, panel, repeat, width):
         super().__init__(names, grid, panel, repeat, panels=1)
@@ -271,9 +271,9 @@ class LearnedAdapter(TileAdapter):
         y = self.map(fields, fields[:, :1]).transpose(0, 2).flatten(1)         # C n
         _, components = torch.linalg.eigh(y @ y.T)
         V = F.pad(components.T.flip(0)[:3], (0, 0, 0, max(0, 3 - len(y))))     # orthonormal rows
-        reach = torch.from_numpy(np.quantile((V @ y).abs().numpy(), 0.998, axis=1)).float().clamp(min=1e-6)
-        self.mix.copy_(V / reach[:, None])
-        self.unmix.copy_(V.T * reach)
+        bounds = torch.from_numpy(np.quantile((V @ y).abs().numpy(), 0.998, axis=1)).float().clamp(min=1e-6)
+        self.mix.copy_(V / bounds[:, None])
+        self.unmix.copy_(V.T * bounds)
 
     def add_branch(self, name, y, x):
         return y + self.branches[name](x.flatten(0, 1)).unflatten(0, x.shape[:2])
@@ -288,9 +288,9 @@ class LearnedAdapter(TileAdapter):
         return self.add_branch("decode_fields", torch.einsum("cd,btdhw->btchw", self.unmix, x), x)
 
     def forward(self, fields, vae):
-        """The reference project's reconstruction loss (weight 0.5, through the VAE with gradient) and cycle
-        loss (0.1, through the adapter alone). A predictor's loss does not train the adapter: a target that
-        it can move collapses."""
+        """The reference project's reconstruction loss (weight 0.5, backpropagated through the VAE) and cycle
+        loss (0.1, adapter alone). The prediction loss does not train the adapter: it could lower that loss by
+        collapsing the targets."""
         video, target = self.to_video(fields), self.map(fields, fields[:, :1])
         decoded = common.wan_decode(vae, common.wan_encode(vae, video))
         terms = {"recon_loss": self.map.error(self.to_mapped(decoded), target),
@@ -302,36 +302,36 @@ class LearnedAdapter(TileAdapter):
 # ---- model: decoder and ConvLSTM ------------------------------------------------------------------------
 
 class Decoder(UNet):
-    """The last part of the inverse adapter, trained on the path of inference: it repairs forecasts.
+    """The last part of the inverse adapter, which repairs forecasts. It is trained on sampled forecasts.
 
-    Adapter and VAE lose small scales, which the frame before has. A mean of both, whose weights depend on
-    field and lead time, is corrected by a small U-Net that sees both, as mapped fields: frame by frame, each
-    from the repaired one before. In --mode unet, a baseline as in The Well, there is no other forecast.
+    Adapter and VAE lose small scales, which the previous frame still has. A mean of both frames, with weights
+    that depend on field and lead time, is corrected by a small U-Net that takes both as mapped fields, frame
+    by frame, each from the previous repaired one. --mode unet, a baseline as in The Well, has no forecast.
     """
     def __init__(self, C, *arguments):
         super().__init__(2 * C + 1, C, *arguments)
         self.gate = nn.Parameter(torch.tensor([[-0.5], [0.1]]).repeat(1, C))
 
-    def repair(self, forecast, before, lead):
-        """Decoded frame and repaired frame before it, B C H W or forecast None, lead B -> B C H W."""
-        forecast = before if forecast is None else forecast
+    def repair(self, forecast, previous, lead):
+        """Decoded forecast (or None) and previous repaired frame, B C H W, lead time B -> B C H W."""
+        forecast = previous if forecast is None else forecast
         lead = lead.float().view(-1, 1, 1, 1)
         weight = torch.sigmoid(self.gate[0, :, None, None] + self.gate[1, :, None, None] * lead)
-        x = torch.cat([forecast, before, (lead / 8).expand_as(forecast[:, :1])], dim=1)
-        return before + weight * (forecast - before) + self.change(x)
+        x = torch.cat([forecast, previous, (lead / 8).expand_as(forecast[:, :1])], dim=1)
+        return previous + weight * (forecast - previous) + self.change(x)
 
-    def forward(self, forecast, before, lead, target, field_map):
-        """Frames lead, lead + 1, ... of a window: forecast, target B T C H W, before B C H W -> loss."""
+    def forward(self, forecast, previous, lead, target, field_map):
+        """Frames lead, lead + 1, ...: forecast (or None), target B T C H W, previous B C H W -> loss."""
         frames = []
         for t in range(target.shape[1]):
-            before = self.repair(None if forecast is None else forecast[:, t], before, lead + t)
-            frames.append(before)
+            previous = self.repair(None if forecast is None else forecast[:, t], previous, lead + t)
+            frames.append(previous)
         return field_map.relative_error(torch.stack(frames, dim=1), target), {}
 
 
 class ConvLSTM(nn.Module):
-    """The reference project's predictor of latents, 645,777 parameters: two cells over a 3x3 convolution;
-    latent n + 1 = latent n + 0.1 (learned) times the head's output."""
+    """The reference project's predictor of latents, 645,777 parameters: a 3x3 convolution and two LSTM cells.
+    Latent n + 1 is latent n plus the head's output times a learned scale, initially 0.1."""
     def __init__(self, z=16, hidden=64):
         super().__init__()
         self.inp = nn.Conv2d(z, hidden, 3, padding=1)
@@ -340,10 +340,10 @@ class ConvLSTM(nn.Module):
                                   nn.Conv2d(hidden, z, 3, padding=1))
         self.scale = nn.Parameter(torch.tensor(0.1))
 
-    def extend(self, z, given):
-        """z B 16 F h w, of which the first `given` frames count -> with the others forecast."""
+    def extend(self, z, observed):
+        """z B 16 F h w -> its first `observed` frames and a forecast of the others, B 16 F h w."""
         state = [[torch.zeros_like(self.inp(z[:, :, 0]))] * 2 for _ in self.cells]
-        frames = list(z[:, :, :given].unbind(2))
+        frames = list(z[:, :, :observed].unbind(2))
         for n in range(z.shape[2] - 1):
             y = self.inp(frames[n])
             for k, cell in enumerate(self.cells):
@@ -352,17 +352,17 @@ class ConvLSTM(nn.Module):
                 c = f.sigmoid() * c + i.sigmoid() * g.tanh()
                 y = o.sigmoid() * c.tanh()
                 state[k] = [y, c]
-            if n >= given - 1:
+            if n >= observed - 1:
                 frames.append(frames[n] + self.scale * self.head(y))
         return torch.stack(frames, dim=2)
 
-    def forward(self, fields, adapter, vae, given):
-        """Losses of 2 on latents and 1 on fields, which are decoded with gradient."""
+    def forward(self, fields, adapter, vae, observed):
+        """2 x the loss of latents + the loss of mapped fields, backpropagated through the VAE's decoder."""
         with torch.no_grad():
             z = common.wan_encode(vae, adapter.to_video(fields))
-        forecast = self.extend(z, given)
+        forecast = self.extend(z, observed)
         y, target = adapter.to_mapped(common.wan_decode(vae, forecast)), adapter.map(fields, fields[:, :1])
-        terms = {"latent_loss": F.mse_loss(forecast[:, :, given:], z[:, :, given:]),
+        terms = {"latent_loss": F.mse_loss(forecast[:, :, observed:], z[:, :, observed:]),
                  "physics_loss": adapter.map.error(y, target)}
         return 2 * terms["latent_loss"] + terms["physics_loss"], terms
 
@@ -370,13 +370,13 @@ class ConvLSTM(nn.Module):
 # ---- model: condition and experts -----------------------------------------------------------------------
 
 def condition(vae, first, frames):
-    """First video frame B 3 H' W' -> B 20 F h w: mask 4, latents 16, as WanImageToVideoPipeline's
-    prepare_latents makes them, to the bit. The mask is 1 for the first latent frame; the latents are the
-    VAE's of the frame followed by grey."""
+    """First of `frames` video frames, B 3 H' W' -> mask 4 and latents 16, B 20 F h w, bit-identical to
+    WanImageToVideoPipeline's prepare_latents. The mask is 1 for the first latent frame; the latents encode
+    the frame followed by grey frames."""
     video = F.pad(first[:, :, None], (0, 0, 0, 0, 0, frames - 1))              # B 3 T' H' W'
     mode = vae.encode(video.to(vae.dtype)).latent_dist.mode().float()
     mean, std = common.latent_scale(vae, mode.device)
-    z = (mode - mean) * (1 / std)                # a division would differ in the last bit
+    z = (mode - mean) * (1 / std)                # division would change the last bit
     mask = torch.zeros_like(z[:, :4])
     mask[:, :, 0] = 1
     return torch.cat([mask, z], dim=1)
@@ -389,31 +389,31 @@ class Expert(nn.Module):
         self.transformer, self.autocast = transformer, autocast
 
     def velocity(self, x, cond, t, text):
-        """x B 16 F h w, cond B 20 F h w, t B in 0..1000, text B L D -> B 16 F h w, fp32."""
+        """x B 16 F h w, cond B 20 F h w, t B in [0, 1000], text B L D -> B 16 F h w, fp32."""
         dtype = self.transformer.patch_embedding.weight.dtype
         with self.autocast():
             v = self.transformer(torch.cat([x, cond], 1).to(dtype), t, text.to(dtype), return_dict=False)[0]
         return v.float()
 
     def forward(self, z, cond, text, sigma, noise):
-        """Latents z B 16 F h w, sigma B, noise as z -> loss over all latent frames, as Wan was trained."""
+        """Latents z and noise B 16 F h w, sigma B -> loss over all latent frames, as in Wan's training."""
         v = self.velocity(add_noise(z, noise, sigma), cond, 1000 * sigma, text)
         return F.mse_loss(v, noise - z), {}
 
 
 def load_part(args, part, device, side="high"):
-    """A part of Wan: its pretrained weights, or random ones in its shape or in the tiny shape. In bf16,
-    except for the VAE, which is fp32 in the official code, too."""
+    """A part of Wan, pretrained or random, or of the tiny model, random. Wan is in bf16, except for its VAE,
+    which is in fp32 as in the official code; the tiny model is in fp32."""
     tiny = args.model == "tiny"
     dtype = torch.float32 if tiny or part == "vae" else torch.bfloat16
-    torch.manual_seed(side == "low")     # whatever --seed is: no checkpoint holds what is random and frozen
+    torch.manual_seed(side == "low")     # not --seed: checkpoints omit random frozen weights
     return common.load_wan(args.weights_from, part=part, config=TINY if tiny else args.model, dtype=dtype,
                            device=device, random_init=args.random_init or tiny, expert=TRANSFORMERS[side])
 
 
 def load_expert(args, stage, device, autocast=contextlib.nullcontext):
-    """The expert "high" or "low", frozen under a LoRA in fp32: in bf16 most steps of a small learning rate
-    round to nothing. "base" is what both tiny experts start from, trained whole; they are fp32."""
+    """The expert "high" or "low", frozen, with LoRA weights in fp32: in bf16 most updates at a small learning
+    rate round to zero. "base" is the model that both tiny experts start from; all its weights train."""
     side, tiny = "low" if stage == "low" else "high", args.model == "tiny"
     dit = load_part(args, "transformer", device, side)
     expert = Expert(dit, contextlib.nullcontext if tiny else autocast)
@@ -433,7 +433,7 @@ def load_expert(args, stage, device, autocast=contextlib.nullcontext):
 # ---- objective ------------------------------------------------------------------------------------------
 
 def shift_sigma(u, shift):
-    """Wan's schedule: u in [0, 1] -> sigma = shift u / (1 + (shift - 1) u), more of it at high noise."""
+    """Wan's schedule: u in [0, 1] -> sigma = shift u / (1 + (shift - 1) u); shift > 1 favors high noise."""
     return shift * u / (1 + (shift - 1) * u)
 
 
@@ -443,7 +443,7 @@ def high_share(shift):
 
 
 def draw_sigma(u, stage, shift):
-    """Uniform u B in [0, 1) -> sigma B of the schedule, in the part of the expert that a stage trains."""
+    """Uniform u B in [0, 1) -> sigma B of the schedule, within the noise levels of the stage's expert."""
     edge = 1 - high_share(shift)
     low, high = {"high": (edge, 1), "low": (0, edge), "base": (0, 1)}[stage]
     return shift_sigma(low + (high - low) * u, shift)
@@ -457,8 +457,8 @@ def add_noise(z, noise, sigma):
 # ---- sampler and forecasts ------------------------------------------------------------------------------
 
 def integrate(velocity, x, steps, shift):
-    """From noise x at sigma 1 to data at sigma 0 in `steps` calls of velocity(x, t), on the time grid of
-    WanImageToVideoPipeline, by its solver UniPC."""
+    """Integrates from noise x at sigma 1 to data at sigma 0 in `steps` calls of velocity(x, t), with the time
+    grid and the solver (UniPC) of WanImageToVideoPipeline."""
     from diffusers import UniPCMultistepScheduler
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True,
                                         flow_shift=shift)
@@ -469,8 +469,8 @@ def integrate(velocity, x, steps, shift):
 
 
 def seeded_noise(like, seeds):
-    """Normal noise in the shape of `like`: a sample's depends on its own seed, a tuple of integers, not on
-    batch or device."""
+    """Normal noise in the shape of `like`. Each sample's noise depends on its seed, a tuple of integers, and
+    not on batch or device."""
     noise = []
     for seed in seeds:
         mixed = int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0] >> 1)
@@ -479,7 +479,7 @@ def seeded_noise(like, seeds):
 
 
 class Forecaster:
-    """n_in given frames -> the next n_out: adapter, VAE, and networks {stage: module} of a mode."""
+    """n_in frames -> the next n_out frames, by adapter, VAE and the networks {stage: module} of a mode."""
     def __init__(self, args, adapter, vae, networks):
         self.args, self.adapter, self.vae, self.networks = args, adapter, vae, networks
         self.device = adapter.map.mid.device
@@ -491,13 +491,13 @@ class Forecaster:
         return common.wan_encode(self.vae, video), condition(self.vae, video[:, 0], video.shape[1])
 
     def decode(self, z):
-        """Latents -> mapped fields of the n_out last frames, not repaired."""
+        """Latents -> mapped fields of the last n_out frames, before repair."""
         return self.adapter.to_mapped(common.wan_decode(self.vae, z))[:, -self.args.n_out:]
 
     @torch.no_grad()
     def sample_latents(self, cond, noise, text):
         """cond B 20 F h w, noise B 16 F h w, text B L D -> latents B 16 F h w."""
-        def velocity(x, t):                      # by the expert that WanImageToVideoPipeline chooses
+        def velocity(x, t):                      # of the expert that WanImageToVideoPipeline selects
             side, other = ("high", "low") if t >= 1000 * BOUNDARY else ("low", "high")
             if self.args.offload:
                 self.networks[other].to("cpu")
@@ -505,11 +505,11 @@ class Forecaster:
             return self.networks[side].velocity(x, cond, torch.full((len(x),), t, device=x.device), text)
 
         z = integrate(velocity, noise, self.args.num_inference_steps, self.args.shift)
-        z[:, :, 0] = cond[:, 4:, 0]              # the given frame's own latents, which need no guess
+        z[:, :, 0] = cond[:, 4:, 0]              # the latents of the input frame are known
         return z
 
     def forecast_window(self, split, number):
-        """A window's mapped forecast, not repaired, with noise of its own: n_out C H W, on the CPU."""
+        """Mapped forecast of a window before repair, n_out C H W, on the CPU; `number` seeds its noise."""
         fields, text = split.fields([number]), split.text([split.rows[number]], self.device)
         z, cond = self.encode(fields.to(self.device))
         noise = seeded_noise(z, [(self.args.seed, number)])
@@ -524,7 +524,7 @@ class Forecaster:
             z = self.networks["convlstm"].extend(z, self.adapter.latent_frames(args.n_in))
         if args.mode == "native":
             z = self.sample_latents(cond, seeded_noise(z, seeds), text)
-        y = self.decode(z)                       # in --mode adapter, of persistence
+        y = self.decode(z)                       # persistence in --mode adapter
         if "decoder" in self.networks:
             frames = [field_map(history[:, -1:], first)[:, 0]]
             for t in range(args.n_out):
@@ -536,8 +536,8 @@ class Forecaster:
 
 
 def rollout(model, history, steps, seeds, members=1, text=None):
-    """Autoregression: a call sees the last frames, its own predictions among them. history B N C H W, seeds
-    a tuple per window, text B L D -> B S T C H W, T = steps, S = members."""
+    """Autoregressive forecast: each call takes the last N frames, predictions included. history B N C H W,
+    seeds: a tuple per window, text B L D -> B S T C H W, T = steps, S = members."""
     B, N = history.shape[:2]
     frames = history.repeat_interleave(members, dim=0)
     text = None if text is None else text.repeat_interleave(members, dim=0)
@@ -552,7 +552,7 @@ def rollout(model, history, steps, seeds, members=1, text=None):
 # ---- data set -------------------------------------------------------------------------------------------
 
 def encode_prompts(args, run, data):
-    """Gives each split the texts that --mode native reads. The encoder (11 GB) is loaded and dropped."""
+    """Encodes the prompts of all splits, for --mode native. The encoder (11 GB) is freed afterwards."""
     parts = [load_part(args, part, run.device) for part in ("tokenizer", "text_encoder")]
     prompts = sorted({windows.prompt(i, k) for windows in data.values()
                       for i, file in enumerate(windows.files) for k in range(file.trajectories)})
@@ -567,26 +567,26 @@ def encode_prompts(args, run, data):
 
 def vrmse(prediction, truth):
     """... C H W in physical units -> ... C, as the_well.benchmark.metrics.VRMSE: over the spatial axes, with
-    the unbiased variance and 1e-7 under the root. The truth's spatial mean scores sqrt((n - 1) / n)."""
+    the unbiased variance and 1e-7 under the root. The spatial mean of n cells scores sqrt((n - 1) / n)."""
     error = (prediction - truth).square().mean((-2, -1))
     return (error / (truth.std((-2, -1)) ** 2 + 1e-7)).sqrt()
 
 
 @torch.no_grad()
 def forecast_scores(args, run, model, test, starts, steps):
-    """Forecasts of `steps` frames from starts [(file, trajectory, first target)] -> {method: VRMSE N T C}, on
-    all ranks, each of which makes a share. "model" is the mean of --members samples."""
+    """Forecasts of `steps` frames from starts [(file, trajectory, first target)] -> {method: VRMSE N T C} on
+    all ranks, which divide the starts. "model" is the mean of --members samples."""
     tables, past = {}, max(args.n_in, 2)
     members = args.members if args.mode == "native" else 1
     share = list(range(run.rank, len(starts), run.world))
     for k in range(0, len(share), 8):
         numbers = share[k:k + 8]
-        places = [starts[n] for n in numbers]
+        batch = [starts[n] for n in numbers]
         frames = torch.stack([read_window(test.files[i], trajectory, first - past, past + steps)
-                              for i, trajectory, first in places]).to(run.device)
+                              for i, trajectory, first in batch]).to(run.device)
         history, truth = frames[:, past - args.n_in:past], frames[:, past:]
         forecast = functools.partial(rollout, model, history, steps, [(args.seed, n) for n in numbers],
-                                     members, test.text(places, run.device))
+                                     members, test.text(batch, run.device))
         samples = forecast()
         last, change = frames[:, past - 1:past], frames[:, past - 1:past] - frames[:, past - 2:past - 1]
         lead = torch.arange(1, steps + 1, device=run.device).view(-1, 1, 1, 1)
@@ -602,7 +602,7 @@ def forecast_scores(args, run, model, test, starts, steps):
             methods["base without LoRA"] = forecast().mean(1)
             for dit in experts:
                 dit.enable_adapters()
-        if steps == args.n_out:                  # what adapter and VAE make of the truth
+        if steps == args.n_out:                  # the truth through adapter and VAE
             window = frames[:, past - args.n_in:]
             y = model.decode(model.encode(window)[0])
             methods["reconstruction"] = model.adapter.map.inverse(y, window[:, :1])
@@ -613,8 +613,8 @@ def forecast_scores(args, run, model, test, starts, steps):
 
 
 def summarize(short, long, names):
-    """VRMSE of windows N T C and of rollouts N T' C (or None) -> {metric: number}. "6:12" is steps 6 to 12,
-    counted from 1."""
+    """VRMSE of windows N T C and of rollouts N T' C (or None) -> {metric: number}. "6:12" means steps 6
+    to 12, counted from 1."""
     metrics = {"one_step": short[:, 0].mean().item(), "all_steps": short.mean().item(),
                **common.horizon_means([{"vrmse": short.mean(2)}])}
     metrics |= {f"one_step_{name}": short[:, 0, c].mean().item() for c, name in enumerate(names)}
@@ -652,25 +652,25 @@ def evaluate(args, run, model, test):
         [folder for _, folder, _, _ in stage_plan(args)])
     if test.files[0].dataset == DATASET:
         common.print_table({f"{name}, published": row for name, row in PUBLISHED.items()}, columns)
-        print("published: from 4 given frames, on the test split of the 128 x 384 data set")
+        print("published: from 4 input frames, on the test split of the 128 x 384 data set")
     return files
 
 
 def pictures(forecast, truth):
-    """T H W of a field -> {row: ColoredVideo}, on a scale from the truth, symmetric where that has both
-    signs; errors up to half of it. The values are in the data set's units, which The Well does not name."""
+    """A field, T H W -> {row: ColoredVideo}. The color range is that of the truth, symmetric if it has both
+    signs; that of errors is half as wide. Values are in the data set's units, which it does not name."""
     low, high = (float(np.percentile(truth.numpy(), percent)) for percent in (0.1, 99.9))
-    colours = "viridis"
+    cmap = "viridis"
     if low < 0 < high:
-        low, high, colours = -max(-low, high), max(-low, high), "RdBu_r"
-    return {"ground truth": common.apply_colormap(truth, low, high, "", colours),
-            "prediction": common.apply_colormap(forecast, low, high, "", colours),
+        low, high, cmap = -max(-low, high), max(-low, high), "RdBu_r"
+    return {"ground truth": common.apply_colormap(truth, low, high, "", cmap),
+            "prediction": common.apply_colormap(forecast, low, high, "", cmap),
             "error": common.apply_colormap((forecast - truth).abs(), 0.0, (high - low) / 2, "", "magma")}
 
 
 @torch.no_grad()
 def sample(args, run, model, test):
-    """The best, median and worst held-out window, one sample each -> [samples/<case>_<window>.*]."""
+    """One sample of the best, median and worst held-out window -> [samples/<case>_<window>.*]."""
     files, windows = [], held_out_windows(args, test)
     for case, number in common.pick_cases(args.output_dir, list(windows), args.num_samples).items():
         name, (i, k, first) = list(windows.items())[number]
@@ -690,7 +690,7 @@ def sample(args, run, model, test):
 # ---- set-up and parallel wrap ---------------------------------------------------------------------------
 
 def setup(args):
-    """Joins torchrun's processes and chooses device and precision -> rank, world, device, dtype, autocast."""
+    """Initializes the process group, chooses device and dtype -> rank, world, device, dtype, autocast."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = common.choose_device(args.device)
     if device.type == "cuda":
@@ -704,7 +704,7 @@ def setup(args):
 
 
 def wrap(module, args, run):
-    """FSDP2 with --fsdp, a block a unit, for the experts; otherwise DDP under torchrun."""
+    """FSDP2 for the experts with --fsdp, one unit per block; otherwise DDP under torchrun."""
     blocks = module.transformer.blocks if isinstance(module, Expert) else []
     if blocks and args.grad_checkpoint:
         module.transformer.enable_gradient_checkpointing()
@@ -719,7 +719,7 @@ def wrap(module, args, run):
             mp_policy=MixedPrecisionPolicy(param_dtype=run.dtype, reduce_dtype=torch.float32))
         for block in blocks:
             shard(block)
-        return shard(module)                     # resharded, so that EMA weights do not outlive a validation
+        return shard(module)                     # reshards, so that no EMA weights remain after validation
     if run.world == 1:
         return module
     ids = [run.device] if run.device.type == "cuda" else None
@@ -740,8 +740,8 @@ STAGES = ("adapter", "base", "high", "low", "decoder", "convlstm")
 
 
 def train(args, run, stage, folder, steps, lr, checkpoint):
-    """Trains what requires grad of a Stage's module up to `steps`, resuming from `checkpoint`; <folder>/ckpt
-    then has the last step, and the module the EMA weights."""
+    """Trains the unfrozen parameters of a Stage's module up to `steps`, resuming from `checkpoint`. The last
+    step is then saved in <folder>/ckpt, and the module has the EMA weights."""
     net = wrap(stage.module, args, run)
     params = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr, betas=(0.9, 0.98), weight_decay=args.weight_decay, fused=True)
@@ -773,7 +773,7 @@ def train(args, run, stage, folder, steps, lr, checkpoint):
         optimizer.zero_grad(set_to_none=True)
         ema.update(step)
         log.step(done, lr=optimizer.param_groups[0]["lr"], grad_norm=norm)
-        if save:                                 # before validation, so that an error there loses nothing
+        if save:                                 # before validation, whose errors then lose no training
             common.save_run(folder, SCRIPT, done, net, optimizer, ema, args, args.keep_last, True)
         if stop:
             raise UserError(f"stopped by SIGTERM after step {done}, which is saved: the same command resumes")
@@ -789,8 +789,8 @@ def train(args, run, stage, folder, steps, lr, checkpoint):
 # ---- stages ---------------------------------------------------------------------------------------------
 
 def stage_plan(args):
-    """-> [(stage, its folder in output_dir, steps, peak learning rate)]; the last one's folder is the run.
-    --max_steps are LoRA's: each expert's share is that of its noise levels in Wan's schedule."""
+    """-> [(stage, folder in output_dir, steps, peak learning rate)]; the last stage's folder is output_dir.
+    In --mode native --max_steps is divided between the experts by their shares of Wan's noise schedule."""
     high = round(args.max_steps * high_share(args.shift))
     steps = {"adapter": args.adapter_steps, "base": args.base_steps, "high": max(1, high),
              "low": max(1, args.max_steps - high), "decoder": args.decoder_steps}
@@ -809,7 +809,7 @@ def stage_plan(args):
 
 
 def make_adapter(args, names, grid):
-    """UserError for video frames that the VAE and the experts cannot take."""
+    """The adapter before fit(). UserError for video sizes that VAE and experts cannot take."""
     panel = args.video_size.split(",") if args.video_size else grid
     if len(panel) != 2 or not all(str(n).isdigit() and int(n) > 0 and int(n) % 16 == 0 for n in panel):
         raise UserError(f"video frames must be multiples of 16, not {','.join(map(str, panel))}: give "
@@ -821,8 +821,8 @@ def make_adapter(args, names, grid):
 
 
 def fit_adapter(args, train_set):
-    """Writes adapter/: the adapter before training, fitted to about 40 windows, and for tiny runs a linear
-    codec in place of the VAE, fitted to the same."""
+    """Writes adapter/: the adapter before training and, for tiny runs, a linear codec that replaces the VAE,
+    both fitted to 40 to 79 windows (fewer if the training set has fewer)."""
     folder = Path(args.output_dir, "adapter")
     if (folder / "adapter.safetensors").is_file():
         return
@@ -836,23 +836,24 @@ def fit_adapter(args, train_set):
         with torch.no_grad():
             codec = common.LinearCodec.fit(adapter.to_video(fields), TINY["transformer"]["out_channels"])
         common.save_weights(folder / "codec.safetensors", codec.tensors)
-    common.save_weights(folder / "adapter.safetensors", adapter.state_dict())      # last: it is complete
+    common.save_weights(folder / "adapter.safetensors", adapter.state_dict())      # last: folder is complete
 
 
-def stage_weights(args, stage):
-    """The EMA weights of a stage's newest checkpoint, or None."""
+def stage_weights(args, stage, checkpoint=None):
+    """EMA weights of a stage's newest checkpoint, or for the last stage of `checkpoint`; None without any."""
     folder = {name: folder for name, folder, *_ in stage_plan(args)}.get(stage)
-    checkpoint = folder and common.find_checkpoint(Path(args.output_dir, folder, "ckpt"), SCRIPT, "auto")
+    if folder != "." or checkpoint is None:
+        checkpoint = folder and common.find_checkpoint(Path(args.output_dir, folder, "ckpt"), SCRIPT, "auto")
     return checkpoint.state["ema"] if checkpoint else None
 
 
-def load_adapter(args, device):
-    """-> the adapter as trained so far, frozen, its VAE, and which axes are periodic."""
+def load_adapter(args, device, checkpoint=None):
+    """-> the adapter as trained so far, its VAE, both frozen, and which axes are periodic."""
     folder = Path(args.output_dir, "adapter")
     meta = common.read_json(folder / "adapter.json")
     adapter = make_adapter(args, meta["names"], meta["grid"])
-    weights = stage_weights(args, "adapter") or common.load_weights(folder / "adapter.safetensors")
-    adapter = common.load_for_inference(adapter, weights, folder, device)
+    state = stage_weights(args, "adapter", checkpoint) or common.load_weights(folder / "adapter.safetensors")
+    adapter = common.load_for_inference(adapter, state, folder, device)
     if args.model == "tiny":
         vae = common.LinearCodec(common.load_weights(folder / "codec.safetensors"), device)
     else:
@@ -861,7 +862,7 @@ def load_adapter(args, device):
 
 
 def make_network(args, run, stage, adapter, vae, periodic):
-    """The network that a stage trains, before training, and what its forward takes after the data."""
+    """-> the network that a stage trains, untrained, and further arguments of its forward."""
     C = len(adapter.names)
     if stage == "adapter":
         return adapter.requires_grad_(True), (vae,)
@@ -872,16 +873,16 @@ def make_network(args, run, stage, adapter, vae, periodic):
     return load_expert(args, stage, run.device, run.autocast), ()
 
 
-def load_forecaster(args, run, before=None):
-    """-> the Forecaster that the stages of a run have made, or those before one of them."""
-    parts, networks = load_adapter(args, run.device), {}
+def load_forecaster(args, run, before=None, checkpoint=None):
+    """-> Forecaster of a run's stages, or of those before `before`. checkpoint: as in stage_weights."""
+    parts, networks = load_adapter(args, run.device, checkpoint), {}
     for stage, *_ in stage_plan(args):
         if stage == before:
             break
         if stage not in ("adapter", "base"):
             networks[stage], _ = make_network(args, run, stage, *parts)
-            common.restore_state(networks[stage], stage_weights(args, stage), source=f"stage {stage}",
-                                 trained_only=True)
+            common.restore_state(networks[stage], stage_weights(args, stage, checkpoint),
+                                 source=f"stage {stage}", trained_only=True)
             networks[stage].eval().requires_grad_(False).to("cpu" if args.offload else run.device)
     return Forecaster(args, *parts[:2], networks)
 
@@ -903,7 +904,7 @@ def predict_fields(model: Forecaster, history: torch.Tensor, prompt: str, seed: 
 
 
 class Stage:
-    """The network that a stage trains, and what turns windows and random values into its inputs."""
+    """The network that a stage trains, and its inputs, made of windows and random values."""
     def __init__(self, args, run, name, data):
         self.args, self.run, self.name, self.data = args, run, name, data
         adapter, vae, periodic = load_adapter(args, run.device)
@@ -911,7 +912,7 @@ class Stage:
         self.model = Forecaster(args, adapter, vae, {})
         if name == "decoder":
             self.model = load_forecaster(args, run, before=name)
-        self.forecast = functools.lru_cache(2048)(self.model.forecast_window)  # networks before are frozen
+        self.forecast = functools.lru_cache(2048)(self.model.forecast_window)  # earlier stages are frozen
         self.spec = {"window": ("randint", len(data["train"].rows)), "shift": ("rand",), "u": ("rand",),
                      "noise": ("randn", *latent_shape(args, adapter))}
 
@@ -928,7 +929,7 @@ class Stage:
         mapped, y = model.adapter.map(fields, fields[:, :1])[:, -n_out - 1:], None
         if self.args.mode == "native":
             y = split.roll(torch.stack([self.forecast(split, n) for n in numbers]), shifts).to(model.device)
-        # Up to three successive frames, from a random true one on: each costs a pass of the decoder.
+        # The decoder unrolls up to three frames, one pass each, from a random true frame.
         unroll = min(3, n_out)
         lead = 1 + (values["u"] * (n_out - unroll + 1)).long().clamp(max=n_out - unroll)
         steps = lead[:, None] + torch.arange(unroll, device=lead.device)
@@ -940,47 +941,46 @@ class Stage:
         return net(*self.inputs(self.data["train"], values["window"].tolist(), values, values["shift"]))
 
     def validate(self, net):
-        """The same windows, noise levels and noise at every validation."""
-        valid, size, terms = self.data["valid"], self.args.batch_size, {}
-        drawn = common.sample_global_batch(self.spec, 0, len(valid.rows), device=self.run.device)
-        for numbers in torch.arange(len(valid.rows)).split(size):
-            values = {name: value[numbers[0]:numbers[-1] + 1] for name, value in drawn.items()}
-            loss, more = net(*self.inputs(valid, numbers.tolist(), values))
-            for term, value in {"loss": loss, **more}.items():
-                terms[term] = terms.get(term, 0) + value.item() * len(numbers) / len(valid.rows)
-        return {f"val_{term}": value for term, value in terms.items()}
+        """Mean loss and its terms, for the same windows, noise levels and noise at every call."""
+        valid, means = self.data["valid"], {}
+        random_values = common.sample_global_batch(self.spec, 0, len(valid.rows), device=self.run.device)
+        for numbers in torch.arange(len(valid.rows)).split(self.args.batch_size):
+            values = {name: value[numbers[0]:numbers[-1] + 1] for name, value in random_values.items()}
+            loss, terms = net(*self.inputs(valid, numbers.tolist(), values))
+            for name, value in {"loss": loss, **terms}.items():
+                means[name] = means.get(name, 0) + value.item() * len(numbers) / len(valid.rows)
+        return {f"val_{name}": value for name, value in means.items()}
 
 
 def latent_shape(args, adapter):
-    """Latents of a window: channels, F, h, w."""
-    channels = TINY["transformer"]["out_channels"] if args.model == "tiny" else 16
+    """Shape of the latents of a window: 16, F, h, w."""
     height, width = adapter.video_size
-    return channels, adapter.latent_frames(args.n_in + args.n_out), height // 8, width // 8
+    return 16, adapter.latent_frames(args.n_in + args.n_out), height // 8, width // 8
 
 
 def train_stages(args, run, data, checkpoint):
-    """Trains the stages that are not complete, one after the other: one network at a time."""
+    """Trains the incomplete stages in order, with one trained network in memory at a time."""
     root, resume = Path(args.output_dir), "none" if args.resume == "none" else "auto"
     if run.rank == 0:
         common.write_json(root / "args.json", {**vars(args), **common.provenance()})
         fit_adapter(args, data["train"])
     common.barrier()
     for name, folder, steps, lr in stage_plan(args):
-        found = checkpoint
+        stage_checkpoint = checkpoint
         if folder != ".":
-            found = common.find_checkpoint(root / folder / "ckpt", SCRIPT, resume)
-        complete = found and found.meta["step"] >= steps
+            stage_checkpoint = common.find_checkpoint(root / folder / "ckpt", SCRIPT, resume)
+        complete = stage_checkpoint and stage_checkpoint.meta["step"] >= steps
         if complete and (name not in TRANSFORMERS or any((root / "final" / name).glob("*.safetensors"))):
             continue
         torch.manual_seed(args.seed)             # equal initial weights on all processes and after a restart
         stage = Stage(args, run, name, data)
-        train(args, run, stage, root / folder, steps, lr, found)
+        train(args, run, stage, root / folder, steps, lr, stage_checkpoint)
         weights, _ = common.gather_state(stage.module, trained_only=True)
         if run.rank == 0 and name in TRANSFORMERS:           # files that diffusers' pipelines load
             common.save_lora(root / "final" / name, stage.module.transformer, {
                 key.removeprefix("transformer."): value for key, value in weights.items()})
         del stage
-        gc.collect()                             # peft refers to the expert, and the expert to peft
+        gc.collect()                             # expert and peft refer to each other
 
 
 # ---- main -----------------------------------------------------------------------------------------------
@@ -1032,7 +1032,7 @@ def run_script(argv):
     common.barrier()
     if not (inference_only and checkpoint):
         train_stages(args, run, data, checkpoint)
-    model = load_forecaster(args, run)
+    model = load_forecaster(args, run, checkpoint=checkpoint if inference_only else None)
     files = evaluate(args, run, model, data["test"]) if common.wants_evaluation(args) else []
     if run.rank == 0:
         if args.sample or not inference_only:

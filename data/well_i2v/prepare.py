@@ -1,7 +1,7 @@
 """prepare.py: the data set of well_i2v.py: simulated, downloaded, or your own fields in The Well's format.
 
 Run         python data/well_i2v/prepare.py                                    # 20 runs on 32 x 96: 1 min
-            python data/well_i2v/prepare.py --download --data_dir data/the_well          # 7 GB, can resume
+            python data/well_i2v/prepare.py --download --data_dir data/the_well          # 7 GB, resumable
             python data/well_i2v/prepare.py --nx 128 --t_cools 0.03 0.1 0.32 1 3.16 --train 8 --data_dir DIR
 Writes      data_dir/data/{train,valid,test}/*.hdf5, with the attributes that the_well's WellDataset reads
 Equations   d(rho, rho u, E)/dt = -div F - cooling: 2-D Euler, MUSCL, HLLC, by axis -> solve
@@ -23,10 +23,9 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))               # the root of the repository
 import common  # noqa: E402
 from common import UserError, at_least  # noqa: E402
+from data.well_i2v.reader import BOUNDARIES, DATASET, SPLITS  # noqa: E402
 
-SPLITS = ("train", "valid", "test")
-DATASET = "turbulent_radiative_layer_2D"
-SPACING = 1.597033                         # between the published set's 101 snapshots
+SPACING = 1.597033                         # time between the published data set's 101 snapshots
 
 
 # ---- The Well's format ----------------------------------------------------------------------------------
@@ -38,21 +37,23 @@ def put(group, name, data, time_varying=False, **attributes):
 
 def write_well_file(path, fields, boundaries=("OPEN", "OPEN"), scalars=None, vectors=None, times=None,
                     dataset="", spacing=1.0):
-    """Writes an HDF5 file in The Well's format, whole or not at all.
+    """Writes an HDF5 file in The Well's format, atomically.
 
     fields: {name: T H W, or N T H W of N trajectories}. vectors: {name: ... H W 2}. boundaries: of H and W,
-    PERIODIC, OPEN or WALL. scalars: {name: number}. times: T. ValueError where shapes differ.
+    PERIODIC, OPEN or WALL. scalars: {name: number}. times: T. ValueError for other boundaries or shapes.
     """
+    if len(boundaries) != 2 or not {kind.upper() for kind in boundaries} <= set(BOUNDARIES):
+        raise ValueError(f"boundaries must be two of {', '.join(BOUNDARIES)}, not {boundaries}")
     path, strings, scalars = Path(path), h5py.string_dtype(), scalars or {}
-    groups = [{name: np.asarray(array, np.float32) for name, array in named.items()}
-              for named in (fields, vectors or {}, {})]            # by order of the tensors
-    for order, named in enumerate(groups):
-        groups[order] = {name: a if a.ndim == 4 + order else a[None] for name, a in named.items()}
-    shape = next((array.shape[:4] for named in groups for array in named.values()), ())
-    for order, named in enumerate(groups):
+    groups, shape = [{}, {}, {}], ()               # groups by tensor order; N T H W
+    for order, named in enumerate((fields, vectors or {})):
         for name, array in named.items():
+            array = np.asarray(array, np.float32)
+            array = array if array.ndim == 4 + order else array[None]
+            shape = shape or array.shape[:4]
             if array.shape != shape + (2,) * order or len(shape) != 4:
                 raise ValueError(f"{name} has shape {array.shape}, the first N T H W is {shape}")
+            groups[order][name] = array
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".tmp_{path.name}")
     with h5py.File(part, "w") as file:
@@ -81,27 +82,27 @@ def write_well_file(path, fields, boundaries=("OPEN", "OPEN"), scalars=None, vec
 
 
 def download(dataset, root):
-    """Fetches a set of The Well from the Hugging Face hub into root/datasets/, or resumes that."""
+    """Downloads a data set of The Well from the Hugging Face hub to root/datasets/, or resumes that."""
     from huggingface_hub import snapshot_download
     folder, repo = Path(root) / "datasets" / dataset, f"polymathic-ai/{dataset}"
     try:
         snapshot_download(repo, repo_type="dataset", local_dir=folder,
                           allow_patterns=["stats.yaml", *(f"data/{split}/*" for split in SPLITS)])
-    except Exception as error:                     # the hub's own, httpx's or OSError, by what failed
+    except Exception as error:                     # of the hub, of httpx, or OSError
         raise UserError(f"cannot download https://huggingface.co/datasets/{repo} ({common.reason(error)}): "
-                        f"hf download {repo} --repo-type dataset --local-dir {folder}") from error
+                        f"try hf download {repo} --repo-type dataset --local-dir {folder}") from error
     print(f"wrote {folder}")
 
 
 # ---- simulated radiative layer --------------------------------------------------------------------------
 # A cooling layer between hot dilute and cold dense gas (Fielding 2020), in The Well's units: the box is 1
-# wide and 3 high, P = 1, hot rho = T = 1. Initial profile and cooling curve are this program's choice; the
-# moments are near the published ones. U: rho, rho u, rho v, E; W: rho, u, v, P; both 4 B nx ny.
+# wide and 3 high, P = 1, hot rho = T = 1. Initial profile and cooling curve are chosen here, with moments
+# near the published ones. U: rho, rho u, rho v, E; W: rho, u, v, P; both 4 B nx ny.
 
 GAMMA, T_COLD, T_HOT = 5 / 3, 0.01, 1.0
 
 def to_primitive(U, out=None):
-    """U -> W, with floors of 1e-3 under density and pressure."""
+    """U -> W, with density and pressure clamped to at least 1e-3."""
     W = torch.empty_like(U) if out is None else out
     W[0] = U[0].clamp(min=1e-3)
     torch.div(U[1], W[0], out=W[1])
@@ -118,15 +119,14 @@ def to_conserved(W):
 
 
 def padded_primitive(U, axis, boundary):
-    """U -> W with two ghost cells on each side of an axis: "periodic", "open" (zero gradient) or "reservoir",
-    which is open below and has hot gas at rest with P = 1 above: it keeps the pressure, and absorbs sound."""
+    """U -> W with two ghost cells on each side of an axis: "periodic", "open" (zero gradient) or "reservoir":
+    open below, and hot gas at rest with P = 1 above, which fixes the pressure and absorbs sound."""
     n, sizes = U.shape[axis], list(U.shape)
     sizes[axis] += 4
     W = U.new_empty(sizes)
     to_primitive(U, W.narrow(axis, 2, n))
-    periodic = boundary == "periodic"
-    for ghost, source in ((0, n), (1, n + 1), (n + 2, 2), (n + 3, 3)):
-        source = source if periodic else 2 if ghost < 2 else n + 1
+    sources = (n, n + 1, 2, 3) if boundary == "periodic" else (2, 2, n + 1, n + 1)
+    for ghost, source in zip((0, 1, n + 2, n + 3), sources):
         W.select(axis, ghost).copy_(W.select(axis, source))
     if boundary == "reservoir":
         top = W.narrow(axis, n + 2, 2)
@@ -136,28 +136,28 @@ def padded_primitive(U, axis, boundary):
 
 def face_states(W, axis, ratio):
     """Padded W -> states left and right of each face half a step later, stacked: 2 4 B ... (MUSCL-Hancock
-    with monotonised-central slopes). ratio: dt / h. Density and pressure stay above half the least of the
-    cell and its neighbours."""
+    with monotonized central slopes). ratio: dt / h. Density and pressure are at least half the minimum of
+    the cell and its neighbors."""
     n, m = axis - 1, W.shape[axis] - 2
-    d = W.diff(dim=axis)
-    a, b = d.narrow(axis, 0, m), d.narrow(axis, 1, m)
-    lower, upper = torch.maximum(a, b).clamp_(max=0), torch.minimum(a, b).clamp_(min=0)
-    half = (a + b).mul_(.25).clamp_(lower, upper)
+    slopes = W.diff(dim=axis)
+    left, right = slopes.narrow(axis, 0, m), slopes.narrow(axis, 1, m)
+    lower, upper = torch.maximum(left, right).clamp_(max=0), torch.minimum(left, right).clamp_(min=0)
+    half = (left + right).mul_(.25).clamp_(lower, upper)
     cells = W.narrow(axis, 1, m)
     later = torch.addcmul(cells, cells[n], half, value=-ratio)                    # advection, and
     later[0].addcmul_(cells[0], half[n], value=-ratio)                            # compression
     later[3].addcmul_(cells[3], half[n], value=-ratio * GAMMA)
     later[n].addcdiv_(half[3], cells[0], value=-ratio)                            # pressure gradient
-    least = torch.minimum(torch.minimum(W.narrow(axis, 0, m), W.narrow(axis, 2, m)), cells).mul_(.5)
+    minimum = torch.minimum(torch.minimum(W.narrow(axis, 0, m), W.narrow(axis, 2, m)), cells).mul_(.5)
     states = torch.stack([later + half, later.sub_(half)])
-    for c in (0, 3):                             # else unresolved cooling fronts make them negative at times
-        torch.maximum(states[:, c], least[c], out=states[:, c])
+    for c in (0, 3):                             # unresolved cooling fronts could make them negative
+        torch.maximum(states[:, c], minimum[c], out=states[:, c])
     return torch.stack([states[0].narrow(axis, 0, m - 1), states[1].narrow(axis, 1, m - 1)])
 
 
 def hllc(states, n):
     """Fluxes through faces from face_states, along velocity component n (1 or 2): 4 B ... (Toro 2009, 10.4):
-    F + s (U* - U) on the upwind side of the contact wave; s is 0 where the outer wave is upwind, too."""
+    F + s (U* - U) upwind of the contact wave, where s is the outer wave's speed, or 0 if supersonic."""
     t = 3 - n                                              # the transverse component
     rho, u, p = states[:, 0], states[:, n], states[:, 3]
     c = (p / rho).mul_(GAMMA).sqrt_()
@@ -182,14 +182,14 @@ def hllc(states, n):
 
 
 def sweep(U, axis, dt, h, boundary):
-    """U after dt of the fluxes along one axis."""
+    """U after a time step dt of the fluxes along one axis."""
     W = padded_primitive(U, axis, boundary)
     return U.sub(hllc(face_states(W, axis, dt / h), axis - 1).diff(dim=axis), alpha=dt / h)
 
 
 def cool(U, dt, t_cool):
-    """Radiative loss over dt, at constant density, in place: T falls as exp(-dt / t_cool w(T)). w is a
-    Gaussian in ln T around .1, and 0 in both phases. Exact for w held over the step."""
+    """Cools U over dt, in place, at constant density: T decays by exp(-w(T) dt / t_cool). w is a Gaussian in
+    ln T around 0.1, and 0 in both phases. Exact for a w that is constant over the step."""
     W = to_primitive(U)
     T = W[3] / W[0]
     w = (T * 10).log_().square_().mul_(-1 / (2 * .3 ** 2)).exp_()
@@ -200,7 +200,7 @@ def cool(U, dt, t_cool):
 
 def initial_state(nx, seeds):
     """-> U: 4 B nx 3nx, hot gas sliding over 100 times denser cold gas, with 8 random sine waves of v at the
-    interface. All sinks at .004, about as fast as the cold layer grows: at rest it would fill the box."""
+    interface. The gas sinks at 0.004, about the growth rate of the cold layer, which stays in the box."""
     x, y = (torch.arange(nx) + .5) / nx - .5, (torch.arange(3 * nx) + .5) / nx - 1
     step, k, v = torch.tanh(y / .05), torch.arange(1, 9)[:, None], []
     for seed in seeds:
@@ -216,24 +216,24 @@ def initial_state(nx, seeds):
 
 @torch.no_grad()
 def solve(U, h, t_end, snapshots, t_cools=None, boundaries=("periodic", "reservoir"), cfl=.8):
-    """U: 4 B nx ny of cells of side h -> W at 0 .. t_end: B snapshots 4 nx ny.
+    """U: 4 B nx ny, cells of side h -> W at equal intervals from 0 to t_end: B snapshots 4 nx ny.
 
-    The axes take turns (Strang), which is second order. Trajectories share time steps. Without t_cools, one
-    per trajectory, nothing cools. UserError where the solution diverges.
+    The order of the axes alternates (Strang splitting, second order). Trajectories share time steps.
+    t_cools: one per trajectory, or None for no cooling. UserError if the solution diverges.
     """
     if t_cools is not None:
         t_cools = torch.tensor(t_cools, dtype=U.dtype, device=U.device).view(-1, 1, 1)
     W, t, steps = to_primitive(U), 0., 0
     frames = [W.cpu()]
     for k in range(1, snapshots):
-        due = k * t_end / (snapshots - 1)
-        while t < due:
+        t_next = k * t_end / (snapshots - 1)
+        while t < t_next:
             c = (W[3] / W[0]).mul_(GAMMA).sqrt_()
-            fastest = W[1:3].abs().amax(0).add_(c).amax().item()
-            if not fastest < 30:                           # NaN too; the hot gas's sound has 1.3
+            max_speed = W[1:3].abs().amax(0).add_(c).amax().item()
+            if not max_speed < 30:                         # also NaN; the sound speed of hot gas is 1.3
                 raise UserError(f"the simulation diverged at t = {t:.3f}: choose another --seed or grid")
-            dt = cfl * h / fastest
-            dt, t = (due - t, due) if t + 1.001 * dt >= due else (dt, t + dt)
+            dt = cfl * h / max_speed
+            dt, t = (t_next - t, t_next) if t + 1.001 * dt >= t_next else (dt, t + dt)
             for axis in ((2, 3), (3, 2))[steps % 2]:
                 U = sweep(U, axis, dt, h, boundaries[axis - 2])
             if t_cools is not None:
@@ -244,7 +244,7 @@ def solve(U, h, t_end, snapshots, t_cools=None, boundaries=("periodic", "reservo
 
 
 def simulate_group(folder, args, numbers):
-    """Simulates all trajectories of some cooling times -> files of each split."""
+    """Simulates and writes all trajectories of args.t_cools[number] for each of `numbers`."""
     torch.set_num_threads(1)                       # a process per group
     counts, t_end = [args.train, 1, 1], args.spacing * (args.frames - 1)
     seeds = [seed for number in numbers for seed in np.random.SeedSequence(
@@ -262,13 +262,13 @@ def simulate_group(folder, args, numbers):
 
 
 def simulate(args):
-    """Writes args.data_dir, which must be new. Two cooling times share a process, and its time steps."""
+    """Writes args.data_dir, which must be new. Two cooling times share a process and its time steps."""
     folder, part = Path(args.data_dir), Path(f"{args.data_dir}.partial")
     if args.nx % 16:
         raise UserError(f"--nx must be a multiple of 16, not {args.nx}")
     if folder.exists():
         raise UserError(f"{folder} exists: remove it, or choose another --data_dir")
-    shutil.rmtree(part, ignore_errors=True)        # of an interrupted call
+    shutil.rmtree(part, ignore_errors=True)        # left by an interrupted call
     groups = np.array_split(range(len(args.t_cools)), math.ceil(len(args.t_cools) / 2))
     with ProcessPoolExecutor(min(os.cpu_count(), len(groups))) as pool:
         jobs = [pool.submit(simulate_group, part, args, group.tolist()) for group in groups]
@@ -282,13 +282,13 @@ def simulate(args):
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Makes the data set of well_i2v.py.", allow_abbrev=False)
     add = parser.add_argument
-    add("--download", nargs="?", const=DATASET, metavar="SET", help=f"a 2-D set of The Well ({DATASET})")
+    add("--download", nargs="?", const=DATASET, metavar="SET", help=f"get a 2-D set of The Well ({DATASET})")
     add("--data_dir", default=str(HERE / "simulated"), help="folder to write")
     add("--nx", type=at_least(16), default=32, help="cells in x, a multiple of 16; 3 times as many in y (32)")
     add("--t_cools", type=at_least(1e-6, float), nargs="+", default=[0.03, 0.10, 0.32, 3.16],
-        help="cooling times, a file each (0.03 0.10 0.32 3.16)")
-    add("--train", type=at_least(1), default=3, help="training runs of each cooling time; 1 to test on (3)")
-    add("--frames", type=at_least(2), default=101, help="snapshots of a run (101)")
+        help="cooling times, each a file per split (0.03 0.10 0.32 3.16)")
+    add("--train", type=at_least(1), default=3, help="training runs per cooling time, plus 2 held out (3)")
+    add("--frames", type=at_least(2), default=101, help="snapshots per run (101)")
     add("--spacing", type=at_least(1e-3, float), default=SPACING, help=f"time between snapshots ({SPACING})")
     add("--seed", type=at_least(0), default=0, help="seed of the initial states (0)")
     args = parser.parse_args(argv)

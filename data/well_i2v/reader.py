@@ -1,7 +1,7 @@
 """reader.py: reads The Well's 2-D data sets for well_i2v.py.
 
 Layout      <set>/data/{train,valid,test}/*.hdf5; groups dimensions, boundary_conditions, scalars, t0_fields,
-            t1_fields, t2_fields. Values equal those of the package the_well's WellDataset.
+            t1_fields, t2_fields. Values equal those of WellDataset in the package the_well.
 Shapes      T frames  C channels  H W grid. Windows are T C H W float32 in physical units.
 """
 from pathlib import Path
@@ -16,7 +16,8 @@ from common import UserError
 
 DATASET = "turbulent_radiative_layer_2D"
 SPLITS = ("train", "valid", "test")
-# Ohana 2024, tables 2 and 3: VRMSE on the test split of turbulent_radiative_layer_2D, from 4 given frames.
+BOUNDARIES = ("PERIODIC", "OPEN", "WALL")
+# Ohana 2024, tables 2 and 3: VRMSE on the test split of turbulent_radiative_layer_2D, from 4 input frames.
 PUBLISHED = {"FNO": {"one_step": 0.5001, "rollout_6:12": 1.79, "rollout_13:30": 3.54},
              "TFNO": {"one_step": 0.5016, "rollout_6:12": 6.01},               # 13:30: above 10
              "U-Net": {"one_step": 0.2418, "rollout_6:12": 0.66, "rollout_13:30": 1.04},
@@ -24,17 +25,17 @@ PUBLISHED = {"FNO": {"one_step": 0.5001, "rollout_6:12": 1.79, "rollout_13:30": 
 
 
 class WellFile(NamedTuple):
-    """A file's metadata. Channels are t0 fields, t1 components, t2 components, in the file's order."""
+    """A file's metadata. Channels are t0 fields, then components of t1 and t2 fields, in the file's order."""
     path: Path
     dataset: str
     fields: list                                 # (group, name, components) of fields that vary in time
     names: list                                  # of the channels
     grid: tuple                                  # H, W
-    periodic: tuple                              # of these axes
+    periodic: tuple                              # a bool for each axis
     trajectories: int
     steps: int
     scalars: dict                                # name -> a number per trajectory
-    left_out: list                               # fields and scalars that the model is not given
+    left_out: list                               # fields and scalars that the model does not use
 
 
 def strings(value):
@@ -43,7 +44,7 @@ def strings(value):
 
 
 def open_split(args, split):
-    """-> [WellFile] of a split, by name. UserError if there is none, or if fields or grids differ."""
+    """-> [WellFile] of a split, by name. UserError if it has none, or if fields, grids or axes differ."""
     root = Path(args.data_dir)
     folders = [root, root / args.dataset, root / "datasets" / args.dataset]
     folder = next((folder / "data" / split for folder in folders if (folder / "data").is_dir()), None)
@@ -62,10 +63,10 @@ def open_split(args, split):
                 files.append(read_metadata(path, file))
         except Exception as error:   # h5py raises KeyError, OSError, ValueError, ..., by what is damaged
             raise UserError(f"{path} is not in The Well's 2-D format ({common.reason(error)}): "
-                            f"data/well_i2v/prepare.py has write_well_file") from error
-        mine, first = ((file.names, file.grid, file.periodic) for file in (files[-1], files[0]))
-        if mine != first:
-            raise UserError(f"{path} has fields, grid and periodic axes {mine}, {paths[0].name} {first}")
+                            f"write_well_file of data/well_i2v/prepare.py writes it") from error
+        layout, expected = ((file.names, file.grid, file.periodic) for file in (files[-1], files[0]))
+        if layout != expected:
+            raise UserError(f"{path} has fields, grid, periodic axes {layout}, {paths[0].name} {expected}")
     return files
 
 
@@ -107,8 +108,7 @@ def read_metadata(path, file):
     for boundary in file.get("boundary_conditions", {}).values():
         for dim in strings(boundary.attrs["associated_dims"]):
             kinds[dim].update(kind.upper() for kind in strings(boundary.attrs["bc_type"]))
-    unknown = set().union(*kinds.values()) - {"PERIODIC", "OPEN", "WALL"}
-    if unknown:
+    if unknown := set().union(*kinds.values()) - set(BOUNDARIES):
         raise ValueError(f"boundary {', '.join(unknown)} is neither PERIODIC nor OPEN nor WALL")
     periodic = tuple(kinds[dim] == {"PERIODIC"} for dim in dims)
     dataset, = strings(file.attrs.get("dataset_name", path.stem))
@@ -140,8 +140,8 @@ def read_window(file, trajectory, start, length):
 
 
 def list_windows(files, length, count=0):
-    """-> [(index of the file, trajectory, start)] of windows of `length` steps: all, or `count` of them, of
-    each file equally many and those evenly over its trajectories and starts."""
+    """-> [(index of the file, trajectory, start)] of windows of `length` steps: all, or `count`, the same
+    number per file, evenly spaced over its trajectories and starts."""
     rows = []
     for i, file in enumerate(files):
         starts = range(file.steps - length + 1)
@@ -156,52 +156,52 @@ def list_windows(files, length, count=0):
 
 
 class Windows:
-    """Windows of n_in + n_out frames of a split: all of them, or `count`, evenly chosen."""
+    """Windows of n_in + n_out frames of a split: all, or `count`, evenly spaced."""
     def __init__(self, args, split, count=0):
         self.files, self.args = open_split(args, split), args
         self.rows = list_windows(self.files, args.n_in + args.n_out, count)
         self.names, self.grid, self.periodic = self.files[0].names, self.files[0].grid, self.files[0].periodic
-        self.texts = {}                          # prompt -> L D, by open_data
+        self.texts = {}                          # prompt -> L D, set by encode_prompts
 
     def fields(self, numbers, shifts=None):
-        """Windows -> B T C H W, rolled by `shifts`."""
+        """Windows by their numbers in rows -> B T C H W, rolled by `shifts`."""
         length = self.args.n_in + self.args.n_out
-        places = [self.rows[n] for n in numbers]
-        windows = [read_window(self.files[i], trajectory, start, length) for i, trajectory, start in places]
+        rows = [self.rows[n] for n in numbers]
+        windows = [read_window(self.files[i], trajectory, start, length) for i, trajectory, start in rows]
         return self.roll(torch.stack(windows), shifts)
 
     def roll(self, windows, shifts):
-        """B T C H W, rolled along periodic axes by shifts B in [0, 1) of the grid; None: as they are."""
+        """Rolls B T C H W along periodic axes by `shifts` B in [0, 1), fractions of the grid, or None."""
         if shifts is None:
             return windows
         rolled = []
-        for window, share in zip(windows, shifts.tolist()):
+        for window, shift in zip(windows, shifts.tolist()):
             for axis, periodic in enumerate(self.periodic):
-                if periodic:                     # by another share of the second axis
-                    window = window.roll(int(share * 7919 ** axis % 1 * self.grid[axis]), 2 + axis)
+                if periodic:                     # the factor decorrelates the two axes
+                    window = window.roll(int(shift * 7919 ** axis % 1 * self.grid[axis]), 2 + axis)
             rolled.append(window)
         return torch.stack(rolled)
 
     def prompt(self, i, k):
-        """Of trajectory k of file i: the set's name and its scalars, as "shear flow, Reynolds 1e+05"."""
+        """Data set and scalars of trajectory k of file i, such as "shear flow, Reynolds 1e+05"."""
         scalars = [f"{name} {values[k]:g}" for name, values in self.files[i].scalars.items()]
         return ", ".join([self.files[i].dataset.replace("_", " "), *scalars])
 
-    def text(self, places, device):
+    def text(self, rows, device):
         """[(file, trajectory, ...)] -> B L D, or None where no network reads text."""
         if not self.texts:
             return None
-        texts = [self.texts[self.prompt(i, k)] for i, k, *_ in places]
+        texts = [self.texts[self.prompt(i, k)] for i, k, *_ in rows]
         return common.pad_text(texts, self.args.text_length).to(device)
 
 
 def open_data(args):
-    """-> {split: Windows}, of "valid" 32 of them. UserError where splits do not fit together."""
+    """-> {split: Windows}, 32 windows of "valid". UserError if fields or grids of the splits differ."""
     data = {split: Windows(args, split, count) for split, count in zip(SPLITS, (0, 32, 0))}
     train = data["train"]
     for windows in data.values():
         if (windows.names, windows.grid) != (train.names, train.grid):
-            raise UserError(f"{windows.files[0].path} has other fields or another grid than split train")
+            raise UserError(f"{windows.files[0].path} differs from split train in fields or grid")
     counts = [f"{split}: {len(windows.rows)} windows" for split, windows in data.items()]
     left_out = [f"left out: {name}" for name in train.files[0].left_out]
     common.print_once("; ".join([f"{', '.join(train.names)} on {train.grid}", *counts, *left_out]))

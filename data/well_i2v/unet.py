@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 
 class Conv(nn.Conv2d):
-    """A 3x3 convolution that wraps around periodic axes and repeats the edge of others."""
+    """A 3x3 convolution with circular padding on periodic axes and replicate padding on others."""
     def __init__(self, c_in, c_out, periodic=(False, False)):
         super().__init__(c_in, c_out, 3)
         self.modes = ["circular" if axis else "replicate" for axis in periodic]
@@ -32,7 +32,7 @@ class ConvBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """A plain residual U-Net on patches of 2 x 2, B c_in H W -> B c_out H W, zero at first. H and W are
+    """A plain residual U-Net on patches of 2 x 2, B c_in H W -> B c_out H W, initially zero. H and W are
     multiples of 8."""
     def __init__(self, c_in, c_out, width, periodic, autocast):
         super().__init__()
