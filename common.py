@@ -1668,7 +1668,8 @@ def write_report_page(folder):
 def write_index_page(root):
     """Writes <root>/index.html: runs with headline, preset, date and a picture, the newest first."""
     rows = []
-    for page in sorted(root.glob("*/report.html"), key=os.path.getmtime, reverse=True):
+    pages = [page for page in root.glob("*/report.html") if (page.parent / "args.json").is_file()]
+    for page in sorted(pages, key=os.path.getmtime, reverse=True):
         name, link = html.escape(page.parent.name), urllib.parse.quote(page.parent.name)
         preset = read_json(page.parent / "args.json")["preset"]
         date = time.strftime("%Y-%m-%d %H:%M", time.localtime(page.stat().st_mtime))
@@ -1709,8 +1710,11 @@ def print_table(rows, columns):
 
 
 def wants_evaluation(args):
-    """Whether to evaluate: after training, with --eval, or with --sample if eval.json does not exist yet."""
-    return not args.sample or args.eval or not Path(args.output_dir, "eval.json").is_file()
+    """Whether to evaluate: after training, with --eval, or with --sample where eval.json is missing or older
+    than the newest checkpoint."""
+    scores, newest = Path(args.output_dir, "eval.json"), latest_checkpoint(Path(args.output_dir, "ckpt"))
+    stale = not scores.is_file() or newest and newest.stat().st_mtime > scores.stat().st_mtime
+    return bool(not args.sample or args.eval or stale)
 
 
 def pick_cases(folder, names, count=3):

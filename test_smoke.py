@@ -196,6 +196,8 @@ SCRIPTS = {
                     "x", data=np.zeros(32)))),
             ("", "trajectory 0 has NaN or Inf at step [01]", lambda data, run: hdf5(
                 data, lambda file: file["t0_fields/pressure"].__setitem__(..., np.nan))),
+            ("--output_dir {run} --eval", "was trained on mass, .*, not on density", lambda data, run: edit(
+                run / "adapter/adapter.json", "density", "mass")),
             ("--n_out 16", "has 16 steps, too few for a window of 17", None),
             ("--n_out 7", "--n_out 7, --frame_repeat 1: Wan's VAE takes 4k [+] 1 video frames", None),
             ("--video_size 20,48", "multiples of 16, not 20,48", None),
@@ -1389,6 +1391,11 @@ def test_samples_are_the_best_median_and_worst_clip(tmp_path):
     assert common.pick_cases(tmp_path, ["x", "e"]) == {"best": 1}
     with pytest.raises(common.UserError, match="no scores of these clips"):
         common.pick_cases(tmp_path, ["x"])
+    args.sample, args.eval = True, False
+    assert not common.wants_evaluation(args)
+    newer = common.save_checkpoint(tmp_path / "ckpt", 1, {}, {})
+    os.utime(newer, (time.time() + 9, time.time() + 9))
+    assert common.wants_evaluation(args)
 
 
 def test_pictures_begin_at_the_first_horizon(tmp_path, monkeypatch):
@@ -2397,6 +2404,9 @@ def well_vae():
     return tiny_wan("vae", WELL_WAN).requires_grad_(False)
 
 
+ONE_STEP = "--adapter_steps 1 --base_steps 1 --max_steps 2 --decoder_steps 0 --eval_every 0"
+
+
 def well_native(args):
     """A Forecaster with two random experts whose LoRA is not zero."""
     experts = {side: well.load_expert(args, side, "cpu") for side in well.TRANSFORMERS}
@@ -2771,7 +2781,7 @@ def test_well_own_fields(tmp_path):
     with pytest.raises(ValueError, match="boundaries must be two of PERIODIC, OPEN, WALL"):
         well_prepare.write_well_file(tmp_path / "other/run.hdf5", {"u": u}, ("OPEN", "SLIP"))
     assert not (tmp_path / "other").exists()
-    flags = f"--data_dir {tmp_path} --output_dir {tmp_path}/run --adapter tile --rollout_frames 0"
+    flags = f"--data_dir {tmp_path} --output_dir {tmp_path}/run --adapter tile --rollout_frames 0 {ONE_STEP}"
     assert launch("well_i2v", flags, full=True) == 0
     results = json.loads((tmp_path / "run/eval.json").read_text())["results"]
     assert np.isfinite(results["one_step_u"]) and np.isfinite(results["one_step_h"])
@@ -2789,7 +2799,7 @@ def test_well_trains_one_expert_at_a_time(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(well, "load_expert", load_and_count)
     gc.disable()
     try:
-        assert launch("well_i2v", f"{trained('well_i2v').inputs} --output_dir {tmp_path}/run") == 0
+        assert launch("well_i2v", f"{trained('well_i2v').inputs} --output_dir {tmp_path}/run {ONE_STEP}") == 0
     finally:
         gc.enable()
     assert alive[:3] == [0, 0, 0]                          # stages base, high and low

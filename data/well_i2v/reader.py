@@ -196,12 +196,19 @@ class Windows:
 
 
 def open_data(args):
-    """-> {split: Windows}, 32 windows of "valid". UserError if fields or grids of the splits differ."""
+    """-> {split: Windows}, 32 windows of "valid". UserError if fields or grids of the splits differ, or if
+    those of the run's adapter are others."""
     data = {split: Windows(args, split, count) for split, count in zip(SPLITS, (0, 32, 0))}
     train = data["train"]
     for windows in data.values():
         if (windows.names, windows.grid) != (train.names, train.grid):
             raise UserError(f"{windows.files[0].path} differs from split train in fields or grid")
+    adapter = Path(args.output_dir, "adapter/adapter.json")
+    if adapter.is_file():
+        names, grid = (common.read_json(adapter)[key] for key in ("names", "grid"))
+        if names != train.names or tuple(grid) != train.grid:
+            raise UserError(f"{args.output_dir} was trained on {', '.join(names)} on {tuple(grid)}, not on "
+                            f"{', '.join(train.names)} on {train.grid}: choose another --output_dir")
     counts = [f"{split}: {len(windows.rows)} windows" for split, windows in data.items()]
     left_out = [f"left out: {name}" for name in train.files[0].left_out]
     common.print_once("; ".join([f"{', '.join(train.names)} on {train.grid}", *counts, *left_out]))
