@@ -220,7 +220,7 @@ SCRIPTS = {
                 "actions.npy", lambda path: np.save(path, np.load(path)[:, :13]))),
             ("", "action of frame 3 is NaN", robot("actions.npy", lambda path: np.save(
                 path, np.where(np.arange(9)[:, None] == 3, np.nan, np.load(path))))),
-            ("", "ep_0003/video.mp4 has 9 frames, its actions are 8", robot(
+            ("", "ep_0003/video.mp4 has 9 frames, but there are 8 actions", robot(
                 "actions.npy", lambda path: np.save(path, np.load(path)[1:]))),
             ("", "mask.npz does not hold", robot("mask.npz", lambda path: path.write_bytes(b"none"))),
             ("", "manifest.json has 30 fps, not 10", lambda data, run: edit(
@@ -249,7 +249,7 @@ SCRIPTS = {
         bad=[
             ("--chunk_size 16", "--chunk_size 16 does not fit in a window of 8", None),
             ("--kv_cache_length 10", "--kv_cache_length must be a multiple of 4, not 10", None),
-            ("--chunk_size 4", "--self_forcing generates a part .* or --self_forcing 0", None),
+            ("--chunk_size 4", "--self_forcing generates a part .* or set --self_forcing 0", None),
             ("--vidar {data}/none.pt", "--vidar: no file .*none.pt.* python vidar.py", None),
             ("--idm {data}/w.pt", "w.pt does not fit this model: ", lambda data, run: torch.save(
                 {"train_mean": torch.ones(7)}, data / "w.pt")),

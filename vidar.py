@@ -1,26 +1,26 @@
-"""vidar.py: a video model that shows how a robot does a task, and the joint positions that its frames show.
+"""vidar.py: video model of robot tasks, and inverse dynamics model that predicts joint positions from frames.
 
 Papers      Vidar (arXiv:2507.12898), stage 1 of Vidarc (arXiv:2512.17661), on Wan2.2-TI2V-5B
-            (arXiv:2503.20314). Masks and random poses: AnyPos (arXiv:2507.12768).
+            (arXiv:2503.20314). Masks and random poses follow AnyPos (arXiv:2507.12768).
 Equations   Eq. 1  x_t = t x_1 + (1 - t) x_0, |v - (x_0 - x_1)|^2          -> add_noise, flow_loss
             with x_1 the data z, x_0 the noise eps and t rising towards the data. Wan's noise level falls:
             sigma = 1 - t, x = (1 - sigma) z + sigma eps, timestep 1000 sigma. The target eps - z is
             dx/dsigma, which is minus dx/dt.
             Eq. 4  Huber(a' - a) + lambda |m|_1                            -> IDM, idm_loss
             Eq. 7  |(1 + eta U) (v - (x_0 - x_1))|^2, U the IDM's mask     -> flow_loss, arm_to_latent
-            The first latent frame is given: clean, timestep 0, no loss    -> add_noise, VideoModel
+            First latent frame: condition, clean, timestep 0, without loss  -> add_noise, VideoModel
             UniPC of order 2 from noise to video                           -> generate
 Run         python vidar.py                          # simulate, train, evaluate: 9 to 14 min on 2 CPU cores
             python vidar.py --sample --num_samples 3                              # or --eval
             torchrun --nproc_per_node=8 vidar.py --preset ti2v_5b --fsdp --stage idm --output_dir runs/idm
             torchrun --nproc_per_node=8 vidar.py --preset ti2v_5b --fsdp --idm runs/idm/final/idm.pt
             python vidar.py --preset ti2v_5b --global_batch 1 --batch_size 1 --max_steps 100     # one GPU
-Data        data/vidar/: prepare.py simulates a robot or converts RoboTwin, LeRobot and ALOHA sets;
-            episodes.py has the layout and reads it.
+Data        data/vidar/: prepare.py simulates a robot or converts RoboTwin, LeRobot and ALOHA data sets;
+            episodes.py documents the layout and reads it.
 Shapes      B batch  T frames  F = (T - 1) / 4 + 1 latent frames  C latent channels  H W pixels  h w latent
-            cells  N = F h/2 w/2 tokens  D width  L text tokens. Videos are B T 3 H W in [-1, 1], for metrics
-            and the IDM in [0, 1]. Actions T 14 are what frame t shows: 0-5 left joints in radians, 6 left
-            gripper (1 open), 7-12 right joints, 13 right gripper.
+            cells  N = F h/2 w/2 tokens  D width  L text tokens. Videos are B T 3 H W in [-1, 1], and
+            in [0, 1] for metrics and the IDM. Actions T 14 are the positions that frame t shows: 0-5 left
+            joints in radians, 6 left gripper (1 open), 7-12 right joints, 13 right gripper.
 """
 import argparse
 import functools
@@ -48,28 +48,26 @@ from data.vidar import episodes as robot_data
 from data.vidar.episodes import ACTION_DIM, FPS, idm_scores, resize, tasks, video_scores
 
 SCRIPT = "vidar"
-IDM_CHUNK = 32                           # frames that the IDM takes at a time in evaluation
+IDM_CHUNK = 32                           # batch size of the IDM in evaluation
 
 # ---- presets and flags ----------------------------------------------------------------------------------
 
 PRESETS = {
-    # mask_weight: with .003 the mask would close after more steps than these; .06 passes only a few points.
+    # mask_weight: .003 needs more steps than these to close the mask; .06 leaves only isolated points open.
     "tiny": dict(
         model="tiny", stage="all", data_dir="data/vidar/simulated", height=112, width=96, frames=33,
         prompt_views="none", windows=3, text_length=64, batch_size=2, global_batch=0, max_steps=1650, lr=3e-3,
         warmup_steps=50, ema_decay=.99, eta=3., shift=8.0, sample_shift=.25, num_inference_steps=2,
         guidance_scale=1., idm_steps=2000, idm_lr=3e-3, idm_batch_size=32, idm_frames=12, idm_generated=600,
         mask_weight=.01, cfg_drop=0., eval_every=500, save_every=500, eval_clips=24),
-    # Table 5 of the paper. Any number of GPUs: gradients are accumulated to 128 samples.
+    # Table 5 of the paper. On any number of GPUs, gradients are accumulated over 128 samples.
     "ti2v_5b": dict(data_dir="data/robotwin", max_steps=14000, lr=2e-5, batch_size=8, warmup_steps=200,
                     weight_decay=.1, grad_checkpoint=True, save_every=500, eval_every=500),
 }
-TINY = {
-    "transformer": {"num_attention_heads": 4, "attention_head_dim": 32, "in_channels": 16, "out_channels": 16,
-                    "text_dim": 32, "freq_dim": 64, "ffn_dim": 384, "num_layers": 4},
-}
-CODEC_RIDGE = 3e4                        # of the tiny codec: less leaves a faint pattern on the plain table
-# These shape the weights or give them their meaning: a checkpoint's values hold.
+TINY = {"transformer": {"num_attention_heads": 4, "attention_head_dim": 32, "in_channels": 16,
+                        "out_channels": 16, "text_dim": 32, "freq_dim": 64, "ffn_dim": 384, "num_layers": 4}}
+CODEC_RIDGE = 3e4                        # of the tiny codec: lower values leave a faint pattern on the table
+# These determine the shape or the meaning of the weights: a checkpoint fixes their values.
 MODEL_FLAGS = ("model", "stage", "text_length", "height", "width")
 # The cache depends on these and on the data set's files.
 CACHE_FLAGS = ("model", "weights_from", "random_init", "height", "width", "frames", "windows", "prompt_views",
@@ -77,88 +75,89 @@ CACHE_FLAGS = ("model", "weights_from", "random_init", "height", "width", "frame
 
 
 def add_stage_flags(parser):
-    """Flags that vidarc.py has as well."""
+    """Flags that vidar.py and vidarc.py share."""
     add = parser.add_argument_group("data").add_argument
-    add("--height", type=at_least(16), default=736, help="pixels of the mosaic, a multiple of 32")
-    add("--width", type=at_least(16), default=640, help="pixels of the mosaic, a multiple of 32")
-    add("--frames", type=at_least(5), default=81, help="frames of a window at 10 fps, 4k + 1")
-    add("--windows", type=at_least(1), default=4, help="cached windows of each training episode")
+    add("--height", type=at_least(16), default=736, help="height of the mosaic in pixels, a multiple of 32")
+    add("--width", type=at_least(16), default=640, help="width of the mosaic in pixels, a multiple of 32")
+    add("--frames", type=at_least(5), default=81, help="frames per window at 10 fps, 4k + 1")
+    add("--windows", type=at_least(1), default=4, help="cached windows per training episode")
     add("--prompt_views", choices=["rear", "front", "high", "none"], default="rear",
         help="head camera named in the prompt's prefix (none: no prefix)")
     add = parser.add_argument_group("model and loss").add_argument
-    add("--model", choices=["ti2v_5b", "tiny"], default="ti2v_5b", help="tiny: the same classes, small")
+    add("--model", choices=["ti2v_5b", "tiny"], default="ti2v_5b", help="tiny: the same classes, smaller")
     add("--weights_from", default="Wan-AI/Wan2.2-TI2V-5B-Diffusers", metavar="FOLDER|HUB_ID",
         help="diffusers folder, hub id, or folder with the official files")
     add("--vidar", metavar="FILE", help="vidar.pt or vidarc.pt: weights to start from instead of Wan's")
     add("--idm", metavar="FILE", help="idm.pt: a trained inverse dynamics model")
-    add("--random_init", action="store_true", help="random weights in Wan's shape, to measure speed")
-    add("--text_length", type=at_least(1), default=512, help="tokens of a prompt, padding included")
-    add("--shift", type=at_least(1e-3, float), default=5.0, help="shift of training's noise levels")
+    add("--random_init", action="store_true", help="random weights of Wan's shapes, to measure speed")
+    add("--text_length", type=at_least(1), default=512, help="tokens per prompt, padding included")
+    add("--shift", type=at_least(1e-3, float), default=5.0, help="shift of the noise levels in training")
     add("--cfg_drop", type=between(0, 1), default=.1, help="share of training samples with an empty prompt")
-    add("--global_batch", type=at_least(0), default=128, help="samples per step, sets --grad_accum (0: no)")
+    add("--global_batch", type=at_least(0), default=128, help="samples per step, sets --grad_accum (0: off)")
     add("--cpu_offload", action="store_true", help="with --fsdp: keep weights and optimizer on the CPU")
     add = parser.add_argument_group("sampling and evaluation").add_argument
     add("--sample_shift", type=at_least(1e-3, float), default=5.0, help="shift of the sampler's noise levels")
-    add("--eval_clips", type=at_least(0), default=0, help="held-out episodes of --eval (0: all)")
-    add("--num_samples", type=at_least(1), default=3, help="videos to sample: 3 are best, median and worst")
+    add("--eval_clips", type=at_least(0), default=0, help="held-out episodes to evaluate (0: all)")
+    add("--num_samples", type=at_least(1), default=3, help="videos to sample (3: best, median and worst)")
     return parser
 
 
 def build_parser():
     parser = add_stage_flags(common.Parser(SCRIPT, PRESETS, __doc__.split("\n")[0]))
     add = parser.add_argument_group("stage 1").add_argument
-    add("--stage", choices=["video", "idm", "all"], default="video", help="what to train; all: video, idm")
+    add("--stage", choices=["video", "idm", "all"], default="video", help="model to train; all: video, idm")
     add("--eta", type=at_least(0, float), default=0., help="weight of the arms in the loss (Eq. 7)")
     add("--num_inference_steps", type=at_least(1), default=20, help="sampler steps per video")
-    add("--guidance_scale", type=at_least(0, float), default=5.0, help="classifier-free guidance (1: none)")
-    add("--idm_steps", type=at_least(1), default=60000, help="optimizer steps of the IDM; 10 % are warm-up")
+    add("--guidance_scale", type=at_least(0, float), default=5.0, help="classifier-free guidance (1: off)")
+    add("--idm_steps", type=at_least(1), default=60000, help="optimizer steps of the IDM; 10 %% are warm-up")
     add("--idm_lr", type=at_least(0, float), default=5e-4, help="peak learning rate of the IDM (0: --lr)")
     add("--idm_batch_size", type=at_least(1), default=16, help="frames per process and micro-step of the IDM")
-    add("--idm_frames", type=at_least(1), default=64, help="frames of each episode that the IDM learns from")
+    add("--idm_frames", type=at_least(1), default=64, help="frames per episode on which the IDM is trained")
     add("--idm_generated", type=at_least(0), default=0,
-        help="training windows, denoised by the video model, that the IDM learns from as well")
-    add("--mask_weight", type=at_least(0, float), default=3e-3, help="lambda of Eq. 4")
+        help="training windows, denoised by the video model, on which the IDM is also trained")
+    add("--mask_weight", type=at_least(0, float), default=3e-3, help="weight of the mask in Eq. 4 (lambda)")
     return parser
 
 
 def parse_args(argv=None):
-    """-> flags, checkpoint or None, the reason for the preset."""
+    """-> flags, checkpoint or None, reason for the preset."""
     get_data = "python data/vidar/prepare.py --from robotwin SRC data/robotwin"
     args, checkpoint, why_preset = common.parse_args(build_parser(), argv, MODEL_FLAGS, get_data=get_data)
-    check_flags(args)
+    check_flags(args, [stage.batch_size for stage in stage_plan(args)])
     return args, checkpoint, why_preset
 
 
-def check_flags(args):
-    """Raises UserError for flags that do not fit together."""
-    side = 2 * codec_side(args)                  # Wan's patch is 2 latent cells
+def check_flags(args, batch_sizes):
+    """Raises UserError for incompatible flags. batch_sizes: of the stages."""
+    side = 2 * codec_side(args)                  # Wan's patches are 2 x 2 latent cells
     if args.height % side or args.width % side:
         raise UserError(f"--height {args.height} and --width {args.width} must be multiples of {side}")
     if args.frames % 4 != 1:
-        raise UserError(f"--frames must be 4k + 1, not {args.frames}: Wan's VAE packs fours after the first")
+        raise UserError(f"--frames must be 4k + 1, not {args.frames}: Wan's VAE groups frames in fours")
     if args.fsdp and "WORLD_SIZE" not in os.environ:
         raise UserError("--fsdp shards over processes: start it with torchrun --nproc_per_node=N")
     if args.cpu_offload and not args.fsdp:
-        raise UserError("--cpu_offload moves sharded weights: add --fsdp")
+        raise UserError("--cpu_offload works on sharded weights only: add --fsdp")
     if args.fsdp and getattr(args, "stage", None) == "all" and args.idm_generated:
         raise UserError("--idm_generated needs the whole model on each process: leave out --fsdp")
     if not (args.sample or args.eval or args.dry_run):
-        accumulation(args, args.batch_size)
+        for batch_size in batch_sizes:
+            accumulation(args, batch_size)
 
 
 def accumulation(args, batch_size):
-    """Micro-steps of an optimizer step of --global_batch samples; without it --grad_accum."""
+    """Micro-steps per optimizer step: for --global_batch samples, or --grad_accum without it."""
     samples = batch_size * int(os.environ.get("WORLD_SIZE", 1))
     if args.global_batch % samples:
         raise UserError(f"--global_batch {args.global_batch} is not a multiple of {samples}, the samples of "
-                        f"all processes: choose another --batch_size")
+                        f"all processes per micro-step: choose another batch size")
     return args.global_batch // samples or args.grad_accum
 
 
 # ---- model: the video model -----------------------------------------------------------------------------
 
 def add_noise(z, noise, sigma):
-    """x = (1 - sigma) z + sigma eps, with latent frame 0, the given image, left clean.
+    """x = (1 - sigma) z + sigma eps. Latent frame 0, the conditioning image, stays clean.
     z, noise B C F h w, sigma B -> x, and sigma of every latent frame B F."""
     x = (1 - expand_to(sigma, z)) * z + expand_to(sigma, z) * noise
     levels = sigma[:, None].repeat(1, z.shape[2])
@@ -167,7 +166,7 @@ def add_noise(z, noise, sigma):
 
 
 def run_backbone(dit, x, t, text):
-    """diffusers' own forward with a timestep per token: x B C F h w, t B F (0 to 1000), text B L D
+    """diffusers' forward pass with a timestep per token: x B C F h w, t B F (0 to 1000), text B L D
     -> velocity B C F h w in float32."""
     t = t.repeat_interleave(x.shape[3] * x.shape[4] // 4, dim=1)
     dtype = dit.patch_embedding.weight.dtype
@@ -175,13 +174,13 @@ def run_backbone(dit, x, t, text):
 
 
 class VideoModel(nn.Module):
-    """The transformer and its loss in one module, so that DDP and FSDP see one forward."""
+    """The transformer and its loss in one module, so that DDP and FSDP wrap a single forward."""
     def __init__(self, dit, args):
         super().__init__()
         self.dit, self.eta = dit, args.eta
 
     def forward(self, batch, noise, sigma):
-        """batch as of collate(), noise B C F h w, sigma B -> loss, {name: term to log}."""
+        """batch from collate(), noise B C F h w, sigma B -> loss, {name: term to log}."""
         z = batch["latents"]
         x, levels = add_noise(z, noise, sigma)
         v = run_backbone(self.dit, x, 1000 * levels, batch["text"])
@@ -190,8 +189,8 @@ class VideoModel(nn.Module):
 
 
 # ---- model: inverse dynamics ----------------------------------------------------------------------------
-# Names and shapes are those of idm.pt: 456 tensors, 92,713,423 parameters. pool: "mean" over the picture, as
-# upstream, or "flatten", with which a small network knows positions. mask_stride: of the mask network.
+# IDM_FULL has the names and shapes of idm.pt: 456 tensors, 92,713,423 parameters. pool: "mean" over pixels,
+# as upstream, or "flatten", which suits a small network. mask_stride: downsampling before the mask network.
 IDM_FULL = {"size": (518, 518), "mask_stride": 1, "mask_width": 64, "mask_levels": 5, "width": 64,
             "blocks": (3, 4, 6, 3), "pool": "mean"}
 IDM_TINY = {"mask_stride": 4, "mask_width": 8, "mask_levels": 2, "width": 16, "blocks": (1, 1, 1),
@@ -207,7 +206,7 @@ def double_conv(c_in, c_out, c_mid=None):
 
 
 class Up(nn.Module):
-    """Enlarges to the size of the skip connection, concatenates, double convolution."""
+    """Upsamples to the size of the skip connection, concatenates both, applies a double convolution."""
     def __init__(self, c_in, c_out):
         super().__init__()
         self.conv = double_conv(c_in, c_out, c_in // 2)
@@ -218,14 +217,14 @@ class Up(nn.Module):
 
 
 class UNet(nn.Module):
-    """B 3 H W -> B 1 H W logits. Channels double from `width` at each of `levels` halvings but the last."""
+    """B 3 H W -> logits B 1 H W. Channels double from `width` at each of `levels` halvings but the last."""
     def __init__(self, width, levels):
         super().__init__()
-        c = [width * 2 ** min(i, levels - 1) for i in range(levels + 1)]
+        channels = [width * 2 ** min(i, levels - 1) for i in range(levels + 1)]
         self.in_conv = double_conv(3, width)
         self.downs = nn.Sequential(*(nn.Sequential(nn.MaxPool2d(2), double_conv(a, b))
-                                     for a, b in zip(c, c[1:])))
-        self.ups = nn.Sequential(*(Up(2 * a, max(a // 2, width)) for a in reversed(c[:-1])))
+                                     for a, b in zip(channels, channels[1:])))
+        self.ups = nn.Sequential(*(Up(2 * a, max(a // 2, width)) for a in reversed(channels[:-1])))
         self.out = nn.Conv2d(width, 1, 1)
 
     def forward(self, x):
@@ -239,7 +238,7 @@ class UNet(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """ReLU(shortcut + 1x1, 3x3 with the stride, 1x1 to 4 c), with batch norms; no ReLU after the first."""
+    """ReLU(shortcut + 1x1, 3x3 with the stride, 1x1 to 4 c), batch norm after each, ReLU after the 3x3."""
     def __init__(self, c_in, c, stride):
         super().__init__()
         self.residual_function = nn.Sequential(
@@ -256,7 +255,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Sequential):
-    """B 3 H W -> B 14: a stem to 1/4 resolution, then stages of bottlenecks, each but the first of stride 2.
+    """B 3 H W -> B 14: a stem to 1/4 resolution, then stages of bottlenecks; all but the first have stride 2.
     With width 64 and blocks (3, 4, 6, 3) it has the shape of ResNet-50."""
     def __init__(self, width, blocks, pool, size):
         super().__init__()
@@ -275,7 +274,7 @@ class ResNet(nn.Sequential):
 
 
 class IDM(nn.Module):
-    """Inverse dynamics: the joint positions that a frame shows. One is enough: every joint is in view."""
+    """Inverse dynamics model: joint positions from a single frame, in which every joint is visible."""
     def __init__(self, config=IDM_FULL):
         super().__init__()
         self.size, self.mask_stride = tuple(config["size"]), config["mask_stride"]
@@ -284,10 +283,10 @@ class IDM(nn.Module):
             "resnet_model": ResNet(config["width"], config["blocks"], config["pool"], config["size"])})
         self.register_buffer("train_mean", torch.zeros(ACTION_DIM))
         self.register_buffer("train_std", torch.ones(ACTION_DIM))
-        self.to(memory_format=torch.channels_last)                   # 1.6 times as fast on a CPU
+        self.to(memory_format=torch.channels_last)                   # 1.6 times faster on a CPU
 
     def set_statistics(self, actions):
-        """actions: N 14, of the training episodes. A joint that never moves has a std of 0.01."""
+        """actions: N 14, of the training episodes. The std is at least 0.01, for joints that never move."""
         self.train_mean.copy_(actions.mean(0))
         self.train_std.copy_(actions.std(0).clamp(min=.01))
 
@@ -295,7 +294,7 @@ class IDM(nn.Module):
         return (actions - self.train_mean) / self.train_std
 
     def preprocess(self, frames):
-        """B 3 H W in [0, 1] -> the network's input size, with ImageNet's mean and std."""
+        """B 3 H W in [0, 1] -> resized to the input size, normalised by ImageNet's mean and std."""
         frames = resize(frames, self.size)
         mean = frames.new_tensor([.485, .456, .406]).view(3, 1, 1)
         std = frames.new_tensor([.229, .224, .225]).view(3, 1, 1)
@@ -304,8 +303,8 @@ class IDM(nn.Module):
     def forward(self, frames):
         """B 3 H W in [0, 1] -> actions B 14, and U, the soft mask B 1 h w in (0, 1) at the input size.
 
-        The regressor sees what the mask lets through, the rest is 0. Straight-through: the mask is rounded to
-        0 or 1, gradients pass as if it were not."""
+        The mask multiplies the regressor's input. It is rounded to 0 or 1 by a straight-through estimator,
+        whose gradient ignores the rounding."""
         x = self.preprocess(frames)
         logits = self.model["mask_model"](resize(x, [side // self.mask_stride for side in self.size]))
         mask = resize((1 + torch.tanh(logits.float())) / 2, self.size)
@@ -315,14 +314,14 @@ class IDM(nn.Module):
 
 
 def idm_loss(prediction, target, mask, mask_weight):
-    """Eq. 4: Huber loss of normalised actions B 14, and lambda times the mean of the soft mask B 1 h w."""
+    """Eq. 4: Huber loss of normalised actions B 14, plus lambda times the mean of the soft mask B 1 h w."""
     return F.smooth_l1_loss(prediction.float(), target.float()) + mask_weight * mask.float().mean()
 
 
 def arm_to_latent(mask, size):
-    """Soft mask of every frame B T H W, T = 4k + 1 -> B 1 F h w on the latent grid, `size` = (h, w).
+    """Soft masks of all frames, B T H W, T = 4k + 1 -> B 1 F h w on the latent grid, `size` = (h, w).
 
-    Mean over a cell's pixels; latent 0 has frame 0, latent k the maximum over frames 4k - 3 to 4k."""
+    Mean over the pixels of a cell. Latent frame 0 has frame 0, k the maximum of frames 4k - 3 to 4k."""
     mask = F.interpolate(mask, size, mode="area")
     later = mask[:, 1:].unflatten(1, (-1, 4)).amax(2)
     return torch.cat([mask[:, :1], later], dim=1)[:, None]
@@ -331,43 +330,42 @@ def arm_to_latent(mask, size):
 # ---- model: loading and export --------------------------------------------------------------------------
 
 def codec_side(args):
-    """Height and width of a latent cell in pixels."""
+    """Height and width of a latent cell, in pixels."""
     return common.LinearCodec.side if args.model == "tiny" else 16
 
 
 def idm_config(args):
-    """Shape of the IDM: of idm.pt, or small for the tiny model."""
+    """Configuration of the IDM: that of idm.pt, or a small one for the tiny model."""
     return {**IDM_TINY, "size": (args.height, args.width)} if args.model == "tiny" else IDM_FULL
 
 
 def load_part(args, part, device, source=None):
-    """A part of Wan from `source` (default --weights_from): pretrained weights, or random ones in its shape
-    or the tiny shape. Transformer and VAE are fp32, the text encoder of the 5B model is bf16."""
+    """A part of Wan from `source` (default --weights_from): pretrained weights, or random ones of the same
+    or the tiny shapes. The transformer and the VAE are in fp32, the text encoder is in bf16."""
     tiny = args.model == "tiny"
     dtype = torch.bfloat16 if part == "text_encoder" else torch.float32
-    torch.manual_seed(0)         # whatever --seed is: no checkpoint holds what is random and frozen
+    torch.manual_seed(0)         # not --seed: checkpoints do not hold frozen random weights
     return common.load_wan(source or args.weights_from, part=part, config=TINY if tiny else args.model,
                            dtype=dtype, device=device, random_init=not source and (args.random_init or tiny))
 
 
 def load_codec(args, folder, device):
-    """Wan's VAE in fp32, untiled; for the tiny model folder/codec.safetensors."""
+    """Wan's VAE in fp32, without tiling; the linear codec of folder/codec.safetensors for the tiny model."""
     if args.model == "tiny":
         return common.LinearCodec(common.load_weights(Path(folder) / "codec.safetensors"), device)
     return load_part(args, "vae", device).requires_grad_(False)
 
 
 def embed_words(prompt):
-    """The tiny model's text encoder: a row of ones, then a fixed random vector for each word, L D. A trained
-    projection in the transformer gives words a meaning. (A small random T5 embeds tasks that name another arm
-    or block almost alike.)"""
+    """The tiny model's text encoder: a row of ones, then a fixed random vector for each word, L D. (A small
+    random T5 gives almost equal embeddings to tasks that differ in the arm or the block.)"""
     words, size = re.findall(r"\w+", prompt.lower()), TINY["transformer"]["text_dim"]
     generators = [torch.Generator().manual_seed(zlib.crc32(word.encode())) for word in words]
     return torch.stack([torch.ones(size), *(torch.randn(size, generator=g) for g in generators)])
 
 
 def text_encoder(args, device):
-    """-> function: prompt -> embeddings L D on the CPU."""
+    """-> a function of a prompt that returns embeddings L D on the CPU."""
     if args.model == "tiny":
         return embed_words
     parts = [load_part(args, part, device) for part in ("tokenizer", "text_encoder")]
@@ -375,7 +373,7 @@ def text_encoder(args, device):
 
 
 def load_transformer(args, device):
-    """The transformer to train, fp32: --vidar's weights, Wan's, or random ones."""
+    """The transformer to train, in fp32: weights of --vidar, of Wan, or random ones."""
     dit = load_part(args, "transformer", "cpu" if args.vidar else device, args.vidar).to(device)
     if args.model == "tiny" and not args.vidar:
         init_small(dit)
@@ -383,7 +381,7 @@ def load_transformer(args, device):
 
 
 def keep_time_in_fp32(dit):
-    """The transformer, whose time embedding autocast leaves alone: bf16 would round timestep 987.3 to 988."""
+    """Disables autocast in the time embedding (bf16 rounds timestep 987.3 to 988) -> the transformer."""
     for kind in ("cpu", "cuda"):
         dit.condition_embedder.forward = torch.autocast(kind, enabled=False)(dit.condition_embedder.forward)
     return dit
@@ -391,7 +389,7 @@ def keep_time_in_fp32(dit):
 
 @torch.no_grad()
 def init_small(dit):
-    """Initialises the tiny model: small blocks, and an output layer with which its velocity is the noise."""
+    """Initialises the tiny model: small blocks, and an initial velocity close to the noisy latents."""
     for name, p in dit.named_parameters():
         if name.endswith(("scale_shift_table", "embedding.bias", "proj_out.bias")):
             nn.init.zeros_(p)
@@ -407,17 +405,17 @@ def init_small(dit):
 
 def load_idm(path, config=IDM_FULL) -> IDM:
     """idm.pt, {"model_state_dict": ...} or a flat dict -> IDM in eval mode. UserError if it does not fit."""
-    try:                                                     # mapped: two thirds of idm.pt are Adam's moments
+    try:                                                     # mmap: two thirds of idm.pt are Adam's moments
         weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         weights = weights.get("model_state_dict", weights)
         weights = {name: value.clone() for name, value in weights.items()}
-    except Exception as error:                               # zip, pickle and OS have their own errors
+    except Exception as error:                               # zip, pickle and OS errors
         raise UserError(f"cannot read the IDM {path}: {common.reason(error)}") from error
     return common.load_for_inference(IDM(config), weights, path)
 
 
 def check_weights(args):
-    """Raises UserError for files that cannot be read or do not fit, before hours of work."""
+    """Raises UserError, before any long work, for weights that cannot be read or do not fit."""
     if args.vidar:
         load_part(args, "transformer", "meta", args.vidar)
     if args.idm:
@@ -425,8 +423,8 @@ def check_weights(args):
 
 
 def save_transformer(args, run, stem, net):
-    """A trained model's transformer -> stem.safetensors under diffusers' names, stem.pt under the official
-    ones; bf16 except for the tiny model. Call it on all ranks."""
+    """Writes a trained model's transformer to stem.safetensors with diffusers' names and to stem.pt with the
+    official ones, in bf16 except for the tiny model. Call it on all ranks."""
     weights, _ = common.gather_state(net)
     if run.rank:
         return
@@ -440,28 +438,28 @@ def save_transformer(args, run, stem, net):
 # ---- objective and sampler ------------------------------------------------------------------------------
 
 def shift_sigma(u, shift):
-    """Wan's schedule: u in [0, 1] -> sigma = shift u / (1 + (shift - 1) u), more of it at high noise."""
+    """Wan's schedule: u in [0, 1] -> sigma = shift u / (1 + (shift - 1) u), denser at high noise."""
     return shift * u / (1 + (shift - 1) * u)
 
 
 def flow_loss(v, target, valid, arm=None, eta=0.):
-    """|(1 + eta U) (v - (eps - z))|^2, Eq. 7; with eta 0 Eq. 1. v, target B C F h w; valid B F bool: latent
-    frames without padding; arm B 1 F h w: U -> loss, {"flow_loss": the unweighted one}.
+    """|(1 + eta U) (v - (eps - z))|^2, Eq. 7; Eq. 1 with eta 0. v, target B C F h w; valid B F bool: latent
+    frames without padding; arm B 1 F h w: U -> loss, {"flow_loss": the unweighted loss}.
 
-    Mean over the valid frames of a clip, then over clips: two processes of 8 clips agree with one of 16. The
-    weight is inside the norm: with eta 3 up to 16 on the arms."""
+    Mean over the valid frames of a clip, then over clips, so that two processes of 8 clips equal one of 16.
+    The weight is inside the norm: eta 3 multiplies the loss on the arms by up to 16."""
     error = (v.float() - target).square().mean(1)                              # B F h w
-    known = valid[:, :, None, None].float().expand_as(error)
-    count = known.flatten(1).sum(1).clamp(min=1)
-    plain = ((error * known).flatten(1).sum(1) / count).mean()
+    mask = valid[:, :, None, None].float().expand_as(error)
+    count = mask.flatten(1).sum(1).clamp(min=1)
+    plain = ((error * mask).flatten(1).sum(1) / count).mean()
     if not eta:
         return plain, {"flow_loss": plain.detach()}
     weighted = error * (1 + eta * arm[:, 0].float()) ** 2
-    return ((weighted * known).flatten(1).sum(1) / count).mean(), {"flow_loss": plain.detach()}
+    return ((weighted * mask).flatten(1).sum(1) / count).mean(), {"flow_loss": plain.detach()}
 
 
 def make_scheduler(args, steps, device):
-    """UniPC on the official code's grid of noise levels: sigma .999 to 0, shifted."""
+    """UniPC on the official code's noise levels: evenly spaced from .999 to 0, then shifted."""
     from diffusers import UniPCMultistepScheduler
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True,
                                         flow_shift=args.sample_shift)
@@ -475,15 +473,15 @@ def fixed_noise(z, seed):
 
 @torch.no_grad()
 def generate(dit, z0, text, empty, args, seed):
-    """From noise to latents with frame 0 given: z0 B C 1 h w, text and empty B L D -> B C F h w. Guidance
-    compares with the empty prompt, as upstream does; --guidance_scale 1 leaves it out."""
+    """Samples latents that follow latent frame z0, B C 1 h w; text and empty B L D -> B C F h w. The negative
+    prompt of guidance is the empty one, as upstream; --guidance_scale 1 skips it."""
     F_ = (args.frames - 1) // 4 + 1
     x = fixed_noise(z0.expand(-1, -1, F_, -1, -1), seed)
     scheduler = make_scheduler(args, args.num_inference_steps, x.device)
     for timestep in scheduler.timesteps:
         x = torch.cat([z0, x[:, :, 1:]], dim=2)
         t = torch.full((len(x), F_), timestep.item(), device=x.device, dtype=torch.float32)
-        t[:, 0] = 0                              # the given frame is clean
+        t[:, 0] = 0                              # the conditioning frame is clean
         v = run_backbone(dit, x, t, text)
         if args.guidance_scale != 1:
             unguided = run_backbone(dit, x, t, empty)
@@ -493,19 +491,19 @@ def generate(dit, z0, text, empty, args, seed):
 
 
 # ---- data set: cache ------------------------------------------------------------------------------------
-# cache/<hash>/<split>_<number>.<kind>: safetensors, a file per episode, each written once and whole.
-# "windows": latents C F h w, valid F (latent frames without padding), actions T 14, with --eta arm 1 F h w (U
-# of Eq. 7) of each window; text L D, empty L D. "frames", for the IDM: frames 3 h w uint8, actions 14.
+# cache/<hash>/<split>_<number>.<kind>: safetensors, one file per episode, written atomically.
+# "windows", per window: latents C F h w, valid F (latent frames without padding), actions T 14, with --eta
+# arm 1 F h w (U of Eq. 7); text L D, empty L D. "frames", for the IDM, per frame: 3 h w uint8, actions 14.
 
 def cache_folder(args, splits):
-    """Named by CACHE_FLAGS, files, and the IDM if it locates the arms; in the run if the set is read-only."""
+    """Folder named by a hash of CACHE_FLAGS, the data files, and the IDM where it provides the arm masks."""
     recipe = [json.dumps({name: getattr(args, name) for name in CACHE_FLAGS}), str(bool(args.eta)),
               f"{TINY}, ridge {CODEC_RIDGE}, words" if args.model == "tiny" else ""]     # codec and text
     episodes = [episode for part in splits.values() for episode in part]
     paths = [e.folder / name for e in episodes for name in ("video.mp4", "actions.npy", "mask.npz")]
     if args.eta and getattr(args, "stage", "") != "idm" and not all(e.has_mask for e in tasks(episodes)):
         if not args.idm:
-            raise UserError("--eta weighs the arms: it needs mask.npz or --idm FILE; --eta 0 weighs none")
+            raise UserError("--eta weights the arms: it needs mask.npz or --idm FILE; --eta 0 turns it off")
         paths.append(Path(args.idm))
     recipe += [common.file_version(path) for path in paths]
     recipe += [f"{episode.folder.name} {episode.instruction}" for episode in episodes]
@@ -513,33 +511,33 @@ def cache_folder(args, splits):
 
 
 class CacheWriter:
-    """Makes the tensors of an episode; codec and text encoder are loaded at their first use."""
+    """Makes the tensors of an episode. Codec and text encoder are loaded at first use."""
     def __init__(self, args, run, folder, idm):
         self.args, self.run, self.idm = args, run, idm
         self.vae = functools.cache(lambda: load_codec(args, folder, run.device))
         self.encode_prompt = functools.cache(lambda: text_encoder(args, run.device))
 
     def frames(self, split, number, episode, video, masks):
-        """All frames of random poses, --idm_frames of a task."""
+        """Tensors of kind "frames": all frames of random poses, --idm_frames of a task."""
         count = len(video) if episode.random_poses else min(self.args.idm_frames, len(video))
-        chosen = np.linspace(0, len(video) - 1, count).round().astype(int)
-        return {"frames": resize(video[chosen], idm_config(self.args)["size"]),
-                "actions": torch.from_numpy(episode.actions[chosen])}
+        indices = np.linspace(0, len(video) - 1, count).round().astype(int)
+        return {"frames": resize(video[indices], idm_config(self.args)["size"]),
+                "actions": torch.from_numpy(episode.actions[indices])}
 
     def windows(self, split, number, episode, video, masks):
-        """At random starts for training, else the beginning."""
+        """Tensors of kind "windows": random windows for training, otherwise the first one."""
         starts, rows = [0], []
         if split == "train":
-            room = max(0, len(video) - self.args.frames)
-            starts = np.random.default_rng(number).integers(room + 1, size=self.args.windows)
-        for chosen, valid in (robot_data.cut_window(episode, start, self.args.frames) for start in starts):
-            z = common.wan_encode(self.vae(), from_uint8(video[chosen])[None].to(self.run.device))[0].cpu()
+            last_start = max(0, len(video) - self.args.frames)
+            starts = np.random.default_rng(number).integers(last_start + 1, size=self.args.windows)
+        for indices, valid in (robot_data.cut_window(episode, start, self.args.frames) for start in starts):
+            z = common.wan_encode(self.vae(), from_uint8(video[indices])[None].to(self.run.device))[0].cpu()
             rows.append({"latents": z if self.args.model == "tiny" else z.bfloat16(),
                          "valid": torch.cat([valid[:1], valid[1:].unflatten(0, (-1, 4)).all(1)]),
-                         "actions": torch.from_numpy(episode.actions[chosen])})
+                         "actions": torch.from_numpy(episode.actions[indices])})
             if self.args.eta:
-                arm = masks[chosen].float() if masks is not None else predict_actions(
-                    self.idm, video[chosen] / 255, self.run.device)[1][:, 0]
+                arm = masks[indices].float() if masks is not None else predict_actions(
+                    self.idm, video[indices] / 255, self.run.device)[1][:, 0]
                 rows[-1]["arm"] = arm_to_latent(arm[None], z.shape[-2:])[0].bfloat16()
         tensors = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
         prompt = robot_data.make_prompt(episode.instruction, self.args.prompt_views, episode.views)
@@ -548,13 +546,13 @@ class CacheWriter:
 
 @torch.no_grad()
 def build_cache(args, run, splits, folder, kinds, idm=None):
-    """Writes what is missing of `kinds`. Call it on all ranks. An interrupted call continues."""
+    """Writes the missing cache files of `kinds`. Call it on all ranks. It continues an interrupted call."""
     size = args.height, args.width
     folder.mkdir(parents=True, exist_ok=True)
     if run.rank == 0 and args.model == "tiny" and not (folder / "codec.safetensors").is_file():
-        chosen = tasks(splits["train"])          # the tiny model's codec is fitted to 40 of these
+        episodes = tasks(splits["train"])        # the tiny model's codec is fitted to about 40 of these
         videos = [robot_data.read_episode(episode, size)[0][robot_data.cut_window(episode, 0, args.frames)[0]]
-                  for episode in chosen[::max(1, len(chosen) // 40)]]
+                  for episode in episodes[::max(1, len(episodes) // 40)]]
         z_dim = TINY["transformer"]["in_channels"]
         codec = common.LinearCodec.fit(from_uint8(torch.stack(videos)), z_dim, ridge=CODEC_RIDGE)
         common.save_weights(folder / "codec.safetensors", codec.tensors)
@@ -568,7 +566,7 @@ def build_cache(args, run, splits, folder, kinds, idm=None):
             jobs += [(split, number, episode, paths)] if paths else []
     jobs = jobs[run.rank::run.world]
     with ThreadPoolExecutor(4) as pool, tqdm(total=len(jobs), desc="cache", disable=not jobs) as bar:
-        for i in range(0, len(jobs), 8):                     # a few at a time: videos are large
+        for i in range(0, len(jobs), 8):                     # in groups of 8, since videos are large
             videos = pool.map(lambda job: robot_data.read_episode(job[2], size), jobs[i:i + 8])
             for (*job, paths), video in zip(jobs[i:i + 8], videos):
                 for path in paths:
@@ -579,7 +577,7 @@ def build_cache(args, run, splits, folder, kinds, idm=None):
 
 
 class Cache:
-    """Windows or frames of a split. Files are mapped, not read: a thousand episodes take 14 GB."""
+    """Windows or frames of a split. Files are memory-mapped: a thousand episodes take 14 GB."""
     def __init__(self, paths):
         files = [common.load_weights(path) for path in paths]
         self.rows = [(file, i) for file in files for i in range(len(file["actions"]))]
@@ -594,8 +592,8 @@ class Cache:
 
 
 def collate(windows, numbers, args, device, unconditional=()):
-    """Windows -> batch {"latents", "valid", "actions", "arm" if cached: stacked, "text": B L D}, with text
-    padded by zeros as in Wan's training. unconditional: rows of the batch with an empty prompt."""
+    """Windows -> batch {"latents", "valid", "actions", "arm" if cached, "text": B L D}. The text is padded
+    with zeros, as in Wan's training. unconditional: rows of the batch that get the empty prompt."""
     columns = windows.get(numbers)
     empty = columns.pop("empty")
     texts = [empty[row] if row in unconditional else text for row, text in enumerate(columns["text"])]
@@ -627,16 +625,16 @@ def sample_video(args, run, model, vae, encode_prompt, first, episode, seed):
 
 @torch.no_grad()
 def evaluate(args, run, model, idm, splits, folder):
-    """Scores on held-out episodes -> [eval.json, curves.png]. model or idm may be None."""
+    """Evaluates on held-out episodes -> [eval.json, curves.png]. model or idm may be None."""
     began, videos, actions, clips = time.time(), {}, {}, {"name": []}
     if model is not None:
         vae, encode_prompt = load_codec(args, folder, run.device), text_encoder(args, run.device)
-    count = len(tasks(splits["test"]))           # random poses follow
+    count = len(tasks(splits["test"]))           # episodes of random poses follow
     limit = args.eval_clips or count
     held_out = splits["test"][:min(count, limit)] + splits["test"][count:count + limit]
     for number, episode in list(enumerate(held_out))[run.rank::run.world]:
         truth, target, valid, arm = robot_data.load_window(episode, args.frames, (args.height, args.width))
-        predictions = {}                         # (method, what it is predicted from): actions, valid
+        predictions = {}                         # (method, source of the frames): actions, valid
         if idm is not None:
             predicted, mask = predict_actions(idm, truth, run.device)
             predictions["model", "real"] = predicted, valid
@@ -656,31 +654,31 @@ def evaluate(args, run, model, idm, splits, folder):
                 predicted, _ = predict_actions(idm, frames["model"], run.device)
                 predictions["model", "generated"] = predicted, later
                 task = robot_data.other_task(episode)
-                if task:                         # the same first frame with both instructions
-                    other = sample_video(args, run, model, vae, encode_prompt, truth[0], task, number)
-                    others = predict_actions(idm, other, run.device)[0]
-                    for row in (frames["model"], predicted, episode), (other, others, task):
+                if task:                         # the same first frame with the other instruction
+                    video = sample_video(args, run, model, vae, encode_prompt, truth[0], task, number)
+                    task_actions = predict_actions(idm, video, run.device)[0]
+                    for row in (frames["model"], predicted, episode), (video, task_actions, task):
                         for name, value in robot_data.follows_instruction(*row).items():
                             clips.setdefault(name, []).append(value)
-        for key, (predicted, known) in predictions.items():
-            actions.setdefault(key, []).append((predicted[known], target[known]))
+        for key, (predicted, mask) in predictions.items():
+            actions.setdefault(key, []).append((predicted[mask], target[mask]))
     videos, actions, clips = (common.gather_rows(table) for table in (videos, actions, clips))
     return [] if run.rank else report(args, videos, actions, clips, began)
 
 
 def report(args, videos, actions, clips, began):
-    """Means, eval.json, curves.png and the printed table of what evaluate() collected."""
+    """Averages the scores of evaluate(), writes eval.json and curves.png, prints the table."""
     scores = {}
     for method, tables in videos.items():
         scores[method] = common.horizon_means(tables)
-        for name, value in tables[0].items():    # of short windows the second half
+        for name, value in tables[0].items():    # for short windows: the second half
             later = torch.cat([table[name] for table in tables])[:, min(FPS, value.shape[1] // 2):]
             scores[method][f"{name}_beyond_1s"] = later.nanmean().item()
     for (method, source), rows in actions.items():
         values = idm_scores(*(torch.cat(column) for column in zip(*rows)))
         scores.setdefault(method, {}).update({f"action_{name}_{source}": x for name, x in values.items()})
     names, ranking = clips.pop("name"), {}
-    for name, values in clips.items():           # of both instructions: .5 for a model that ignores them
+    for name, values in clips.items():           # over both instructions: .5 if the model ignores them
         scores["model"][name] = float(np.mean(values))
         scores.setdefault("chance", {})[name] = .5
     results = scores.pop("model")
@@ -700,7 +698,7 @@ def report(args, videos, actions, clips, began):
 
 
 def sample(args, run, model, idm, splits, folder):
-    """Videos of held-out episodes, what the IDM's mask lets through, predicted actions -> [samples/...]."""
+    """Writes videos of held-out episodes, masked by the IDM as well, and actions -> [samples/...]."""
     if run.rank or model is None:
         return []
     vae, encode_prompt, files = load_codec(args, folder, run.device), text_encoder(args, run.device), []
@@ -725,7 +723,7 @@ def sample(args, run, model, idm, splits, folder):
 # ---- set-up and parallel wrap ---------------------------------------------------------------------------
 
 def setup(args):
-    """Joins torchrun's processes and chooses device and precision -> rank, world, device, dtype, autocast."""
+    """Joins torchrun's process group, chooses device and dtype -> rank, world, device, dtype, autocast."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = common.choose_device(args.device)
     if device.type == "cuda":
@@ -739,12 +737,12 @@ def setup(args):
 
 
 def wrap(model, args, run):
-    """Gradient checkpointing and torch.compile on request; FSDP2 with --fsdp, a block a unit; DDP under
-    torchrun and for the IDM, which has no transformer.
+    """Applies --grad_checkpoint and --compile, then FSDP2 per block with --fsdp, or DDP under torchrun. The
+    IDM, which has no transformer, uses DDP with --fsdp too.
 
-    Weights, gradients and moments are fp32, blocks compute in bf16. FSDP casts no inputs: timesteps and
-    rotary tables stay fp32. The root is resharded after forward like the blocks: by default it stays gathered
-    until a backward, and the step after a validation would compute with the EMA weights."""
+    Weights, gradients and moments are in fp32, blocks compute in bf16. FSDP does not cast inputs: timesteps
+    and rotary tables stay in fp32. The root is resharded after forward like the blocks: by default it stays
+    gathered until a backward pass, and the step after a validation would use the EMA weights."""
     dit = getattr(model, "dit", None)
     if dit is not None and args.grad_checkpoint:
         dit.enable_gradient_checkpointing()
@@ -771,7 +769,7 @@ def wrap(model, args, run):
 # ---- train ----------------------------------------------------------------------------------------------
 
 def get_lr(step, peak, warmup, total):
-    """Learning rate of a step, counted from 0: linear warm-up, then cosine decay to 1 % of the peak."""
+    """Learning rate at a step, counted from 0: linear warm-up, then cosine decay to 1 % of the peak."""
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, total - 1 - warmup)
@@ -779,9 +777,9 @@ def get_lr(step, peak, warmup, total):
 
 
 def train(args, run, script, stage, model, loss_fn, val_fn, checkpoint):
-    """Trains what requires grad of `model` up to stage.steps, resuming from `checkpoint`; the stage's folder
-    then has the last step in ckpt/, and the model the EMA weights. loss_fn(model, step, micro, grad_accum) ->
-    loss, {name: term to log}. val_fn(model) -> {name: number}. -> the wrapped model."""
+    """Trains the parameters of `model` that require gradients up to stage.steps, resuming from `checkpoint`
+    -> the wrapped model, with the EMA weights. The last step is saved in ckpt/ of the stage's folder.
+    loss_fn(model, step, micro, grad_accum) -> loss, {name: term to log}. val_fn(model) -> {name: number}."""
     folder = Path(args.output_dir, stage.folder)
     grad_accum = accumulation(args, stage.batch_size)
     net = wrap(model, args, run)
@@ -796,7 +794,7 @@ def train(args, run, script, stage, model, loss_fn, val_fn, checkpoint):
         for group in optimizer.param_groups:
             group["lr"] = get_lr(step, stage.lr, stage.warmup_steps, stage.steps)
         net.train()
-        for micro in range(grad_accum):          # processes average gradients at the last micro-step only
+        for micro in range(grad_accum):          # gradients are averaged at the last micro-step only
             synchronize = micro == grad_accum - 1
             if hasattr(net, "set_requires_gradient_sync"):
                 net.set_requires_gradient_sync(synchronize)          # FSDP2
@@ -807,23 +805,23 @@ def train(args, run, script, stage, model, loss_fn, val_fn, checkpoint):
             log.add(loss=loss, **terms)
         norm = nn.utils.clip_grad_norm_(params, args.grad_clip or math.inf)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        done = step + 1
+        completed = step + 1
         stop = should_stop()
-        save = stop or done == stage.steps or args.save_every and done % args.save_every == 0
-        if (save or args.log_every and done % args.log_every == 0) and not norm.isfinite():
-            raise UserError(f"loss or gradient is not finite at step {done}: resume from "
+        save = stop or completed == stage.steps or args.save_every and completed % args.save_every == 0
+        if (save or args.log_every and completed % args.log_every == 0) and not norm.isfinite():
+            raise UserError(f"loss or gradient is not finite at step {completed}: resume from "
                             f"{common.latest_checkpoint(folder / 'ckpt') or 'the start'} with a lower --lr")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         ema.update(step)
-        log.step(done, lr=optimizer.param_groups[0]["lr"], grad_norm=norm)
+        log.step(completed, lr=optimizer.param_groups[0]["lr"], grad_norm=norm)
         if save:                                 # before validation, so that an error there loses nothing
-            common.save_run(folder, script, done, net, optimizer, ema, args, args.keep_last)
+            common.save_run(folder, script, completed, net, optimizer, ema, args, args.keep_last)
         if stop:
-            raise UserError(f"stopped by SIGTERM after step {done}, which is saved: the same command resumes")
-        if args.eval_every and (done % args.eval_every == 0 or done == stage.steps):
+            raise UserError(f"stopped by SIGTERM after step {completed} (saved): the same command resumes")
+        if args.eval_every and (completed % args.eval_every == 0 or completed == stage.steps):
             with ema.applied(), torch.no_grad(), run.autocast():
-                log.row(done, **val_fn(net.eval()))
+                log.row(completed, **val_fn(net.eval()))
             log.restart_clock()
     common.remove_sigterm_handler()
     log.bar.close()
@@ -832,29 +830,29 @@ def train(args, run, script, stage, model, loss_fn, val_fn, checkpoint):
 
 
 def sample_numbers(args, run, spec, salt, step, micro, grad_accum, batch_size):
-    """Random values of a micro-batch, a function of (seed, salt, step) and of a sample's position in the
-    global batch -> {name: tensor on the CPU}, the step's seed."""
+    """Random values of a micro-batch, which depend on (seed, salt, step) and on a sample's position in the
+    global batch only -> {name: tensor on the CPU}, seed of the step."""
     seed = common.seed_all(args.seed, salt, step)
     return common.sample_global_batch(spec, seed, batch_size, run.rank, run.world, micro, grad_accum), seed
 
 
 def noise_like(z, seeds):
-    """A standard normal tensor like each sample of z, B C F h w, by its own seed."""
+    """Standard normal noise of the shape of z, B C F h w; each sample has a seed."""
     return torch.cat([fixed_noise(z[:1], int(seed)) for seed in seeds])
 
 
 def is_finished(stage, checkpoint):
-    """Whether all steps of a stage were done before this call."""
+    """Whether a checkpoint is at the last step of its stage."""
     return checkpoint is not None and checkpoint.meta["step"] >= stage.steps
 
 
-def spread(count, limit):
-    """Up to `limit` numbers below `count`, evenly spaced."""
+def evenly_spaced(count, limit):
+    """Up to `limit` evenly spaced indices below `count`."""
     return np.linspace(0, count - 1, min(count, limit)).round().astype(int).tolist()
 
 
 def train_video(args, run, stage, windows, checkpoint):
-    """Stage "video" -> VideoModel with the EMA weights; final/ then has vidar.pt and vidar.safetensors."""
+    """Trains stage "video", writes final/vidar.pt and .safetensors -> VideoModel with the EMA weights."""
     spec = {"window": ("randint", len(windows["train"].rows)), "u": ("rand",), "drop": ("rand",),
             "noise": ("randint", 2 ** 62)}
     model = VideoModel(load_transformer(args, run.device), args)
@@ -866,10 +864,11 @@ def train_video(args, run, stage, windows, checkpoint):
         sigma = shift_sigma(values["u"], args.shift).to(run.device)
         return net(batch, noise_like(batch["latents"], values["noise"]), sigma)
 
-    def val_fn(net):                             # the same windows and noise at every validation, sigma 0.5
-        chosen = spread(len(windows["val"].rows), 8)
-        batch = collate(windows["val"], chosen, args, run.device)
-        noise, sigma = noise_like(batch["latents"], chosen), torch.full((len(chosen),), .5, device=run.device)
+    def val_fn(net):                             # fixed windows and noise, sigma 0.5
+        indices = evenly_spaced(len(windows["val"].rows), 8)
+        batch = collate(windows["val"], indices, args, run.device)
+        noise = noise_like(batch["latents"], indices)
+        sigma = torch.full((len(indices),), .5, device=run.device)
         return {"val_loss": net(batch, noise, sigma)[1]["flow_loss"].item()}
 
     net = train(args, run, SCRIPT, stage, model, loss_fn, val_fn, checkpoint)
@@ -881,19 +880,19 @@ def train_video(args, run, stage, windows, checkpoint):
 
 @torch.no_grad()
 def write_generated_frames(args, run, model, folder, windows, path):
-    """Writes a file like those of kind "frames": training windows that the video model denoised in one step
-    from a random level. They are as blurred as its samples, but their joint positions are known."""
+    """Writes a file of kind "frames" with training windows that the video model denoises in one step from a
+    random noise level: frames as blurred as its samples, but with known joint positions."""
     vae, rng = load_codec(args, folder, run.device), np.random.default_rng(0)
     frames, actions = [], []
-    for number in spread(len(windows.rows), args.idm_generated):
+    for number in evenly_spaced(len(windows.rows), args.idm_generated):
         batch = collate(windows, [number], args, run.device)
         z = batch["latents"]
-        sigma = torch.full((1,), max(0., 1.6 * rng.random() - .6), device=z.device)     # often 0: codec only
+        sigma = torch.full((1,), max(0., 1.6 * rng.random() - .6), device=z.device)     # 0: codec only
         x, levels = add_noise(z, fixed_noise(z, number), sigma)
         with run.autocast():
             v = run_backbone(model.dit, x, 1000 * levels, batch["text"])
         video = common.wan_decode(vae, x - expand_to(levels[:, None], x) * v)[0].cpu()
-        for t in range(1 + number % 4, args.frames, 4):      # one of the four frames of each latent frame
+        for t in range(1 + number % 4, args.frames, 4):      # one frame of each later latent frame
             if batch["valid"][0, (t + 3) // 4]:
                 frames.append(to_uint8(resize(video[t:t + 1], idm_config(args)["size"])))
                 actions.append(batch["actions"][0, t:t + 1].cpu())
@@ -901,28 +900,28 @@ def write_generated_frames(args, run, model, folder, windows, path):
 
 
 def train_idm(args, run, stage, frames, statistics, checkpoint):
-    """Stage "idm"; final/ then has idm.pt. frames: {"train", "val": Cache}. statistics: actions N 14."""
-    torch.manual_seed(args.seed)                 # equal initial weights on all processes and after a restart
+    """Trains stage "idm", writes final/idm.pt. frames: {"train", "val": Cache}. statistics: actions N 14."""
+    torch.manual_seed(args.seed)                 # equal weights on all processes
     model = IDM(idm_config(args))
-    nn.init.constant_(model.model["mask_model"].out.bias, .3)   # open: a closed mask gives itself no gradient
+    nn.init.constant_(model.model["mask_model"].out.bias, .3)   # open: a closed mask gets no gradient
     model.set_statistics(statistics)
     model.to(run.device)
     spec = {"frame": ("randint", len(frames["train"].rows))}
 
-    def get(split, numbers):
+    def load_batch(split, numbers):
         columns = frames[split].get(numbers)
         x, actions = (torch.stack(columns[name]).to(run.device) for name in ("frames", "actions"))
         return x / 255, actions
 
     def loss_fn(net, step, micro, grad_accum):
         values, _ = sample_numbers(args, run, spec, 2, step, micro, grad_accum, stage.batch_size)
-        x, actions = get("train", values["frame"].tolist())
+        x, actions = load_batch("train", values["frame"].tolist())
         prediction, mask = net(x)
         loss = idm_loss(model.normalize(prediction), model.normalize(actions), mask, args.mask_weight)
         return loss, {"mask_area": mask.detach().mean()}
 
     def val_fn(net):
-        x, actions = get("val", spread(len(frames["val"].rows), 128))
+        x, actions = load_batch("val", evenly_spaced(len(frames["val"].rows), 128))
         prediction, mask = model(x)
         loss = idm_loss(model.normalize(prediction), model.normalize(actions), mask, args.mask_weight)
         scores = {"loss": loss, "mask_area": mask.mean(), **idm_scores(prediction.cpu(), actions.cpu())}
@@ -936,7 +935,7 @@ def train_idm(args, run, stage, frames, statistics, checkpoint):
 
 
 def stage_plan(args):
-    """-> the stages to train. The IDM has no EMA: batch norm's statistics cannot be averaged."""
+    """-> the stages to train. The IDM has no EMA, which would not match its batch norm statistics."""
     video = argparse.Namespace(
         name="video", folder="video" if args.stage == "all" else ".", steps=args.max_steps, lr=args.lr,
         warmup_steps=args.warmup_steps, weight_decay=args.weight_decay, ema_decay=args.ema_decay,
@@ -948,7 +947,7 @@ def stage_plan(args):
 
 
 def train_stages(args, run, checkpoint, splits, folder):
-    """Trains what is missing of the stages."""
+    """Trains the stages of stage_plan(), resuming each."""
     if run.rank == 0:
         common.write_json(Path(args.output_dir, "args.json"), {**vars(args), **common.provenance()})
     idm = load_idm(args.idm, idm_config(args)).to(run.device) if args.idm else None
@@ -959,15 +958,15 @@ def train_stages(args, run, checkpoint, splits, folder):
         if stage.name == "idm" and generated.is_file():
             paths["train"].append(generated)
         caches = {split: Cache(paths[split]) for split in paths}
-        found = checkpoint
+        resumed = checkpoint
         if stage.folder != ".":
             resume = "none" if args.resume == "none" else "auto"
-            found = common.find_checkpoint(Path(args.output_dir, stage.folder, "ckpt"), SCRIPT, resume)
+            resumed = common.find_checkpoint(Path(args.output_dir, stage.folder, "ckpt"), SCRIPT, resume)
         if stage.name == "idm":
             actions = np.concatenate([episode.actions for episode in splits["train"]])
-            train_idm(args, run, stage, caches, torch.from_numpy(actions), found)
+            train_idm(args, run, stage, caches, torch.from_numpy(actions), resumed)
             continue
-        model = train_video(args, run, stage, caches, found).eval()
+        model = train_video(args, run, stage, caches, resumed).eval()
         if run.rank == 0 and len(plan) > 1 and args.idm_generated and not generated.is_file():
             write_generated_frames(args, run, model, folder, caches["train"], generated)
         common.barrier()
@@ -976,7 +975,7 @@ def train_stages(args, run, checkpoint, splits, folder):
 # ---- main -----------------------------------------------------------------------------------------------
 
 def load_models(args, device, checkpoint=None):
-    """-> VideoModel and IDM, or None, of a run's newest checkpoints or of `checkpoint`, with EMA weights."""
+    """-> VideoModel or None, IDM or None: EMA weights of `checkpoint` or of the run's newest checkpoints."""
     models = {"video": None, "idm": load_idm(args.idm, idm_config(args)).to(device) if args.idm else None}
     for stage in stage_plan(args):
         path = checkpoint.path if checkpoint and stage.folder == "." else common.latest_checkpoint(
@@ -990,7 +989,7 @@ def load_models(args, device, checkpoint=None):
 
 
 def example_batch(args, config):
-    """A batch in the shapes that the flags ask for, on the default device."""
+    """A batch of the shapes that the flags determine, on the default device."""
     B, side = args.batch_size, codec_side(args)
     size = (args.frames - 1) // 4 + 1, args.height // side, args.width // side
     z = torch.randn(B, config.in_channels, *size)
@@ -999,7 +998,7 @@ def example_batch(args, config):
 
 
 def dry_run(args):
-    """Prints parameters, FLOPs and memory of the video model's step on the meta device."""
+    """Prints parameters, FLOPs and memory of a training step of the video model, on the meta device."""
     flags = argparse.Namespace(**{**vars(args), "random_init": True, "vidar": None})
     with torch.device("meta"):
         model = VideoModel(load_transformer(flags, "meta"), args).train()

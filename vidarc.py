@@ -1,12 +1,12 @@
-"""vidarc.py: Vidar made causal: it generates a few frames, the robot acts, observed frames replace them.
+"""vidarc.py: causal Vidar for closed-loop control: generate a chunk, act, replace it with observed frames.
 
 Papers      Vidarc (arXiv:2512.17661), of which this is stage 2, on Vidar (arXiv:2507.12898); Self Forcing
             (arXiv:2506.08009); Wan2.2-TI2V-5B (arXiv:2503.20314).
 Equations   Eq. 6  |v(x_t, t, c, x_prev) - (x_0 - x_1)|^2, x_prev clean  -> teacher_forced_loss, teacher_plan
             Eq. 7  |(1 + eta U) (v - (x_0 - x_1))|^2, eta 3               -> vidar.flow_loss
             x = (1 - sigma) z + sigma eps, sigma per latent frame         -> mix_noise; signs as in vidar.py
-            self-forcing: behind latents that the model generated         -> self_forced_loss
-            KV cache, re-prefill with observed frames                     -> KVCache, generate_latents, Policy
+            self-forcing: loss after latents that the model generates     -> self_forced_loss
+            KV cache, prefilled again with observed frames                -> KVCache, generate_latents, Policy
 Run         python vidarc.py                         # 16 to 25 min on 2 CPU cores, with stage 1
             python vidarc.py --sample --num_samples 3                      # or --eval
             python vidarc.py --serve 8000                                  # actions over a websocket
@@ -14,7 +14,7 @@ Run         python vidarc.py                         # 16 to 25 min on 2 CPU cor
 From Python policy = vidarc.load_policy("runs/vidarc"); actions = policy.act(frames, instruction, joints)
 Shapes      B batch  T frames  F = (T - 1) / 4 + 1 latent frames  C latent channels  H W pixels  h w latent
             cells  S = h/2 w/2 tokens of a latent frame  N = F S  D width  L text tokens. Latents are
-            B C F h w, videos B T 3 H W in [-1, 1], for the IDM in [0, 1]; actions n 14 are absolute joint
+            B C F h w, videos B T 3 H W in [-1, 1] ([0, 1] for the IDM); actions n 14 are absolute joint
             positions. --chunk_size and --kv_cache_length count pixel frames, four to a latent frame.
 """
 import argparse
@@ -41,9 +41,9 @@ from data.vidar.server import make_server
 from data.vidar.world import ArmWorld
 
 SCRIPT = "vidarc"
-FIRST_WORLD = 1_000_000                  # seed of the first world of --eval; those of training begin at 0
-HORIZON = 64                             # frames in a world, enough to try again
-MOVED_AT = 6                             # frame at which the block is moved
+FIRST_WORLD = 1_000_000                  # seed of the first world of --eval; seeds of training start at 0
+HORIZON = 64                             # frames of an episode in a world, enough for a second attempt
+MOVED_AT = 6                             # frame at which the block is displaced
 
 # ---- presets and flags ----------------------------------------------------------------------------------
 
@@ -59,52 +59,52 @@ PRESETS = {
     "ti2v_5b": dict({**vidar.PRESETS["ti2v_5b"], "max_steps": 4000, "save_every": 250, "eval_every": 250},
                     vidar="checkpoints/vidar/vidar.pt", idm="checkpoints/vidar/idm.pt"),
 }
-MODEL_FLAGS = ("model", "text_length", "height", "width")        # a checkpoint's values hold
+MODEL_FLAGS = ("model", "text_length", "height", "width")        # a checkpoint fixes their values
 
 
 def build_parser():
     parser = vidar.add_stage_flags(common.Parser(SCRIPT, PRESETS, __doc__.split("\n")[0]))
     add = parser.add_argument_group("stage 2").add_argument
     add("--eta", type=at_least(0, float), default=3., help="weight of the arms in the loss (Eq. 7)")
-    add("--context_noise", type=between(0, 1), default=0., help="largest noise of past latents (Eq. 6: 0)")
-    add("--self_forcing", type=between(0, 1), default=.5, help="share of steps whose past is generated")
-    add("--self_forcing_after", type=at_least(0), default=1000, help="first step of self-forcing")
+    add("--context_noise", type=between(0, 1), default=0., help="maximum noise of past latents (Eq. 6: 0)")
+    add("--self_forcing", type=between(0, 1), default=.5, help="share of steps with self-forcing")
+    add("--self_forcing_after", type=at_least(0), default=1000, help="first step with self-forcing")
     add("--rollout_denoise_steps", type=at_least(1), default=4, help="sampler steps of self-forcing")
     add("--num_inference_steps", type=at_least(1), default=10, help="sampler steps per chunk")
-    add("--guidance_scale", type=at_least(0, float), default=3.0, help="classifier-free guidance (1: none)")
-    add("--chunk_size", type=at_least(4), default=16, help="pixel frames between two observations, 4k")
-    add("--kv_cache_length", type=at_least(4), default=64, help="pixel frames that the cache holds, 4k")
-    add("--worlds", type=at_least(0), default=48, help="simulated worlds of --eval, for simulated data")
+    add("--guidance_scale", type=at_least(0, float), default=3.0, help="classifier-free guidance (1: off)")
+    add("--chunk_size", type=at_least(4), default=16, help="pixel frames between observations, 4k")
+    add("--kv_cache_length", type=at_least(4), default=64, help="pixel frames in the KV cache, 4k")
+    add("--worlds", type=at_least(0), default=48, help="worlds to evaluate in, for simulated data")
     add("--serve", type=at_least(1), metavar="PORT", help="serve the trained policy over a websocket")
     return parser
 
 
 def parse_args(argv=None):
-    """-> flags, checkpoint or None, the reason for the preset."""
+    """-> flags, checkpoint or None, reason for the preset."""
     get_data = "python data/vidar/prepare.py --from robotwin SRC data/robotwin"
     args, checkpoint, why_preset = common.parse_args(build_parser(), argv, MODEL_FLAGS, get_data=get_data)
-    vidar.check_flags(args)
+    vidar.check_flags(args, [args.batch_size])
     for name in ("chunk_size", "kv_cache_length"):
         if getattr(args, name) % 4:
             raise UserError(f"--{name} must be a multiple of 4, not {getattr(args, name)}")
-    room = 4 * (window_latents(args) - 1)
-    if args.chunk_size > room:
-        raise UserError(f"--chunk_size {args.chunk_size} does not fit in a window of {room} frames after the "
-                        f"first: raise --kv_cache_length or --frames")
+    window = 4 * (window_latents(args) - 1)
+    if args.chunk_size > window:
+        raise UserError(f"--chunk_size {args.chunk_size} does not fit in a window of {window} frames "
+                        f"after the first: raise --kv_cache_length or --frames")
     if args.self_forcing and args.chunk_size < 8:
-        raise UserError("--self_forcing generates a part of --chunk_size, which must be 8 or more; or "
+        raise UserError("--self_forcing generates a part of a chunk: raise --chunk_size to 8 or more, or set "
                         "--self_forcing 0")
     return args, checkpoint, why_preset
 
 
 def window_latents(args):
-    """Latent frames of the policy's window: no more than were trained, or than the cache holds."""
+    """Latent frames of the policy's window: limited by the window of training and by the cache."""
     return 1 + min(args.kv_cache_length, args.frames - 1) // 4
 
 
 # ---- attention plans ------------------------------------------------------------------------------------
 # A plan has an entry for each latent frame of a pass: the ranges ((start, end), ...) of latent frames that it
-# attends to, cached ones counted first. Without a plan all attend to all.
+# attends to. Cached latent frames are counted first. Without a plan, attention is not restricted.
 
 def causal_plan(count, past=0):
     """Each of `count` latent frames attends to `past` cached ones, the ones before it, and itself."""
@@ -112,15 +112,15 @@ def causal_plan(count, past=0):
 
 
 def teacher_plan(F_):
-    """Clean latent frames 0 to F - 2, then noisy ones 1 to F - 1, in one pass: a noisy one attends to the
-    clean ones before it and to itself."""
+    """Clean latent frames 0 to F - 2, then noisy ones 1 to F - 1, in one pass. A noisy latent frame attends
+    to the clean ones before it and to itself."""
     noisy = tuple(((0, i), (F_ - 2 + i, F_ - 1 + i)) for i in range(1, F_))
     return causal_plan(F_ - 1) + noisy
 
 
 def attend(q, k, v, plan, S):
-    """Attention by a plan: q B heads N d, k and v B heads N' d -> B heads N d. A call per latent frame:
-    without a mask every fused kernel works, and what is not attended to costs nothing."""
+    """Attention with a plan: q B heads N d, k and v B heads N' d -> B heads N d. One call per latent frame
+    needs no mask: all fused kernels work, and keys outside the ranges cost nothing."""
     if plan is None:
         return F.scaled_dot_product_attention(q, k, v)
     k_frames, v_frames = k.split(S, dim=2), v.split(S, dim=2)
@@ -136,8 +136,8 @@ def attend(q, k, v, plan, S):
 
 @dataclass(eq=False)
 class AttentionContext:
-    """What self-attention needs to know of a forward pass. It takes the place of the rotary tables, the only
-    argument that WanTransformerBlock passes on unchanged; FSDP does not look into it, so tables stay fp32."""
+    """Arguments of self-attention in a forward pass. They replace the rotary tables, the only argument that
+    WanTransformerBlock passes on unchanged. FSDP does not cast the fields, so the tables stay in fp32."""
     cos: torch.Tensor                    # 1 N 1 d
     sin: torch.Tensor
     plan: tuple | None
@@ -152,8 +152,8 @@ def rotate(x, cos, sin):
 
 
 class CausalSelfAttention:
-    """Processor of attn1. hidden B*F S D: latent frames are folded into the batch, so that their modulation
-    is B*F 6 D and not one for every token; here they are unfolded. Keys are cached after rotation."""
+    """Processor of attn1. hidden B*F S D: latent frames are folded into the batch, so that the modulation is
+    B*F 6 D instead of one per token; they are unfolded here. Keys are cached after rotation."""
     def __init__(self, layer):
         self.layer = layer
 
@@ -170,7 +170,7 @@ class CausalSelfAttention:
 
 
 class TextAttention:
-    """Processor of attn2. text: embeddings B L D, or what CausalWan.text_kv made of them."""
+    """Processor of attn2. text: embeddings B L D, or the output of CausalWan.text_kv."""
     def __init__(self, layer):
         self.layer = layer
 
@@ -189,8 +189,8 @@ class TextAttention:
 
 
 class CausalWan(WanTransformer3DModel):
-    """WanTransformer3DModel, the same parameters under the same names, with a timestep and a position for
-    each latent frame, an attention plan, and a KV cache. Without these it is stage 1's model."""
+    """WanTransformer3DModel, the same parameters under the same names, with a timestep and a position per
+    latent frame, an attention plan, and a KV cache. Without plan and cache it is the model of stage 1."""
     @functools.wraps(WanTransformer3DModel.__init__)       # diffusers reads config names from the signature
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -200,11 +200,11 @@ class CausalWan(WanTransformer3DModel):
 
     @classmethod
     def of(cls, wan):
-        """A WanTransformer3DModel -> this class with the same memory."""
+        """Converts a WanTransformer3DModel. The weights share memory."""
         with torch.device("meta"):
             model = cls.from_config(wan.config)
         model.load_state_dict(wan.state_dict(), assign=True)
-        model.rope = wan.rope                              # its tables are not in the state dict
+        model.rope = wan.rope                              # the tables are not in the state dict
         return vidar.keep_time_in_fp32(model)
 
     def rotary_tables(self, positions, h, w):
@@ -219,13 +219,13 @@ class CausalWan(WanTransformer3DModel):
 
     @torch.no_grad()
     def text_kv(self, text):
-        """text B L D -> [(keys, values) of each block], for many passes. Not of a sharded model."""
+        """text B L D -> [(keys, values) of each block], for many passes. FSDP models are not supported."""
         text = self.condition_embedder.text_embedder(text.to(self.patch_embedding.weight.dtype))
         return [TextAttention.keys_and_values(block.attn2, text) for block in self.blocks]
 
     def forward(self, x, t, text, plan=None, positions=None, cache=None):
-        """x B C F h w, t B F (0 to 1000), text B L D or text_kv -> velocity B C F h w, float32. positions:
-        (F,) in time; by default they follow those of the cache."""
+        """x B C F h w, t B F (0 to 1000), text B L D or text_kv() -> velocity B C F h w in float32.
+        positions: indices (F,) in time, by default those after the cache."""
         B, _, F_, h, w = x.shape
         _, ph, pw = self.config.patch_size
         dtype = self.patch_embedding.weight.dtype
@@ -252,20 +252,20 @@ class CausalWan(WanTransformer3DModel):
 # ---- KV cache -------------------------------------------------------------------------------------------
 
 class KVCache:
-    """Rotated keys and values of the latent frames so far: two buffers per block, B (capacity S) heads d.
+    """Rotated keys and values of past latent frames: two buffers per block, B (capacity S) heads d.
 
-    frames: how many it holds. Without gradients a pass writes its keys behind these, where the next pass
-    overwrites them; only append() counts them.
+    frames: number of latent frames in the cache. Without gradients, a pass writes its keys and values after
+    these, where the next pass overwrites them; only append() adds them to the cache.
     """
     def __init__(self, capacity):
         self.capacity, self.frames, self.buffers = capacity, 0, {}
 
     def extend(self, layer, k, v, S):
-        """A pass's keys and values B N heads d -> those of the cache, followed by these."""
+        """Keys and values of a pass, B N heads d -> those in the cache, followed by these."""
         start, end = self.frames * S, self.frames * S + k.shape[1]
         if layer not in self.buffers:
             self.buffers[layer] = [k.new_empty(len(k), self.capacity * S, *k.shape[2:]) for _ in range(2)]
-        if torch.is_grad_enabled():                        # autograd forbids writing in place
+        if torch.is_grad_enabled():                        # autograd does not allow in-place writes
             return [torch.cat([buffer[:, :start], new], dim=1)
                     for buffer, new in zip(self.buffers[layer], (k, v))]
         for buffer, new in zip(self.buffers[layer], (k, v)):
@@ -280,13 +280,13 @@ class KVCache:
 
     @torch.no_grad()
     def append(self, model, z, text):
-        """Writes clean latents B C n h w in one pass at timestep 0."""
+        """Adds clean latents B C n h w in one pass at timestep 0."""
         self.require(z.shape[2])
         model(z, z.new_zeros(len(z), z.shape[2]), text, causal_plan(z.shape[2], self.frames), cache=self)
         self.frames += z.shape[2]
 
     def pop(self, count):
-        """Drops the last `count` latent frames: predicted ones, before observed ones replace them."""
+        """Removes the last `count` latent frames: predicted ones, which observed ones replace."""
         self.frames -= count
 
 
@@ -301,18 +301,18 @@ def denoise(velocity, x, args, steps):
 
 
 def repeat_for_guidance(x, guidance):
-    """B ... -> 2B ...: for the prompt and for the empty prompt; B without guidance."""
+    """B ... -> 2B ..., for the prompts and the empty prompts; unchanged without guidance."""
     return x if guidance == 1 else torch.cat([x, x])
 
 
 @torch.no_grad()
 def generate_latents(model, cache, noise, text, args, steps, guidance=1., keep_last=False):
-    """Noise B C n h w -> the n latent frames that follow the cache's, yielded one by one, so that the first
-    action can leave early.
+    """Noise B C n h w -> yields the n latent frames that follow the cache, one by one, so that the first
+    actions are available early.
 
-    text: embeddings or text_kv of the prompts, with guidance also of the empty ones (2B). A latent frame is
-    written to the cache when the next one is asked for; the last one only with keep_last, because observed
-    frames take its place: pop the n - 1 others, then append the observed ones.
+    text: embeddings or text_kv() of the prompts, with guidance also of the empty ones (2B). A latent frame is
+    written to the cache when the next one is requested, the last one only with keep_last, because observed
+    frames replace them: pop the n - 1 others, then append the observed ones.
     """
     cache.require(noise.shape[2])
 
@@ -332,13 +332,13 @@ def generate_latents(model, cache, noise, text, args, steps, guidance=1., keep_l
 
 
 # ---- video codec, as a stream ---------------------------------------------------------------------------
-# What a call needs of earlier frames is its state: for Wan's VAE the last inputs of each causal convolution,
-# for the linear codec the first frame, to which later latents are differences. No call changes a state, so an
-# older one can be used again: that takes predicted frames back.
+# The state is what a call needs of earlier frames: for Wan's VAE the last inputs of each causal convolution,
+# for the linear codec the first frame, from which later latents are differences. A call does not modify its
+# state, so an older state can be used again, which discards predicted frames.
 
 def encode_next(vae, x, state=None):
-    """The next frames B T 3 H W of a stream, T = 4n + 1 at its beginning (state None), later 4n -> normalised
-    latents B C F h w, equal to common.wan_encode's of the whole, and the new state."""
+    """The next frames B T 3 H W of a stream, T = 4n + 1 at its start (state None), then 4n -> normalised
+    latents B C F h w, equal to those of common.wan_encode for the whole video, and the new state."""
     first = state is None
     if x.shape[1] % 4 != first:
         raise ValueError(f"a stream begins with 4n + 1 frames and continues with 4n, not {x.shape[1]}")
@@ -355,8 +355,8 @@ def encode_next(vae, x, state=None):
 
 
 def decode_next(vae, z, state=None):
-    """The next latents B C F h w of a stream (state None: its first) -> float32 frames B T 3 H W in [-1, 1],
-    equal to common.wan_decode's of the whole, and the new state."""
+    """The next latents B C F h w of a stream (state None: the first ones) -> float32 frames B T 3 H W in
+    [-1, 1], equal to those of common.wan_decode for the whole video, and the new state."""
     first = state is None
     if isinstance(vae, common.LinearCodec):
         whole = z if first else torch.cat([state, z], dim=2)
@@ -371,41 +371,41 @@ def decode_next(vae, z, state=None):
 
 
 # ---- objective ------------------------------------------------------------------------------------------
-# batch    as of vidar.collate(): latents B C F h w, text B L D, valid B F, arm B 1 F h w
-# values   drawn outside, so that all processes make the same calls: u B F-1 in [0, 1), the noise level of
-#          each latent frame; noise, rollout_noise B C F h w; and the same for all samples: use_self_forcing,
+# batch    from vidar.collate(): latents B C F h w, text B L D, valid B F, arm B 1 F h w
+# values   from draw_batch(): u B F-1 in [0, 1), the noise level of each latent frame before the shift; noise,
+#          rollout_noise B C F h w; context B, in training; and, equal for all samples, use_self_forcing,
 #          rollout_start and rollout_length in [0, 1)
 
 def mix_noise(z, noise, sigma):
-    """x_sigma of latents B C F h w at levels B F."""
+    """Noisy latents at levels sigma B F: z, noise B C F h w -> x B C F h w."""
     sigma = sigma[:, None, :, None, None]
     return (1 - sigma) * z + sigma * noise
 
 
 class CausalModel(nn.Module):
-    """The transformer and its losses in one module, so that DDP and FSDP see one forward."""
+    """The transformer and its losses in one module, so that DDP and FSDP wrap a single forward."""
     def __init__(self, dit, args):
         super().__init__()
         self.dit, self.args = dit, args
 
     def forward(self, batch, values):
-        """-> loss, {name: term to log}, by values["use_self_forcing"]."""
+        """-> loss, {name: term to log}; values["use_self_forcing"] selects the loss."""
         loss_fn = self.self_forced_loss if values["use_self_forcing"] else self.teacher_forced_loss
         return loss_fn(batch, values)
 
     def loss_at(self, v, batch, noise, frames):
-        """Eq. 7 for the velocity of the latent frames of a slice."""
+        """Eq. 7 for the velocity of a slice of latent frames."""
         arm = batch["arm"][:, :, frames] if self.args.eta else None
         target = noise[:, :, frames] - batch["latents"][:, :, frames]
         return vidar.flow_loss(v, target, batch["valid"][:, frames], arm, self.args.eta)
 
     def teacher_forced_loss(self, batch, values):
-        """Eq. 6: all latent frames but the first, each behind the clean past, in one parallel pass."""
+        """Eq. 6 in one parallel pass: all latent frames but the first, each conditioned on its clean past."""
         z, noise = batch["latents"], values["noise"]
         F_ = z.shape[2]
         sigma = vidar.shift_sigma(values["u"], self.args.shift)
         past, level = z[:, :, :-1], torch.zeros_like(sigma)
-        if "context" in values:                  # a little noise: what a robot observes is no training video
+        if "context" in values:                  # noise, as observed frames differ from training videos
             level = level + self.args.context_noise * values["context"][:, None]
             past = mix_noise(past, values["rollout_noise"][:, :, :-1], level)
         x = torch.cat([past, mix_noise(z[:, :, 1:], noise[:, :, 1:], sigma)], dim=2)
@@ -416,9 +416,9 @@ class CausalModel(nn.Module):
         return self.loss_at(v, batch, noise, slice(1, None))
 
     def self_forced_loss(self, batch, values):
-        """The closed loop's own errors: an observed past, then latents that the model generates, then the
-        loss of the next observed latent behind these. Between two observations lie --chunk_size frames;
-        within one such stretch 1 to all but one latent are generated, without gradients, in a few steps."""
+        """Trains on the errors of the closed loop: an observed past, then latents that the model generates,
+        then the loss of the next latent, conditioned on both. Of a chunk, 1 to all but one latent frames are
+        generated, without gradients and in --rollout_denoise_steps steps."""
         z, text, args = batch["latents"], batch["text"], self.args
         chunk = args.chunk_size // 4
         start = 1 + chunk * int(values["rollout_start"] * ((z.shape[2] - 1) // chunk))
@@ -437,8 +437,8 @@ class CausalModel(nn.Module):
 # ---- closed loop ----------------------------------------------------------------------------------------
 
 class Policy:
-    """What a robot's client calls: images and an instruction in, actions out. act() is called with what was
-    observed while the actions before were executed, at 10 fps and best in fours."""
+    """The interface for a robot client: images and an instruction in, actions out. Call act() with the frames
+    observed during the previous actions, at 10 fps and preferably a multiple of four."""
     def __init__(self, args, run, dit, idm, vae, encode_prompt):
         self.args, self.run, self.dit, self.idm, self.vae = args, run, dit, idm, vae
         self.encode_prompt = encode_prompt
@@ -446,28 +446,28 @@ class Policy:
         self.reset()
 
     def reset(self, seed: int = 0):
-        """Begins a new episode."""
+        """Starts a new episode."""
         self.instruction, self.text = None, None
-        self.encoder_state, self.decoder_state = None, None            # of the streams of observed frames
-        self.observed = []                                             # the last frames, for a new window
+        self.encoder_state, self.decoder_state = None, None            # of the observed frames
+        self.observed = []                                             # latest frames, for a new window
         self.num_observed_latents, self.cache.frames = 0, 0
         self.generator = torch.Generator().manual_seed(seed)
 
     def act(self, frames: np.ndarray, instruction: str, joints: np.ndarray | None = None) -> np.ndarray:
-        """frames: all that were observed since the last call, at 10 fps: mosaics n H W 3 or one H W 3, uint8.
-        joints (14,): the present ones, if known; actions are then corrected by the prediction's error at the
-        present frame -> actions (chunk_size, 14) float64, absolute joint positions in radians.
+        """frames: all frames observed since the last call, at 10 fps: mosaics n H W 3 or one H W 3, uint8.
+        joints (14,): the current joint positions, if known; actions are then corrected by the error of the
+        IDM at the current frame -> actions (chunk_size, 14) float64, absolute joint positions in radians.
 
-        Multiples of four frames continue the video; any other number, such as one, begins a new window with
-        the last of them, which forgets what was seen before. Another instruction begins a new episode.
-        UserError for frames or joints of another kind.
+        A multiple of four frames continues the video. Any other number, such as one, starts a new window
+        without the frames of earlier calls. Another instruction starts a new episode.
+        Raises UserError for frames, joints or instructions of a wrong type or shape.
         """
         return np.concatenate(list(self.stream(frames, instruction, joints)))
 
     @torch.no_grad()
     def stream(self, frames, instruction, joints=None, latents=None, views=robot_data.VIEWS):
-        """As act(), but yields the actions (4, 14) of each latent frame as soon as it is denoised. The frames
-        that it generated, 4 3 H W in [0, 1], are in `generated`. latents: how many, if not a chunk."""
+        """Like act(), but yields the actions (4, 14) of each latent frame as soon as it is denoised. The
+        generated frames, 4 3 H W in [0, 1], are in `generated`. latents: how many (default: a chunk)."""
         frames, joints = self.check(frames, instruction, joints)
         count = latents or self.args.chunk_size // 4
         guidance = self.args.guidance_scale
@@ -479,7 +479,7 @@ class Policy:
             text = common.pad_text(text, self.args.text_length)
             with self.run.autocast():
                 self.text = self.dit.text_kv(text.to(self.run.device))
-        self.cache.pop(self.cache.frames - self.num_observed_latents)  # generated ones of the last call
+        self.cache.pop(self.cache.frames - self.num_observed_latents)  # generated by the last call
         current = self.observe(frames, count)
         offset = 0.0 if joints is None else joints - self.predict_actions(current)[0]
         self.generated, decoder_state = [], self.decoder_state
@@ -489,14 +489,14 @@ class Policy:
         latents = generate_latents(self.dit, self.cache, noise, self.text, self.args,
                                    self.args.num_inference_steps, guidance)
         for _ in range(count):
-            with self.run.autocast():            # not around the yield: it would stay on for the caller
+            with self.run.autocast():            # not around the yield, where it would affect the caller
                 z = next(latents)
                 video, decoder_state = decode_next(self.vae, z, decoder_state)
             self.generated.append((video[0].cpu() + 1) / 2)
             yield self.predict_actions(self.generated[-1]) + offset
 
     def check(self, frames, instruction, joints):
-        """-> frames n H W 3, joints (14,) float64 or None. UserError for what is none of these."""
+        """-> frames n H W 3, joints (14,) float64 or None. Raises UserError for other types and shapes."""
         size = (self.args.height, self.args.width, 3)
         frames = np.asarray(frames)
         frames = frames[None] if frames.ndim == 3 else frames
@@ -513,17 +513,17 @@ class Policy:
         return frames, joints.astype(np.float64)
 
     def observe(self, frames, count):
-        """Puts observed frames into the cache, in which `count` latents must still fit -> the present frame
-        as the codec shows it, 1 3 H W in [0, 1]."""
+        """Adds observed frames to the cache, which keeps room for `count` latent frames -> the current frame,
+        reconstructed by the codec, 1 3 H W in [0, 1]."""
         self.observed = [*self.observed, *frames][-4 * self.cache.capacity:]
         fits = self.num_observed_latents + len(frames) // 4 + count <= self.cache.capacity
         if self.encoder_state is None or len(frames) % 4 or not fits:
-            # A new window: of the last observed frames, or of all if there is a gap before these.
+            # A new window of the last observed frames. After a gap, it starts within this call's frames.
             self.encoder_state, self.decoder_state, self.cache.frames = None, None, 0
             if len(frames) % 4:
                 self.observed = list(frames)
-            keep = min((self.cache.capacity - 1 - count) // 2, (len(self.observed) - 1) // 4)
-            frames = self.observed[-4 * keep - 1:]
+            past = min((self.cache.capacity - 1 - count) // 2, (len(self.observed) - 1) // 4)
+            frames = self.observed[-4 * past - 1:]
         video = from_uint8(torch.from_numpy(np.stack(frames)).movedim(-1, 1))[None].to(self.run.device)
         z, self.encoder_state = encode_next(self.vae, video, self.encoder_state)
         with self.run.autocast():
@@ -538,12 +538,12 @@ class Policy:
 
 
 def load_policy(folder: str, device: str = "auto") -> Policy:
-    """The policy of a run's folder: args.json and final/. UserError where they are missing."""
+    """The policy of a run, from args.json and final/ in its folder. Raises UserError if they are missing."""
     final = Path(folder) / "final"
     if not (final / "vidarc.safetensors").is_file():
         raise UserError(f"{folder} has no trained policy (final/vidarc.safetensors): train with python "
                         f"{SCRIPT}.py --output_dir {folder}")
-    flags = common.read_json(Path(folder) / "args.json")   # a flag that is newer than the run: its default
+    flags = common.read_json(Path(folder) / "args.json")   # flags that the run lacks get their defaults
     args = argparse.Namespace(**{**vars(build_parser().parse_args([])), **flags})
     args.device, args.fsdp = device, False
     args.vidar, args.random_init = str(final / "vidarc.safetensors"), False
@@ -551,13 +551,13 @@ def load_policy(folder: str, device: str = "auto") -> Policy:
 
 
 def load_dit(args, device="cpu"):
-    """--vidar's weights, or with --random_init random ones, as CausalWan in fp32."""
+    """CausalWan in fp32, with the weights of --vidar, or random ones with --random_init."""
     flags = argparse.Namespace(**{**vars(args), "vidar": None if args.random_init else args.vidar})
     return CausalWan.of(vidar.load_transformer(flags, device))
 
 
 def make_policy(args, run, dit, final):
-    """Policy with a transformer, whose IDM and codec are in the folder `final`."""
+    """Policy of a transformer and of the IDM and the codec in the folder `final`."""
     dit = dit.to(run.device).eval().requires_grad_(False)
     idm = vidar.load_idm(final / "idm.pt", vidar.idm_config(args)).to(run.device)
     return Policy(args, run, dit, idm, vidar.load_codec(args, final, run.device),
@@ -565,22 +565,22 @@ def make_policy(args, run, dit, final):
 
 
 def run_episode(policy, seed, moved, closed, film=None):
-    """One simulated world -> success, final distance of the block from the plate. Closed loop: a new plan
-    from what is observed after every chunk; else one plan for a whole window, then rest. moved: whether the
-    block is moved. film: in closed loop, a list for (observed, generated) of each frame, 3 H W in [0, 1]."""
+    """Acts in a simulated world -> success, final distance of the block from the plate. closed: plan again
+    from the observed frames after every chunk; otherwise one plan for a whole window, then no motion. moved:
+    displace the block. film: closed loop only, a list for (observed, generated) frames 3 H W in [0, 1]."""
     args = policy.args
     world = ArmWorld(seed, (args.height, args.width), moved=MOVED_AT if moved else None)
     policy.reset(seed + args.seed)
-    frames, done = [world.observe()], 0
-    while done < HORIZON and not world.success:
+    frames, step = [world.observe()], 0
+    while step < HORIZON and not world.success:
         latents = None if closed else policy.cache.capacity - 1
         plan = list(policy.stream(np.stack(frames), world.instruction, world.state, latents))
         actions, generated, frames = np.concatenate(plan), torch.cat(policy.generated), []
-        rest = 0 if closed else max(0, HORIZON - len(actions))
-        for i, action in enumerate([*actions, *[actions[-1]] * rest]):
+        padding = 0 if closed else max(0, HORIZON - len(actions))
+        for i, action in enumerate([*actions, *[actions[-1]] * padding]):
             world.step(action)
-            done += 1
-            if closed:                           # a picture costs more than the step
+            step += 1
+            if closed:                           # rendering costs more than the step
                 frames.append(world.observe())
             if film is not None:
                 film.append((torch.from_numpy(frames[-1]).movedim(-1, 0) / 255, generated[i]))
@@ -590,7 +590,7 @@ def run_episode(policy, seed, moved, closed, film=None):
 # ---- evaluate and sample --------------------------------------------------------------------------------
 
 def forecast(policy, window, episode, seed, observed_past):
-    """A held-out window chunk after chunk, each behind observed frames, or all behind generated ones
+    """Predicts a held-out window: chunk by chunk after observed frames, or at once after the first frame
     -> frames T' 3 H W in [0, 1], actions (T' - 1, 14), seconds to the first action and for each chunk."""
     video, joints = window[0], window[1].double().numpy()
     frames = (video * 255).round().to(torch.uint8).movedim(1, -1).numpy()
@@ -611,7 +611,7 @@ def forecast(policy, window, episode, seed, observed_past):
 
 @torch.no_grad()
 def time_bidirectional(policy):
-    """Seconds that stage 1's way takes for a window: all of its latent frames at once, in 20 steps."""
+    """Seconds of stage 1's bidirectional sampling of a window: all latent frames at once, in 20 steps."""
     args, side = policy.args, vidar.codec_side(policy.args)
     noise = torch.zeros(1, policy.dit.config.in_channels, policy.cache.capacity, args.height // side,
                         args.width // side, device=policy.run.device)
@@ -627,12 +627,12 @@ def time_bidirectional(policy):
 
 
 def world_count(args):
-    """Simulated worlds to act in: none where the data are not simulated."""
+    """Number of simulated worlds to evaluate in: 0 unless the data set is simulated."""
     return args.worlds if "simulated" in robot_data.read_manifest(args.data_dir) else 0
 
 
 def evaluate(args, run, policy, splits):
-    """Worlds in closed and open loop, held-out episodes, seconds -> [eval.json, curves.png]."""
+    """Evaluates held-out episodes, worlds in closed and open loop, and latency -> [eval.json, curves.png]."""
     began = time.time()
     videos, actions, worlds, clips, seconds = {}, {}, {}, {}, {"first_action": [], "chunk": []}
     episodes = list(enumerate(robot_data.tasks(splits["test"])[:args.eval_clips or None]))
@@ -667,7 +667,7 @@ def evaluate(args, run, policy, splits):
 
 
 def report(args, policy, videos, actions, worlds, clips, seconds, began):
-    """Means, eval.json, curves.png and the printed table of what evaluate() collected."""
+    """Averages the scores of evaluate(), writes eval.json and curves.png, prints the table."""
     scores = {method: common.horizon_means(tables) for method, tables in videos.items()}
     for method, rows in actions.items():
         values = vidar.idm_scores(*(torch.cat(column) for column in zip(*rows)))
@@ -690,7 +690,7 @@ def report(args, policy, videos, actions, worlds, clips, seconds, began):
 
 
 def sample(args, run, policy, splits):
-    """The best, median and worst world in which the block is moved, or held-out episode -> [samples/...]."""
+    """Writes the best, median and worst world with a displaced block, or episode -> [samples/...]."""
     episodes, files = robot_data.tasks(splits["test"]), []
     worlds = [f"world_{n}" for n in range(world_count(args))]
     names = worlds or [episode.folder.name for episode in episodes]
@@ -715,8 +715,8 @@ def sample(args, run, policy, splits):
 # ---- train ----------------------------------------------------------------------------------------------
 
 def draw_batch(args, run, windows, step, micro, grad_accum):
-    """-> batch, values for CausalModel.forward. Which loss, and where it begins, is the same in all of a
-    step: FSDP needs equal calls on all processes."""
+    """-> batch, values for CausalModel.forward. The choice of the loss and the rollout's position are equal
+    for all samples of a step: FSDP needs the same calls on all processes."""
     spec = {"window": ("randint", len(windows.rows)), "u": ("rand", (args.frames - 1) // 4),
             "context": ("rand",), "drop": ("rand",), "noise": ("randint", 2 ** 62),
             "rollout_noise": ("randint", 2 ** 62)}
@@ -725,15 +725,15 @@ def draw_batch(args, run, windows, step, micro, grad_accum):
     batch = vidar.collate(windows, values["window"].tolist(), args, run.device, unconditional)
     for name in ("noise", "rollout_noise"):
         values[name] = vidar.noise_like(batch["latents"], values[name])
-    coin, start, length = torch.rand(3, generator=torch.Generator().manual_seed(seed + 1)).tolist()
-    use_self_forcing = step >= args.self_forcing_after and coin < args.self_forcing
+    uniform, start, length = torch.rand(3, generator=torch.Generator().manual_seed(seed + 1)).tolist()
+    use_self_forcing = step >= args.self_forcing_after and uniform < args.self_forcing
     values |= {name: values[name].to(run.device) for name in ("u", "context")}
     return batch, {**values, "use_self_forcing": use_self_forcing,
                    "rollout_start": start, "rollout_length": length}
 
 
 def train(args, run, checkpoint, splits):
-    """Trains stage 2 from --vidar's weights; final/ then has what load_policy() needs, and vidarc.pt."""
+    """Trains stage 2 from --vidar's weights, writes vidarc.pt and the files of load_policy() to final/."""
     folder = vidar.cache_folder(args, splits)
     idm = vidar.load_idm(args.idm, vidar.idm_config(args)).to(run.device)
     vidar.build_cache(args, run, splits, folder, ["windows"], idm)
@@ -747,10 +747,10 @@ def train(args, run, checkpoint, splits):
         return net(*draw_batch(args, run, windows["train"], step, micro, grad_accum))
 
     def val_fn(net):                             # teacher-forced, at u = 0.5
-        chosen = vidar.spread(len(windows["val"].rows), 8)
-        batch = vidar.collate(windows["val"], chosen, args, run.device)
-        u = torch.full((len(chosen), batch["latents"].shape[2] - 1), .5, device=run.device)
-        noise = vidar.noise_like(batch["latents"], chosen)
+        indices = vidar.evenly_spaced(len(windows["val"].rows), 8)
+        batch = vidar.collate(windows["val"], indices, args, run.device)
+        u = torch.full((len(indices), batch["latents"].shape[2] - 1), .5, device=run.device)
+        noise = vidar.noise_like(batch["latents"], indices)
         values = {"use_self_forcing": False, "u": u, "noise": noise}
         return {"val_loss": net(batch, values)[1]["flow_loss"].item()}
 
@@ -768,7 +768,7 @@ def train(args, run, checkpoint, splits):
 
 
 def dry_run(args):
-    """Prints parameters, FLOPs and memory of a teacher-forced step, on the meta device, and of the cache."""
+    """Prints parameters, FLOPs and memory of a teacher-forced step, on the meta device, and cache size."""
     flags = argparse.Namespace(**{**vars(args), "random_init": True})
     with torch.device("meta"):
         model = CausalModel(load_dit(flags, "meta"), args).train()
@@ -785,15 +785,15 @@ def dry_run(args):
         tokens, world = z[0, 0].numel() // 4, int(os.environ.get("WORLD_SIZE", 1))
         print(common.dry_run_report("causal model", model, loss, len(z), 2 * tokens, world, args.fsdp))
     width = config.num_attention_heads * config.attention_head_dim
-    latent = 2 * config.num_layers * width * (tokens // z.shape[2]) * (4 if args.model == "tiny" else 2)
-    total = latent * window_latents(args) * (1 if args.guidance_scale == 1 else 2)
-    print(f"  KV cache: {latent / 2 ** 20:.1f} MiB per latent frame, {total / 2 ** 30:.2f} GiB for a window")
+    frame = 2 * config.num_layers * width * (tokens // z.shape[2]) * (4 if args.model == "tiny" else 2)
+    window = frame * window_latents(args) * (1 if args.guidance_scale == 1 else 2)
+    print(f"  KV cache: {frame / 2 ** 20:.1f} MiB per latent frame, {window / 2 ** 30:.2f} GiB per window")
 
 
 # ---- main -----------------------------------------------------------------------------------------------
 
-def need_stage1(args):
-    """Checks --vidar and --idm. Runs vidar.py where they are those of its tiny preset and missing."""
+def require_stage1(args):
+    """Checks --vidar and --idm. Trains stage 1 with vidar.py if they are missing and of its tiny preset."""
     for name in ("vidar", "idm"):
         path = getattr(args, name)
         if not path or not Path(path).is_file():
@@ -801,10 +801,10 @@ def need_stage1(args):
                 raise UserError(f"--{name}: no file {path}: hf download Xiang-cd/vidar --local-dir "
                                 f"checkpoints/vidar, or train it with python vidar.py")
             if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-                raise UserError("stage 1 is trained by one process: first python vidar.py --preset tiny")
+                raise UserError("stage 1 trains in one process: run python vidar.py --preset tiny first")
             flags = ["--preset", "tiny", "--data_dir", args.data_dir, "--device", args.device,
                      "--dtype", args.dtype]
-            print(f"no {path}: first stage 1: python vidar.py {' '.join(flags)}", flush=True)
+            print(f"no {path}: training stage 1: python vidar.py {' '.join(flags)}", flush=True)
             if vidar.main(flags):
                 raise UserError("stage 1 failed")
 
@@ -825,7 +825,7 @@ def run_script(argv):
     final = Path(args.output_dir, "final")
     if not (inference_only and checkpoint):
         if not args.random_init:
-            need_stage1(args)
+            require_stage1(args)
             vidar.check_weights(args)
         train(args, run, checkpoint, splits)
     path = checkpoint.path if inference_only and checkpoint else common.latest_checkpoint(

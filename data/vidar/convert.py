@@ -1,14 +1,14 @@
-"""convert.py: readers of other robot data for `prepare.py --from`: RoboTwin 2.0, LeRobot, ALOHA HDF5.
+"""convert.py: readers of robot data for `prepare.py --from`: RoboTwin 2.0, LeRobot, ALOHA HDF5.
 
-list_recordings(source_format, src, args) finds the episodes; open_recording(recording, args) gives cameras,
-joint positions (T, n) and instruction of one of them, at its own frame rate and size.
+list_recordings(source_format, src, args) lists the episodes; open_recording(recording, args) opens cameras,
+joint positions (T, n) and instruction of one of them, at its frame rate and size.
 
-robotwin    joint_action/vector of the first layout of RoboTwin 2.0, state/* of XPolicyLab's. Its JPEGs have
-            red and blue exchanged unless they carry the comment "XPL-RGB1" (RoboTwin pull request 500).
-lerobot     observation.state of format versions 2.0, 2.1 and 3.0; any codec that ffmpeg decodes, as AV1.
+robotwin    joint_action/vector of the first layout of RoboTwin 2.0, state/* of XPolicyLab's. JPEGs have red
+            and blue swapped unless they have the comment "XPL-RGB1" (RoboTwin pull request 500).
+lerobot     observation.state of format versions 2.0, 2.1 and 3.0, in any codec that ffmpeg decodes.
 hdf5        observations/qpos and observations/images/cam_*. The files have no frame rate: --src_fps.
 
-These are the joint positions that frame t shows. `action` is the command that leads to a later frame.
+These columns are the joint positions that frame t shows; `action` is the command for a later frame.
 """
 import contextlib
 import io
@@ -25,7 +25,7 @@ from PIL import Image
 import common
 from common import UserError
 
-ROBOTWIN_FPS = 250 / 15         # a frame per 15 physics steps of 1/250 s; other rates in its files are wrong
+ROBOTWIN_FPS = 250 / 15         # a frame per 15 physics steps of 1/250 s; rates stored in files are wrong
 RGB_MARKER = b"XPL-RGB1"        # JPEG comment of RoboTwin images with red and blue in the usual order
 CAMERA_WORDS = {"head": ("high", "head", "top", "front"), "left": ("left",), "right": ("right",)}
 
@@ -34,11 +34,11 @@ CAMERA_WORDS = {"head": ("high", "head", "top", "front"), "left": ("left",), "ri
 class Recording:
     """One episode of a source, not yet read."""
     source_format: str
-    path: Path                                     # the file that holds its joint positions
-    name: str                                      # for messages and the manifest
-    number: int                                    # of the episode in its data set
+    path: Path                                     # file with the joint positions
+    name: str                                      # in messages and the manifest
+    number: int                                    # index in the data set
     fps: float
-    cameras: dict                                  # {"head", "left", "right": name}; a wrist may be absent
+    cameras: dict                                  # {"head", "left", "right": name}; wrists are optional
     length: int | None = None                      # LeRobot: frames
     instruction: str = ""                          # LeRobot
     videos: dict = field(default_factory=dict)     # LeRobot: {camera: (file, start in seconds or None)}
@@ -46,7 +46,7 @@ class Recording:
 
 @contextlib.contextmanager
 def readable(path):
-    """Turns other libraries' errors into a UserError that names the file."""
+    """Converts errors of other libraries to a UserError that names the file."""
     try:
         yield
     except (KeyError, OSError, RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
@@ -54,7 +54,7 @@ def readable(path):
 
 
 def list_recordings(source_format, src, args) -> list[Recording]:
-    """Raises UserError where nothing can be found or a camera or a frame rate is missing."""
+    """-> the recordings below src. Raises UserError if there are none or if a camera is missing."""
     if source_format == "lerobot":
         return list_lerobot(src, args)
     return list_hdf5(source_format, src, args)
@@ -73,8 +73,8 @@ def open_recording(recording, args):
 
 # ---- images ---------------------------------------------------------------------------------------------
 
-def choose_cameras(available, args, where):
-    """-> {"head", "left", "right": camera name}: those of --cameras, else found by the words in the names."""
+def choose_cameras(available, args, source):
+    """-> {"head", "left", "right": camera name}, from --cameras or by the words in the available names."""
     def find(view):
         for word in CAMERA_WORDS[view]:
             matches = [name for name in available if word in name]
@@ -89,14 +89,14 @@ def choose_cameras(available, args, where):
             del chosen[view]
         elif name not in available:
             raise UserError(
-                f"{where} has no {view} camera{f' {name}' if args.cameras else ''}; its cameras are: "
-                f"{', '.join(available)}. --cameras HEAD LEFT RIGHT chooses them, none for a missing wrist")
+                f"{source} has no {view} camera{f' {name}' if args.cameras else ''}; its cameras are: "
+                f"{', '.join(available)}. Set --cameras HEAD LEFT RIGHT, with none for a missing wrist")
     return chosen
 
 
 @dataclass
 class Images:
-    """Encoded images (a sequence of bytes), or T H W 3 uint8. robotwin: red and blue may be exchanged."""
+    """Encoded images (a sequence of bytes), or T H W 3 uint8. robotwin: red and blue may be swapped."""
     rows: object
     path: Path
     robotwin: bool = False
@@ -118,13 +118,13 @@ class Images:
                     if self.robotwin and not marked:
                         image = image[..., ::-1]
                 if image.dtype != np.uint8 or image.shape[2:] != (3,):
-                    raise ValueError(f"images are {image.dtype} {image.shape}, not uint8 (H, W, 3)")
+                    raise ValueError(f"image is {image.dtype} {image.shape}, not uint8 (H, W, 3)")
             yield image
 
 
 @dataclass
 class Video:
-    """`length` frames of a video file from `start` seconds on; start None: the whole file."""
+    """`length` frames of a video file, from `start` seconds. With start None, the whole file."""
     path: Path
     start: float | None
     length: int
@@ -133,17 +133,17 @@ class Video:
         return self.length
 
     def frames(self, indices):
-        """Yields the frames at ascending indices, H W 3 uint8, RGB, and then checks their number."""
+        """Yields frames at ascending indices, H W 3 uint8, RGB, then checks the number of frames."""
         frames = common.video_frames(self.path)
         if self.start is not None:
             limit = ["-fps_mode", "passthrough", "-frames:v", str(self.length)]
             frames = iio.imiter(self.path, plugin="FFMPEG", output_params=limit,
                                 input_params=["-ss", str(self.start)])
-        wanted = set(indices.tolist())
+        selected = set(indices.tolist())
         count = 0
         with readable(self.path):
             for count, frame in enumerate(frames, 1):
-                if count - 1 in wanted:
+                if count - 1 in selected:
                     yield frame
         if count != self.length:
             raise UserError(f"{self.path} has {count} frames from {self.start or 0:.2f} s, not {self.length}")
@@ -152,7 +152,7 @@ class Video:
 # ---- RoboTwin and ALOHA: HDF5 ---------------------------------------------------------------------------
 
 def list_hdf5(source_format, src, args):
-    """Recordings of one .hdf5 file or of all below a folder, in the order of their numbers."""
+    """Recordings of an .hdf5 file or of all files below a folder, in the order of their numbers."""
     files = common.find_files(src, [".hdf5", ".h5"])[0] if src.is_dir() else [src]
     if not files:
         raise UserError(f"{src} holds no .hdf5 files")
@@ -183,18 +183,18 @@ def join_columns(columns):
 
 
 def choose_text(texts, number=0):
-    """One of several instructions, or the only one; "" where there is none."""
+    """Instruction `number` of several, modulo their count; "" if there are none."""
     texts = [texts] if isinstance(texts, str) else texts
     return texts[number % len(texts)] if texts else ""
 
 
 def read_robotwin(recording, file, columns):
-    """First layout: joint_action/vector, ../instructions/episode0.json. XPolicyLab's: state, instructions."""
+    """First layout: joint_action/vector, ../instructions/episode0.json. XPolicyLab: state, instructions."""
     if "joint_action" in file:
         columns = columns or "joint_action/vector"
         pattern = "observation/{}/rgb"
         text_file = recording.path.parents[1] / "instructions" / f"{recording.path.stem}.json"
-        texts = json.loads(common.read_text(text_file))["seen"] if text_file.is_file() else []
+        texts = common.read_json(text_file)["seen"] if text_file.is_file() else []
     else:
         sides = [f"state/{side}_{part}_joint_states" for side in ("left", "right") for part in ("arm", "ee")]
         columns = columns or ",".join(sides)
@@ -207,12 +207,12 @@ def read_robotwin(recording, file, columns):
 
 
 def read_hdf5(recording, file, columns):
-    """The instruction is an attribute, or as in RDT's data in a JSON file in the same folder."""
+    """The instruction is an attribute, or is in a JSON file in the same folder, as in RDT's data."""
     text = np.ravel(file.attrs.get("instruction", ""))[0]
     text = text.decode() if isinstance(text, bytes) else text
     text_file = recording.path.with_name("expanded_instruction_gpt-4-turbo.json")
     if not text and text_file.is_file():
-        text = choose_text(json.loads(common.read_text(text_file))["instruction"])
+        text = choose_text(common.read_json(text_file)["instruction"])
     cameras = {view: Images(file[f"observations/images/{name}"], recording.path)
                for view, name in recording.cameras.items()}
     columns = columns or "observations/qpos"
@@ -230,13 +230,13 @@ def import_parquet():
 
 
 def list_lerobot(src, args):
-    """Recordings of a data set with meta/info.json, whose path templates are followed."""
+    """Recordings of a data set, at the path templates of meta/info.json."""
     import_parquet()
     path = src / "meta/info.json"
     if not path.is_file():
-        raise UserError(f"{src} has no meta/info.json: SRC is the root of a LeRobot data set")
+        raise UserError(f"{src} has no meta/info.json: SRC must be the root of a LeRobot data set")
     with readable(path):
-        info = json.loads(common.read_text(path))
+        info = common.read_json(path)
         version = info["codebase_version"]
         features = info["features"]
         fps = args.src_fps or float(info.get("fps") or 0)
@@ -246,14 +246,14 @@ def list_lerobot(src, args):
         raise UserError(f"{src} has LeRobot's format version {version}; v2.0, v2.1 and v3.0 can be read")
     cameras = choose_cameras(images, args, src)
     if re.search("right.*left", str(features.get("observation.state"))):
-        print("note: the right arm is named first. The numbers keep their order: openpi's data sets have "
-              "such names, but the left arm comes first.")
+        print("note: the right arm is named first, but the columns keep their order: in openpi's data sets "
+              "with such names, the left arm comes first.")
     with readable(src / "meta"):
         return [lerobot_recording(src, info, row, cameras, fps) for row in lerobot_episodes(src, version)]
 
 
 def lerobot_episodes(src, version):
-    """Rows of meta/episodes.jsonl, or of meta/episodes/*/*.parquet without the bulky statistics."""
+    """Rows of meta/episodes.jsonl, or of meta/episodes/*/*.parquet without the large statistics."""
     if version != "v3.0":
         text = common.read_text(src / "meta/episodes.jsonl")
         return [json.loads(line) for line in text.splitlines() if line.strip()]
@@ -265,27 +265,27 @@ def lerobot_episodes(src, version):
 
 
 def lerobot_recording(src, info, row, cameras, fps):
-    """A row of the episodes -> Recording. In version 3.0 each camera has its own file index and start."""
+    """A row of the episodes -> Recording. In version 3.0, each camera has a file index and a start time."""
     number = row["episode_index"]
-    place = {"episode_index": number, "episode_chunk": number // info.get("chunks_size", 1000),
-             "chunk_index": row.get("data/chunk_index"), "file_index": row.get("data/file_index")}
-    path = src / info["data_path"].format(**place)
+    fields = {"episode_index": number, "episode_chunk": number // info.get("chunks_size", 1000),
+              "chunk_index": row.get("data/chunk_index"), "file_index": row.get("data/file_index")}
+    path = src / info["data_path"].format(**fields)
     recording = Recording("lerobot", path, f"{src} (episode {number})", number, fps, cameras,
                           row["length"], choose_text(row.get("tasks")))
     for camera in cameras.values():
         if info["features"][camera]["dtype"] == "video":
             start = None
             if "data/file_index" in row:
-                place["chunk_index"] = row[f"videos/{camera}/chunk_index"]
-                place["file_index"] = row[f"videos/{camera}/file_index"]
-                # Half a frame early, since timestamps are rounded. --src_fps does not change the timestamps.
+                fields["chunk_index"] = row[f"videos/{camera}/chunk_index"]
+                fields["file_index"] = row[f"videos/{camera}/file_index"]
+                # Half a frame earlier, since timestamps are rounded; --src_fps does not change them.
                 start = max(0, row[f"videos/{camera}/from_timestamp"] - .5 / info["fps"])
-            recording.videos[camera] = src / info["video_path"].format(video_key=camera, **place), start
+            recording.videos[camera] = src / info["video_path"].format(video_key=camera, **fields), start
     return recording
 
 
 def read_lerobot(recording, columns):
-    """Frames are in videos, or in the table as struct{bytes, path}."""
+    """Frames are in videos, or in the table as struct{bytes, path} columns."""
     columns = (columns or "observation.state").split(",")
     images = [name for name in recording.cameras.values() if name not in recording.videos]
     table = import_parquet().read_table(

@@ -1,16 +1,15 @@
-"""episodes.py: reads the data sets of vidar.py and vidarc.py, and checks them.
+"""episodes.py: reads and checks the data sets of vidar.py and vidarc.py.
 
-Run         python data/vidar/episodes.py DATA       # checks a data set and prints what it holds
+Run         python data/vidar/episodes.py DATA       # checks a data set and prints a summary
 Layout      DATA/manifest.json                      {"fps": 10, "episodes": [{"id": "ep_0001", ...}, ...]}
             DATA/episodes/ep_0001/video.mp4         T frames: the mosaic of the cameras at 10 fps
             DATA/episodes/ep_0001/actions.npy       (T, 14): the joint positions that frame t shows
             DATA/episodes/ep_0001/instruction.txt   UTF-8
-            DATA/episodes/ep_0001/mask.npz          where the arms are known: bits of T H W
-            In a row of the manifest "random_poses": true marks an episode without a task, and "views" names
+            DATA/episodes/ep_0001/mask.npz          optional: arm masks, bits of T H W
+            In a row of the manifest, "random_poses": true marks an episode without a task, and "views" names
             the cameras of the mosaic.
 """
 import argparse
-import json
 import math
 import re
 import sys
@@ -32,8 +31,8 @@ TASK = re.compile("using (left|right) arm, put the (red|blue) block on the plate
 
 @dataclass
 class Episode:
-    """An episode of a data set. random_poses: it shows no task, only poses for the inverse dynamics model.
-    views: cameras of the mosaic."""
+    """An episode of a data set. random_poses: the episode shows no task, only poses for the inverse dynamics
+    model. views: cameras of the mosaic."""
     folder: Path
     actions: np.ndarray                          # (T, 14) float32
     instruction: str
@@ -46,16 +45,16 @@ class Episode:
 
 
 def read_manifest(data_dir) -> dict:
-    """manifest.json; a bare list stands for {"episodes": list}. UserError if it is missing or malformed."""
+    """Reads manifest.json; a list is read as {"episodes": list}. UserError if it is missing or malformed."""
     path = Path(data_dir) / "manifest.json"
     if not path.is_file():
-        raise UserError(f"no data set in {data_dir}: python data/vidar/prepare.py makes or converts one")
+        raise UserError(f"no data set in {data_dir}: run python data/vidar/prepare.py to make or convert one")
+    manifest = common.read_json(path)
     try:
-        manifest = json.loads(common.read_text(path))
         manifest = manifest if isinstance(manifest, dict) else {"episodes": manifest}
         ids = [str(row["id"]) for row in manifest["episodes"]]
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f'{path} must hold "episodes", a list in which each has an "id"') from error
+        raise UserError(f'{path} must hold "episodes", a list of objects with an "id"') from error
     if manifest.get("fps", FPS) != FPS:
         raise UserError(f"{path} has {manifest['fps']} fps, not {FPS}: convert it with data/vidar/prepare.py")
     if len(set(ids)) < len(ids):
@@ -64,14 +63,14 @@ def read_manifest(data_dir) -> dict:
 
 
 def open_episode(data_dir, row) -> Episode:
-    """A row of the manifest -> Episode. UserError, naming the file, for what is missing or malformed."""
+    """A row of the manifest -> Episode. UserError, naming the file, for missing or malformed files."""
     folder = Path(data_dir) / "episodes" / str(row["id"])
     for name in ("video.mp4", "actions.npy", "instruction.txt"):
         if not (folder / name).is_file():
             raise UserError(f"episode {row['id']} of {data_dir} has no file {folder / name}")
     try:
         actions = np.load(folder / "actions.npy").astype(np.float32, casting="same_kind")
-    except Exception as error:                   # numpy raises its own, OSError, EOFError, ...
+    except Exception as error:                   # numpy raises ValueError, OSError, EOFError, ...
         raise UserError(f"{folder}/actions.npy cannot be read: {common.reason(error)}") from error
     if actions.ndim != 2 or actions.shape[1] != ACTION_DIM or not len(actions):
         raise UserError(f"{folder}/actions.npy: actions are {actions.shape}, not (T, {ACTION_DIM})")
@@ -80,16 +79,16 @@ def open_episode(data_dir, row) -> Episode:
         raise UserError(f"{folder}/actions.npy: action of frame {frame} is NaN or infinite")
     instruction = common.read_text(folder / "instruction.txt").strip()
     views, random_poses = row.get("views") or list(VIEWS), row.get("random_poses") or False
-    named = isinstance(views, list) and len(views) <= len(VIEWS) and all(isinstance(v, str) for v in views)
-    if not named or not isinstance(random_poses, bool):
+    valid = isinstance(views, list) and len(views) <= len(VIEWS) and all(isinstance(v, str) for v in views)
+    if not valid or not isinstance(random_poses, bool):
         raise UserError(f"episode {row['id']} of {data_dir}: in manifest.json, views is a list of up to "
                         f"{len(VIEWS)} names and random_poses is true or false")
     return Episode(folder, actions, instruction, random_poses, tuple(views))
 
 
 def load_splits(data_dir) -> dict[str, list[Episode]]:
-    """-> {"train", "val", "test": episodes}, tasks before random poses. Of ten of a kind the 6th is for
-    validation and the 10th for tests; of fewer than ten the middle one and the last."""
+    """-> {"train", "val", "test": episodes}, tasks before random poses. Of ten episodes of a kind,
+    the 6th is for validation and the 10th for testing; of fewer than ten, the middle and the last one."""
     episodes = [open_episode(data_dir, row) for row in read_manifest(data_dir)["episodes"]]
     splits = {"train": [], "val": [], "test": []}
     for random_poses in (False, True):
@@ -97,10 +96,10 @@ def load_splits(data_dir) -> dict[str, list[Episode]]:
         if not random_poses and len(chosen) < 3:
             raise UserError(f"{data_dir}: {len(chosen)} episodes with a task cannot be split into train, val "
                             f"and test")
-        turn = min(10, len(chosen))
-        held_out = {turn - 1: "test", turn // 2: "val"} if turn > 2 else {}
+        period = min(10, len(chosen))
+        held_out = {period - 1: "test", period // 2: "val"} if period > 2 else {}
         for i, episode in enumerate(chosen):
-            splits[held_out.get(i % turn, "train")].append(episode)
+            splits[held_out.get(i % period, "train")].append(episode)
     return splits
 
 
@@ -110,13 +109,13 @@ def tasks(episodes) -> list[Episode]:
 
 
 def read_episode(episode, size):
-    """-> frames T 3 H W uint8, resized to `size` (H, W), and arm masks T H W bool or None. UserError where
-    the video cannot be read or does not belong to the actions."""
+    """-> frames T 3 H W uint8, resized to `size` (H, W), and arm masks T H W bool or None. UserError if
+    the video cannot be read or does not match the actions."""
     frames = common.read_video(episode.folder / "video.mp4")
     if len(frames) != len(episode.actions):
-        raise UserError(f"{episode.folder}/video.mp4 has {len(frames)} frames, its actions are "
-                        f"{len(episode.actions)}")
-    if frames.shape[-2:] != tuple(size):         # stretches, as 720 rows to 736 in the official data
+        raise UserError(f"{episode.folder}/video.mp4 has {len(frames)} frames, but there are "
+                        f"{len(episode.actions)} actions")
+    if frames.shape[-2:] != tuple(size):         # stretched, like 720 to 736 rows in the official data
         frames = F.interpolate(frames, tuple(size), mode="bicubic", antialias=True)
     if not episode.has_mask:
         return frames, None
@@ -131,38 +130,38 @@ def read_episode(episode, size):
 
 
 def resize(images, size):
-    """n C H W -> n C h w, anti-aliased, aspect not kept."""
+    """n C H W -> n C h w, anti-aliased; the aspect ratio may change."""
     if images.shape[-2:] == tuple(size):
         return images
     return F.interpolate(images, tuple(size), mode="bilinear", antialias=True)
 
 
 def cut_window(episode, start, length):
-    """-> numbers of the frames of a window, and which are valid: past the end the last frame repeats."""
-    clock = start + np.arange(length)
-    return clock.clip(max=len(episode.actions) - 1), torch.from_numpy(clock < len(episode.actions))
+    """-> frame indices of a window, and valid, bool: the last frame pads a window beyond the end."""
+    indices = start + np.arange(length)
+    return indices.clip(max=len(episode.actions) - 1), torch.from_numpy(indices < len(episode.actions))
 
 
 def load_window(episode, frames, size):
-    """An episode's first window -> video T 3 H W in [0, 1], actions T 14, valid T bool, arm masks T H W bool
-    or None."""
-    chosen, valid = cut_window(episode, 0, frames)
+    """The first window of an episode -> video T 3 H W in [0, 1], actions T 14, valid T bool, arm masks T H W
+    bool or None."""
+    indices, valid = cut_window(episode, 0, frames)
     video, masks = read_episode(episode, size)
-    actions = torch.from_numpy(episode.actions[chosen])
-    return video[chosen] / 255, actions, valid, None if masks is None else masks[chosen]
+    actions = torch.from_numpy(episode.actions[indices])
+    return video[indices] / 255, actions, valid, None if masks is None else masks[indices]
 
 
 def make_prompt(instruction, head_view, views=VIEWS) -> str:
-    """What the text encoder is given: the instruction behind upstream's description of style, cameras and
-    robot. head_view: "rear", "front", "high", or "none" for the instruction alone. A text that has the
-    description stays as it is."""
+    """The prompt of the text encoder: upstream's description of style, cameras and robot, followed by the
+    instruction. head_view: "rear", "front", "high", or "none" for the instruction alone. An instruction that
+    already has the description is not changed."""
     task = instruction.strip()
     if head_view == "none" or "performing the following task:" in task:
         return task
     cameras = [f"a {view} camera" for view in (f"fixed {head_view}", *views[1:])]
     listed = ", and ".join([", ".join(cameras[:-1]), cameras[-1]] if len(cameras) > 1 else cameras)
     count = ("one view", "two views", "three views")[len(cameras) - 1]
-    if head_view != "front":                     # upstream leaves the instructions of its front camera alone
+    if head_view != "front":                     # upstream keeps the case with its front camera
         task = task[:1].lower() + task[1:]
     return (f"The whole scene is in a realistic, industrial art style with {count}: {listed}. "
             f"The aloha robot is currently performing the following task: {task}")
@@ -173,10 +172,10 @@ def idm_scores(prediction, target):
     which all joints are within 0.05 rad and both grippers within 0.5}."""
     error = (prediction - target).abs()
     tolerance = torch.full((ACTION_DIM,), .05)
-    tolerance[[6, 13]] = .5                      # of the grippers
+    tolerance[[6, 13]] = .5                      # grippers
     residual = (prediction - target).double().square().sum(0)
     variation = (target - target.mean(0)).double().square().sum(0)
-    moving = variation > 1e-6 * len(target)      # the others, as an arm at rest, have no R2
+    moving = variation > 1e-6 * len(target)      # R2 is undefined for joints at rest
     r2 = 1 - (residual / variation)[moving]
     worst = r2.min().item() if len(r2) else math.nan
     return {"r2": r2.mean().item(), "r2_worst": worst, "l1": error.mean().item(),
@@ -185,7 +184,7 @@ def idm_scores(prediction, target):
 
 def video_scores(video, truth, arm, valid):
     """T 3 H W in [0, 1] twice, arm T H W bool or None, valid T bool -> {metric: 1 T-1}, of the frames after
-    the given one; NaN for padding."""
+    the first; NaN for padding."""
     scores = {"psnr": common.psnr(video, truth), "ssim": common.ssim(video, truth)}
     if arm is not None:
         error = ((video - truth).square().mean(1) * arm).flatten(1).sum(1) / arm.flatten(1).sum(1)
@@ -194,7 +193,7 @@ def video_scores(video, truth, arm, valid):
 
 
 def other_task(episode):
-    """A simulated Episode, told to use the other arm and the other block; None for other data."""
+    """A simulated Episode with the other arm and block in its instruction; None for other data."""
     other = {"left": "right", "right": "left", "red": "blue", "blue": "red"}
     if not TASK.fullmatch(episode.instruction):
         return None
@@ -203,8 +202,8 @@ def other_task(episode):
 
 
 def block_displacement(video, color):
-    """How far a block's centre moves in the upper view of a mosaic, in pixels, from the first frame that
-    shows it to the last one. video T 3 H W in [0, 1]."""
+    """Displacement in pixels of a block's centre in the upper view of a mosaic, from the first frame that
+    shows the block to the last one. video T 3 H W in [0, 1]."""
     view = 255 * video[:, :, :video.shape[2] * 2 // 3] - torch.tensor(color).view(3, 1, 1)
     t, y, x = (view.abs().amax(1) < 70).nonzero().float().unbind(1)
     centres = [torch.stack([x[t == frame].mean(), y[t == frame].mean()]) for frame in t.unique()]
@@ -212,13 +211,13 @@ def block_displacement(video, color):
 
 
 def follows_instruction(video, actions, episode):
-    """Whether the arm and the block that a simulated task names move further than the other ones, in a video
-    T 3 H W in [0, 1] and in its actions T 14 -> {"follows_arm", "follows_block"}: 0 or 1."""
-    side, named = TASK.fullmatch(episode.instruction).groups()
-    turned = (actions.amax(0) - actions.amin(0)).unflatten(0, (2, 7))[:, :6].sum(1)         # left, right
-    moved = {name: block_displacement(video, color) for name, color in BLOCK_COLORS.items()}
-    return {"follows_arm": float(turned.argmax() == ("left", "right").index(side)),
-            "follows_block": float(max(moved, key=moved.get) == named)}
+    """Whether the arm and the block of the instruction of a simulated task move more than the other ones.
+    video T 3 H W in [0, 1], its actions T 14 -> {"follows_arm", "follows_block"}: 0 or 1."""
+    side, color = TASK.fullmatch(episode.instruction).groups()
+    rotation = (actions.amax(0) - actions.amin(0)).unflatten(0, (2, 7))[:, :6].sum(1)         # left, right
+    moved = {name: block_displacement(video, rgb) for name, rgb in BLOCK_COLORS.items()}
+    return {"follows_arm": float(rotation.argmax() == ("left", "right").index(side)),
+            "follows_block": float(max(moved, key=moved.get) == color)}
 
 
 def check(argv):

@@ -1,4 +1,4 @@
-"""prepare.py: makes the data set of vidar.py and vidarc.py, simulated or converted from other robot data.
+"""prepare.py: simulates the data set of vidar.py and vidarc.py, or converts it from other robot data.
 
 Run         python data/vidar/prepare.py                       # simulates 650 tasks and 9000 random poses
             python data/vidar/prepare.py --from robotwin SRC [DST]             # .hdf5 files below SRC
@@ -7,14 +7,13 @@ Run         python data/vidar/prepare.py                       # simulates 650 t
 Writes      DST/episodes/ep_0001/{video.mp4, actions.npy, instruction.txt, mask.npz} and DST/manifest.json.
             video.mp4 is the mosaic of a fixed camera above two wrist cameras at 10 fps; actions.npy (T, 14)
             float32 are the joint positions that frame t shows: left arm 6 (radians), left gripper (1 open,
-            0 closed), right arm 6, right gripper; mask.npz (simulated episodes) are bits of T H W: arm.
+            0 closed), right arm 6, right gripper; mask.npz (simulated episodes) has arm masks, bits of T H W.
             "random_poses": true in a row of the manifest marks an episode without a task, which trains the
             inverse dynamics model alone. See docs/robots.md.
-Restart     the same command continues an interrupted one from DST.partial, another starts over
+Restart     The same command continues from DST.partial after an interruption, another one starts over.
 """
 import argparse
 import itertools
-import json
 import math
 import os
 import re
@@ -42,7 +41,7 @@ POSES_PER_EPISODE = 200
 GRIPPERS = [6, 13]
 HEAD_SIZE = (640, 480)                   # width and height of the fixed camera in a converted mosaic
 WRIST_SIZE = (320, 240)                  # of each wrist camera below it
-# Full chroma for the simulation: with half of it a link of three pixels loses its color.
+# Full chroma for the simulation: with half the chroma, a link of three pixels loses its color.
 SIMULATED_VIDEO = ("-crf", "10", "-preset", "ultrafast", "-pix_fmt", "yuv444p")
 CONVERTED_VIDEO = ("-crf", "16", "-preset", "veryfast", "-pix_fmt", "yuv420p")
 
@@ -50,9 +49,9 @@ CONVERTED_VIDEO = ("-crf", "16", "-preset", "veryfast", "-pix_fmt", "yuv420p")
 # ---- simulation -----------------------------------------------------------------------------------------
 
 def simulate_episode(settings, number):
-    """An episode of the expert, or after the last of these one of random poses.
+    """Simulates an episode of the expert, or one of random poses if `number` is beyond those.
 
-    In a third of the expert's episodes the block is moved and the expert plans again; another third starts in
+    In a third of the expert's episodes the block is moved and the expert plans again. Another third starts in
     a random pose with the gripper open or closed, as after a failure."""
     rng = np.random.default_rng((settings["seed"], number, 1))
     poses_before = POSES_PER_EPISODE * (number - settings["episodes"])
@@ -94,8 +93,8 @@ def simulate(args):
 # ---- conversion -----------------------------------------------------------------------------------------
 
 def mosaic(head, left, right):
-    """Images -> 720 640 3 uint8, stretched to 4:3. A missing wrist camera (None) shows the head view."""
-    def resize(image, size):                                       # anti-aliased, as vidarc.py's mosaic
+    """Images -> 720 640 3 uint8, stretched to 4:3. The head view replaces a missing wrist camera (None)."""
+    def resize(image, size):                                       # anti-aliased, like mosaic() in server.py
         return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
 
     wrists = [resize(head if image is None else image, WRIST_SIZE) for image in (left, right)]
@@ -103,13 +102,13 @@ def mosaic(head, left, right):
 
 
 def nearest_frames(length, fps):
-    """-> indices of the source's frames nearest to 0, 0.1, 0.2 ... seconds."""
+    """-> indices of the source frames nearest to 0, 0.1, 0.2, ... seconds."""
     count = int((length - 1) * FPS / fps + 1e-6) + 1
     return np.floor(np.arange(count) * fps / FPS + .5).astype(int).clip(max=length - 1)
 
 
 def convert_episode(args, recording):
-    """Raises UserError, naming the recording, for joint positions, images or a text that cannot be used."""
+    """Raises UserError, naming the recording, for invalid joint positions, images or instructions."""
     name = recording.name
     with convert.readable(name), convert.open_recording(recording, args) as (cameras, actions, text):
         if actions.shape[1] != ACTION_DIM:
@@ -120,14 +119,14 @@ def convert_episode(args, recording):
             raise UserError(f"{name}: joint positions of frame {finite.argmin()} are NaN or infinite")
         lengths = {"joint positions": len(actions), **{view: len(camera) for view, camera in cameras.items()}}
         if min(lengths.values()) < 2 or len(set(lengths.values())) > 1:
-            raise UserError(f"{name}: numbers of frames differ or are below 2: {lengths}")
+            raise UserError(f"{name}: the numbers of frames differ or are below 2: {lengths}")
         text = RANDOM_POSES if args.random_poses else " ".join((args.instruction or text).split())
         if not text:
             raise UserError(f"{name} has no instruction: --instruction TEXT sets it")
         indices = nearest_frames(len(actions), recording.fps)
         views = [cameras[view].frames(indices) if view in cameras else itertools.repeat(None, len(indices))
                  for view in ("head", "left", "right")]
-        # zip_longest reads all to their ends, where the number of frames is checked.
+        # zip_longest reads all videos to the end, where their number of frames is checked.
         video = np.stack([mosaic(*images) for images in itertools.zip_longest(*views)])
     if args.swap_rb:
         video = video[..., ::-1].copy()
@@ -142,7 +141,7 @@ def convert_episode(args, recording):
 
 
 def convert_all(args):
-    """Converts the recordings of args.src and prints the range of each joint."""
+    """Converts the recordings in args.src and prints the range of each joint."""
     options = {name: getattr(args, name) for name in (
         "source_format", "episodes", "src_fps", "cameras", "actions", "instruction", "swap_rb",
         "gripper_scale", "random_poses")}
@@ -170,18 +169,18 @@ def convert_all(args):
         ranges = [f"{low:.2f}..{high:.2f}" for low, high in limits]
         print(f"{side:5} arm {' '.join(ranges[:6])}  gripper {ranges[6]}")
     if actions[:, GRIPPERS].min() < -.1 or actions[:, GRIPPERS].max() > 1.1:
-        print("note: grippers are not in [0, 1]: --gripper_scale CLOSED OPEN, with their values in SRC")
+        print("note: grippers are not in [0, 1]: set --gripper_scale CLOSED OPEN to their values in SRC")
 
 
 # ---- the data set on disk -------------------------------------------------------------------------------
 
 def is_done(data_dir, recipe):
-    """Whether data_dir is a finished data set of this recipe. UserError where it holds anything else."""
+    """Whether data_dir is a complete data set of this recipe. UserError if it has other contents."""
     manifest = data_dir / "manifest.json"
     if manifest.is_file():
-        contents = json.loads(common.read_text(manifest))
+        contents = common.read_json(manifest)
         if isinstance(contents, dict) and all(contents.get(key) == value for key, value in recipe.items()):
-            print(f"{data_dir} is complete already")
+            print(f"{data_dir} is already complete")
             return True
     if os.path.lexists(data_dir) and not (data_dir.is_dir() and not any(data_dir.iterdir())):
         raise UserError(f"{data_dir} exists with other contents: remove it, or choose another folder with "
@@ -190,11 +189,11 @@ def is_done(data_dir, recipe):
 
 
 def write_episode(folder, make_episode, number, source):
-    """Makes and writes an episode. rows/<number>.json, its row of the manifest, is written last."""
+    """Makes and writes an episode. Its row of the manifest, rows/<number>.json, is written last."""
     episode = make_episode(source)
     name = f"ep_{number + 1:04d}"
     path = folder / "episodes" / name
-    shutil.rmtree(path, ignore_errors=True)                        # of a killed run
+    shutil.rmtree(path, ignore_errors=True)                        # from a killed run
     path.mkdir(parents=True)
     masks = episode.get("masks")
     options = CONVERTED_VIDEO if masks is None else SIMULATED_VIDEO
@@ -207,16 +206,16 @@ def write_episode(folder, make_episode, number, source):
         np.savez_compressed(path / "mask.npz", bits=np.packbits(masks), shape=masks.shape)
         files["mask_path"] = "mask.npz"
     paths = {key: f"episodes/{name}/{file}" for key, file in files.items()}
-    rest = {key: episode[key] for key in ("success", "random_poses", "source", "views") if key in episode}
+    metadata = {key: episode[key] for key in ("success", "random_poses", "source", "views") if key in episode}
     common.write_json(folder / f"rows/{number}.json",
-                      {"id": name, **paths, "num_frames": len(episode["actions"]), **rest})
+                      {"id": name, **paths, "num_frames": len(episode["actions"]), **metadata})
 
 
 def build(data_dir, recipe, make_episode, sources):
     """Writes an episode per source into <data_dir>.partial and renames that folder when it is complete."""
     folder = Path(f"{data_dir}.partial")
     recipe_file = folder / "recipe.json"
-    if not recipe_file.is_file() or json.loads(recipe_file.read_text()) != recipe:
+    if not recipe_file.is_file() or common.read_json(recipe_file) != recipe:
         shutil.rmtree(folder, ignore_errors=True)
         common.write_json(recipe_file, recipe)
     missing = [number for number in range(len(sources)) if not (folder / f"rows/{number}.json").is_file()]
@@ -228,8 +227,8 @@ def build(data_dir, recipe, make_episode, sources):
     except OSError as error:
         raise UserError(f"cannot write {folder} ({error}): the same command continues") from error
     except BrokenExecutor as error:
-        raise UserError("a process was killed, perhaps for its memory: the same command continues") from error
-    rows = [json.loads((folder / f"rows/{number}.json").read_text()) for number in range(len(sources))]
+        raise UserError("a process was killed, possibly out of memory: the same command continues") from error
+    rows = [common.read_json(folder / f"rows/{number}.json") for number in range(len(sources))]
     manifest = {"fps": FPS, "action_dim": ACTION_DIM, **recipe, "episodes": rows}
     common.write_json(folder / "manifest.json", manifest)
     shutil.rmtree(folder / "rows")
@@ -242,29 +241,29 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Makes the data set of vidar.py and vidarc.py.",
                                      allow_abbrev=False)
     mode = parser.add_mutually_exclusive_group()
-    mode.add_argument("--simulate", action="store_true", help="simulate episodes; this is the default")
+    mode.add_argument("--simulate", action="store_true", help="simulate episodes (default)")
     mode.add_argument("--from", dest="source_format", choices=["robotwin", "lerobot", "hdf5"],
                       help="convert SRC: RoboTwin 2.0, a LeRobot data set, or ALOHA HDF5")
     add = parser.add_argument
     add("src", nargs="?", metavar="SRC", help="file or folder to convert")
-    add("data_dir", nargs="?", metavar="DST", help="folder to write; it must be new or empty")
-    add("--data_dir", dest="folder", metavar="DST", help="the same as DST")
-    add("--episodes", type=at_least(1), help="tasks to simulate (650), or episodes to convert at most (all)")
+    add("data_dir", nargs="?", metavar="DST", help="folder to write, new or empty")
+    add("--data_dir", dest="folder", metavar="DST", help="same as DST")
+    add("--episodes", type=at_least(1), help="tasks to simulate (650), or most episodes to convert (all)")
     add("--seed", type=at_least(0), default=0, help="seed of the simulation (0)")
     add = parser.add_argument_group("simulation").add_argument
-    add("--poses", type=at_least(0), default=9000, help="random poses, for the inverse dynamics model (9000)")
-    add("--frames", type=at_least(8), default=37, help="frames of a task (37)")
+    add("--poses", type=at_least(0), default=9000, help="random poses for the inverse dynamics model (9000)")
+    add("--frames", type=at_least(8), default=37, help="frames per task (37)")
     add("--size", type=at_least(32), nargs=2, default=[112, 96], metavar=("H", "W"), help="pixels (112 96)")
     add = parser.add_argument_group("conversion").add_argument
-    add("--src_fps", type=at_least(FPS, float), help="frame rate of SRC, if it gives none or a wrong one")
+    add("--src_fps", type=at_least(FPS, float), help="frame rate of SRC, if it is missing or wrong there")
     add("--cameras", nargs=3, metavar=("HEAD", "LEFT", "RIGHT"),
-        help="names of the cameras; none for a wrist camera that does not exist")
-    add("--actions", metavar="NAME,NAME", help="columns of the joint positions that a frame shows")
-    add("--instruction", help="text of all episodes")
-    add("--swap_rb", action="store_true", help="exchange red and blue")
+        help="names of the cameras; none for a missing wrist camera")
+    add("--actions", metavar="NAME,NAME", help="columns with the joint positions that a frame shows")
+    add("--instruction", help="instruction of all episodes")
+    add("--swap_rb", action="store_true", help="swap red and blue")
     add("--gripper_scale", type=float, nargs=2, metavar=("CLOSED", "OPEN"),
-        help="values of a closed and an open gripper in SRC, which become 0 and 1")
-    add("--random_poses", action="store_true", help="the episodes show random poses, without a task")
+        help="values of a closed and an open gripper in SRC, mapped to 0 and 1")
+    add("--random_poses", action="store_true", help="mark all episodes as random poses without a task")
     parser.error = lambda message: common.Parser.error(parser, message)
 
     def run():

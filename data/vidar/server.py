@@ -1,12 +1,12 @@
 """server.py: serves a policy of vidarc.py over a websocket, in the protocol of openpi's clients.
 
 Run         python vidarc.py --serve 8000
-Protocol    Binary messages of msgpack, in which an array is a map with byte-string keys. The server sends
-            metadata first, then answers each observation with {"actions": (n, 14), ...}. A text message is an
-            error; the connection stays open. GET /healthz answers OK. A new connection is a new episode.
+Protocol    Binary msgpack messages, in which an array is a map with byte-string keys. The server first sends
+            metadata, then answers each observation with {"actions": (n, 14), ...}. Errors are text messages;
+            the connection stays open. GET /healthz answers OK. A new connection starts a new episode.
 Observation {"images": {"cam_high", "cam_left_wrist", "cam_right_wrist": [n] 3 H W or [n] H W 3 uint8},
-            "prompt": text, "state": (14,) present joint positions (optional), "reset": true for a new episode
-            (optional)}. n frames since the last request, at 10 fps. "mosaic" can stand for the cameras.
+            "prompt": text, "state": (14,) current joint positions (optional), "reset": true for a new episode
+            (optional)}. n frames since the last request, at 10 fps. A "mosaic" can replace the cameras.
 """
 import functools
 import threading
@@ -23,8 +23,8 @@ CAMERAS = ("cam_high", "cam_left_wrist", "cam_right_wrist")
 
 
 def mosaic(head, left=None, right=None):
-    """Cameras' images H W 3 uint8 -> 720 640 3 uint8: the head camera above the wrist cameras. A missing
-    wrist camera shows the head camera's image."""
+    """Camera images H W 3 uint8 -> 720 640 3 uint8: the head camera above the wrist cameras. The head image
+    replaces that of a missing wrist camera."""
     views = []
     for view, size in ((head, (480, 640)), (left, (240, 320)), (right, (240, 320))):
         view = np.array(head if view is None else view)              # a copy: received arrays are read-only
@@ -33,7 +33,7 @@ def mosaic(head, left=None, right=None):
 
 
 def resize_images(images, size):
-    """n H W 3 uint8 -> n size 3, anti-aliased."""
+    """n H W 3 uint8 -> n h w 3 uint8 of `size` (h, w), anti-aliased."""
     if images.shape[1:3] == tuple(size):
         return images
     images = torch.from_numpy(np.array(images)).movedim(-1, 1)
@@ -50,7 +50,7 @@ def pack_array(value):
 
 
 def unpack_array(value):
-    """Inverse of pack_array, for msgpack.unpackb(object_hook=...). No object is unpickled."""
+    """Inverse of pack_array, for msgpack.unpackb(object_hook=...). It never unpickles."""
     if b"__ndarray__" in value:
         return np.ndarray(value[b"shape"], np.dtype(value[b"dtype"]), value[b"data"])
     if b"__npgeneric__" in value:
@@ -59,7 +59,7 @@ def unpack_array(value):
 
 
 def read_frames(observation, size):
-    """An observation -> mosaics n H W 3 uint8 of `size`. UserError names what is wrong with it."""
+    """An observation -> mosaics n H W 3 uint8 of `size`. Raises UserError for a malformed one."""
     images = observation.get("images") if isinstance(observation, dict) else None
     if not isinstance(images, dict) or not {"cam_high", "mosaic"} & images.keys():
         raise UserError('the observation has no "images" with "cam_high" (or "mosaic")')
@@ -82,8 +82,8 @@ def read_frames(observation, size):
 
 
 def make_server(policy, port, host="0.0.0.0"):
-    """A websocket server that answers with policy.act(). serve_forever() runs it, a thread per connection;
-    with port 0 socket.getsockname() has the port."""
+    """A websocket server that answers with policy.act(). serve_forever() runs it, with a thread per
+    connection. Port 0 takes a free port, which socket.getsockname() returns."""
     try:
         import msgpack
         from websockets.sync.server import serve
@@ -91,16 +91,16 @@ def make_server(policy, port, host="0.0.0.0"):
         raise UserError(f"{error.name} is not installed: pip install {error.name}") from error
     pack = functools.partial(msgpack.packb, default=pack_array)
     size = policy.args.height, policy.args.width
-    lock, owner = threading.Lock(), [None]
+    lock, episode = threading.Lock(), {"connection": None}
 
     def answer(connection, message):
         if isinstance(message, str):
-            raise UserError("an observation is a binary message of msgpack")
+            raise UserError("an observation must be a binary message of msgpack")
         observation = msgpack.unpackb(message, object_hook=unpack_array)
         frames = read_frames(observation, size)
-        if owner[0] is not connection or observation.get("reset"):
+        if episode["connection"] is not connection or observation.get("reset"):
             policy.reset()
-            owner[0] = connection
+            episode["connection"] = connection
         began = time.monotonic()
         actions = policy.act(frames, observation.get("prompt", ""), observation.get("state"))
         return {"actions": actions, "server_timing": {"infer_ms": 1000 * (time.monotonic() - began)}}
@@ -109,10 +109,10 @@ def make_server(policy, port, host="0.0.0.0"):
         connection.send(pack({"script": "vidarc", "action_dim": 14, "fps": 10, "image_size": list(size),
                               "chunk_size": policy.args.chunk_size}))
         for message in connection:
-            with lock:                           # one policy: one request at a time
+            with lock:                           # the policy handles one request at a time
                 try:
                     reply = pack(answer(connection, message))
-                except Exception as error:       # whatever a client sends, the server lives
+                except Exception as error:       # no request may stop the server
                     reply = f"{type(error).__name__}: {common.reason(error)}"
             connection.send(reply)
 
