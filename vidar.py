@@ -1033,9 +1033,10 @@ def run_script(argv):
             shutil.copy(folder / "codec.safetensors", args.output_dir)
         common.barrier()
     models = load_models(args, run.device, checkpoint if inference_only else None)
-    files = evaluate(args, run, *models, splits, args.output_dir) if common.wants_evaluation(args) else []
+    source = common.run_folder(checkpoint.path) if inference_only and checkpoint else args.output_dir
+    files = evaluate(args, run, *models, splits, source) if common.wants_evaluation(args) else []
     if args.sample or not inference_only:
-        files += sample(args, run, *models, splits, args.output_dir)
+        files += sample(args, run, *models, splits, source)
     if run.rank == 0:
         common.show_results(args.output_dir, files, args.tensorboard, args.wandb)
     common.shutdown()

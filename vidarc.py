@@ -416,9 +416,8 @@ class CausalModel(nn.Module):
         return self.loss_at(v, batch, noise, slice(1, None))
 
     def self_forced_loss(self, batch, values):
-        """Trains on the errors of the closed loop: an observed past, then latents that the model generates,
-        then the loss of the next latent, conditioned on both. Of a chunk, 1 to all but one latent frames are
-        generated, without gradients and in --rollout_denoise_steps steps."""
+        """Trains on the errors of the closed loop: after an observed past, 1 to n - 1 of the n latents
+        of a chunk are generated without gradients; the loss is that of the next one."""
         z, text, args = batch["latents"], batch["text"], self.args
         chunk = args.chunk_size // 4
         start = 1 + chunk * int(values["rollout_start"] * ((z.shape[2] - 1) // chunk))
@@ -741,6 +740,11 @@ def train(args, run, checkpoint, splits):
     final = Path(args.output_dir, "final")
     if run.rank == 0:
         common.write_json(Path(args.output_dir, "args.json"), {**vars(args), **common.provenance()})
+        final.mkdir(exist_ok=True)               # --eval needs IDM and codec before the last step, too
+        if not (final / "vidarc.safetensors").is_file():
+            shutil.copy(args.idm, final / "idm.pt")
+            if args.model == "tiny":
+                shutil.copy(folder / "codec.safetensors", final)
     model = CausalModel(load_dit(args, run.device).requires_grad_(True), args)
 
     def loss_fn(net, step, micro, grad_accum):
@@ -760,10 +764,6 @@ def train(args, run, checkpoint, splits):
     net = vidar.train(args, run, SCRIPT, stage, model, loss_fn, val_fn, checkpoint)
     if not vidar.is_finished(stage, checkpoint) or not (final / "vidarc.safetensors").is_file():
         vidar.save_transformer(args, run, final / SCRIPT, net)
-        if run.rank == 0:
-            shutil.copy(args.idm, final / "idm.pt")
-            if args.model == "tiny":
-                shutil.copy(folder / "codec.safetensors", final)
     common.barrier()
 
 
@@ -822,7 +822,6 @@ def run_script(argv):
     common.announce(SCRIPT, args, why_preset, run, checkpoint)
     common.simulate_missing_data("vidar", args.data_dir, default=PRESETS["tiny"]["data_dir"])
     splits = robot_data.load_splits(args.data_dir)
-    final = Path(args.output_dir, "final")
     if not (inference_only and checkpoint):
         if not args.random_init:
             require_stage1(args)
@@ -833,7 +832,8 @@ def run_script(argv):
     dit = load_dit(argparse.Namespace(**{**vars(args), "random_init": True}))
     weights = {name.removeprefix("dit."): value
                for name, value in common.load_weights(path / "ema.safetensors").items()}
-    policy = make_policy(args, run, common.load_for_inference(dit, weights, path), final)
+    dit = common.load_for_inference(dit, weights, path)
+    policy = make_policy(args, run, dit, common.run_folder(path) / "final")
     files = evaluate(args, run, policy, splits) if common.wants_evaluation(args) else []
     if args.sample or not inference_only:
         files += sample(args, run, policy, splits)
