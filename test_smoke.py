@@ -508,7 +508,8 @@ def test_help_and_dry_run(script, base, monkeypatch, capsys):
     main = importlib.import_module(script).main
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
-    assert "--data_dir" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "--data_dir" in out and "option_strings" not in out     # of a % that argparse formats
     for config in common.WAN.values():           # 30 or 40 blocks are counted as two are, only for longer
         monkeypatch.setitem(config["transformer"], "num_layers", 2)
     for preset in list(importlib.import_module(script).PRESETS)[:2]:
@@ -578,16 +579,19 @@ def test_resume_equals_no_stop(script, base, tmp_path):
 
 
 def test_sample_is_a_function_of_the_seed(script, base, tmp_path, monkeypatch):
-    """As typed: all but --seed comes from the checkpoint in the default folder."""
+    """As typed: all but --seed comes from the checkpoint in the default folder; or to another folder."""
     monkeypatch.chdir(shutil.copytree(base.root, tmp_path / "root"))
-    folder, made = Path("runs") / script / "samples", []
-    for seed in (0, 0, 1):
-        shutil.rmtree(folder)
-        assert importlib.import_module(script).main(["--sample", "--seed", str(seed)]) == 0
-        made.append(files(folder))
-    assert made[0] and made[0] == made[1]
+    run, new, samples = Path("runs") / script, Path("new"), []
+    new.mkdir()
+    shutil.copy(run / "eval.json", new)
+    for seed, flags in ((0, []), (0, ["--resume", str(run), "--output_dir", "new"]), (1, [])):
+        folder = (new if flags else run) / "samples"
+        shutil.rmtree(folder, ignore_errors=True)
+        assert importlib.import_module(script).main(["--sample", "--seed", str(seed), *flags]) == 0
+        samples.append(files(folder))
+    assert samples[0] and samples[0] == samples[1]
     alike = SCRIPTS[script].get("deterministic", False)    # a forecast without chance
-    assert all((made[0][name] == made[2][name]) == alike for name in made[0])
+    assert all((samples[0][name] == samples[2][name]) == alike for name in samples[0])
 
 
 def test_sigterm_saves_and_stops(script, base, tmp_path, monkeypatch, capsys):
