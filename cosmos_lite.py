@@ -1,17 +1,17 @@
-"""cosmos_lite.py: a light world model that learns physics from video: encode, predict latents, decode.
+"""cosmos_lite.py: a small video world model that learns physics: encode, predict latents, decode.
 
 Paper       A small world model in the sense of Cosmos (NVIDIA 2025, arXiv:2501.03575).
 Equations   z_t = E(x_t), a latent for tau frames                         -> Encoder, Backbone
             z_{t+1} = z_t + f(h_t), h_t = GRU(z_t, h_{t-1}), or LSTM      -> RecurrentDynamics
-            the same with attention over z_{<=t}                          -> Transformer
+            z_{t+1} = z_t + f(z_{<=t}), by causal attention               -> Transformer
             x_t = background - 2 D(z_t)                                   -> Decoder, VideoWorldModel
-            reconstruction + one step + rollout + perceptual + temporal   -> world_model_loss, rollout_plan
+            reconstruction + one-step + rollout + perceptual + temporal   -> world_model_loss, rollout_plan
             MSE, PSNR, SSIM per horizon; positions of objects             -> evaluate, object_scores
 Run         python cosmos_lite.py                         # simulate, train, evaluate: 4 to 8 min, 2 CPU cores
             python cosmos_lite.py --sample --num_predict 60 --video_idx 5              # 15 s
             python cosmos_lite.py --max_steps 4000        # resume and train longer
             torchrun --nproc_per_node=8 cosmos_lite.py --preset best --data_dir data/split
-Data        data/cosmos_lite/prepare.py simulates videos or decodes your own; Clips has the layout.
+Data        data/cosmos_lite/prepare.py simulates videos or decodes your own; Clips documents the layout.
 Shapes      B batch  T frames  D latent channels  H W pixels (64 64)  h w latent grid (16 16, 8 8, or 1 1
             for a vector)  n objects. Videos are B T 3 H W in [-1, 1], latents B T/tau D h w.
 """
@@ -37,8 +37,8 @@ import common
 from common import UserError, at_least, between, expand_to, from_uint8
 
 SCRIPT = "cosmos_lite"
-SIZE = 64                       # of a frame; others: --encoder cnn, --latent grid, prepare.py --raw
-AUGMENTATION = {"flip": ("rand",), "contrast": ("rand",), "order": ("randint", 6)}     # of a clip
+SIZE = 64        # height and width; other sizes need --encoder cnn, --latent grid and prepare.py --raw
+AUGMENTATION = {"flip": ("rand",), "contrast": ("rand",), "order": ("randint", 6)}     # per clip
 
 # ---- presets and flags ----------------------------------------------------------------------------------
 
@@ -46,14 +46,14 @@ PRESETS = {
     "tiny": dict(data_dir=f"data/{SCRIPT}/dataset", latent_dim=48, max_steps=1500, batch_size=8, lr=3e-3,
                  warmup_steps=50, weight_decay=1e-3, ema_decay=0.99, perceptual_weight=0.0, brightness=0.0,
                  permute_colors=True, rollout=20, eval_every=300, save_every=300),
-    # The reference project's options B, with a transformer, and A, with a vector per frame; 100 epochs.
+    # The reference project's options B (transformer) and A (one vector per frame), 100 epochs each.
     "best": dict(data_dir="data/split", encoder="dinov2_vits14", world_model="transformer", latent_dim=128,
                  num_layers=6, context=30, rollout=30, batch_size=8, max_steps=5100, weight_decay=1e-5,
                  eval_every=51),
     "quick": dict(data_dir="data/split", latent="vector", latent_dim=256, tau=1, context=30, rollout=30,
                   batch_size=4, max_steps=10_200, weight_decay=1e-5, perceptual_weight=0.0, eval_every=102),
 }
-# These shape the weights or give them their meaning: a checkpoint's values hold.
+# These flags determine the architecture or what it computes: a checkpoint's values apply.
 MODEL_FLAGS = ("encoder", "world_model", "decoder", "latent", "latent_dim", "hidden_dim", "num_layers",
                "window", "tau", "context")
 
@@ -64,31 +64,31 @@ def build_parser():
     add("--T_in", type=at_least(1), default=30, help="observed frames")
     add("--T_out", type=at_least(1), default=30, help="frames to predict in training and evaluation")
     add("--stride", type=at_least(1), default=5, help="frames between two training clips of a video")
-    add("--brightness", type=between(0, 1), default=0.2, help="largest relative change of the contrast")
-    add("--permute_colors", action="store_true", help="permute the colour channels of a training clip")
+    add("--brightness", type=between(0, 1), default=0.2, help="largest relative change of contrast")
+    add("--permute_colors", action="store_true", help="permute the colour channels of training clips")
     add = parser.add_argument_group("model").add_argument
-    add("--encoder", choices=["cnn", *PRETRAINED], default="cnn", help="cnn, or a pretrained network")
-    add("--encoder_weights", metavar="SOURCE", help="folder or hub id of the pretrained encoder's weights")
+    add("--encoder", choices=["cnn", *PRETRAINED], default="cnn", help="cnn, or a pretrained backbone")
+    add("--encoder_weights", metavar="SOURCE", help="folder or hub id of pretrained encoder weights")
     add("--freeze_encoder", action="store_true", help="do not train the pretrained encoder")
     add("--world_model", choices=["gru", "lstm", "transformer"], default="gru", help="latent dynamics")
-    add("--decoder", choices=["auto", "simple", "enhanced"], default="auto", help="auto: by the encoder")
-    add("--latent", choices=["grid", "vector"], default="grid", help="latent of a frame")
+    add("--decoder", choices=["auto", "simple", "enhanced"], default="auto", help="auto: simple with cnn")
+    add("--latent", choices=["grid", "vector"], default="grid", help="shape of a latent")
     add("--latent_dim", type=at_least(8), default=64, help="channels D of a latent")
-    add("--hidden_dim", type=at_least(1), default=512, help="width of the GRU or LSTM of a vector")
+    add("--hidden_dim", type=at_least(1), default=512, help="hidden size of GRU and LSTM on vectors")
     add("--num_layers", type=at_least(1), default=2, help="layers of the latent dynamics")
     add("--window", type=at_least(1), default=32, help="latents that the transformer attends to")
     add("--tau", type=at_least(1), default=2, help="frames per latent")
     add = parser.add_argument_group("loss").add_argument
-    add("--context", type=at_least(1), default=10, help="frames that a forecast reads, at most")
-    add("--rollout", type=at_least(1), default=16, help="frames of a training rollout, which grows to this")
+    add("--context", type=at_least(1), default=10, help="maximum number of context frames")
+    add("--rollout", type=at_least(1), default=16, help="frames of the longest training rollout")
     add("--recon_type", choices=["mse", "l1"], default="mse", help="pixel loss")
     add("--perceptual_weight", type=at_least(0, float), default=0.1, help="weight of the VGG16 loss (0: off)")
     add("--temporal_weight", type=at_least(0, float), default=0.01, help="weight of the motion loss")
     add("--vgg_weights", default="https://download.pytorch.org/models/vgg16-397923af.pth", help="URL or file")
     add = parser.add_argument_group("sampling and evaluation").add_argument
     add("--num_predict", type=at_least(1), default=30, help="frames of the rollout that --sample writes")
-    add("--video_idx", type=at_least(-1), default=-1, help="test video of --sample (-1: one of each kind)")
-    add("--eval_clips", type=at_least(0), default=0, help="test videos to evaluate, at most (0: all)")
+    add("--video_idx", type=at_least(-1), default=-1, help="test video of --sample (-1: best, median, worst)")
+    add("--eval_clips", type=at_least(0), default=0, help="maximum number of test videos (0: all)")
     add("--best", action="store_true", help="use the weights of the lowest validation loss")
     return parser
 
@@ -108,7 +108,7 @@ def parse_args(argv=None):
 # ---- model: encoder -------------------------------------------------------------------------------------
 
 class ResBlock(nn.Module):
-    """x + conv1(SiLU(conv(norm(x)))), the last convolution zero at initialisation."""
+    """x + conv2(SiLU(conv1(norm(x)))), where conv2 is 1x1 and zero at initialisation."""
     def __init__(self, channels, kernel=3):
         super().__init__()
         self.norm = nn.GroupNorm(1, channels)
@@ -121,13 +121,13 @@ class ResBlock(nn.Module):
 
 
 def normalize(x):
-    """Frames in [-1, 1], N 3 H W, scaled as for networks that were trained on ImageNet."""
+    """Frames N 3 H W in [-1, 1] -> the same, normalised with ImageNet's mean and standard deviation."""
     mean, std = x.new_tensor([[.485, .456, .406], [.229, .224, .225]])[..., None, None]
     return ((x + 1) / 2 - mean) / std
 
 
-# name -> hub id, model type, options of its configuration. Both types give 8x8 features: the third stage of a
-# ResNet for 128x128 pixels, and the last layer of DINOv2 for 112x112 pixels.
+# name -> hub id, model type, options of its configuration. Both types return 8x8 features: the third stage of
+# a ResNet on 128x128 pixels, the last layer of DINOv2 on 112x112 pixels.
 PRETRAINED = {
     f"resnet{depth}": (f"microsoft/resnet-{depth}", "resnet", dict(
         depths=[3, 4, blocks], hidden_sizes=[256, 512, 1024], out_features=["stage3"]))
@@ -143,7 +143,7 @@ class Backbone(nn.Module):
     """A pretrained encoder: frames B T 3 64 64 in [-1, 1] -> features B T C 8 8."""
     def __init__(self, args, load):
         super().__init__()
-        from transformers import AutoBackbone, AutoConfig  # takes seconds
+        from transformers import AutoBackbone, AutoConfig  # slow import
         repository, kind, options = PRETRAINED[args.encoder]
         config = AutoConfig.for_model(kind, **options)
         self.net = AutoBackbone.from_config(config)
@@ -154,17 +154,17 @@ class Backbone(nn.Module):
                 loader = type(self.net).from_pretrained
                 self.net, info = loader(source, config=config, output_loading_info=True)
                 assert not info["missing_keys"]
-            except Exception as error:   # offline, no cache, damaged files: transformers has many kinds
+            except Exception as error:   # offline, not cached, damaged: transformers raises many types
                 raise UserError(f"cannot load --encoder {args.encoder} from {source}: hf download "
                                 f"{repository}, or --encoder_weights FOLDER") from error
         if kind == "dinov2":
-            self.net.embeddings.mask_token.requires_grad_(False)       # is used in its pretraining only
+            self.net.embeddings.mask_token.requires_grad_(False)       # unused outside of pretraining
         if self.frozen:
             self.net.requires_grad_(False)
 
     def train(self, mode=True):
         super().train(mode)
-        if self.frozen:                  # the statistics of its batch norms must not change
+        if self.frozen:                  # keeps the batch norms' running statistics fixed
             self.net.eval()
         return self
 
@@ -175,10 +175,10 @@ class Backbone(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Frames and their differences to the background, B T 3 64 64 -> latents B T/tau D h w.
+    """Frames and their differences from the background, both B T 3 64 64 -> latents B T/tau D h w.
 
-    A cell is a 4x4 patch of tau frames and of the one before: a latent shows how fast things move. With a
-    pretrained encoder it is an 8x8 patch and its features. Strided convolutions make a vector of the grid.
+    A cell encodes a 4x4 patch in tau frames and in the frame before them, so that latents hold velocities.
+    Pretrained encoders have 8x8 patches with features. A vector comes from strided convolutions of the grid.
     """
     def __init__(self, args, load=False):
         super().__init__()
@@ -199,7 +199,7 @@ class Encoder(nn.Module):
             self.blocks.append(nn.Conv2d(width, D, 4))
 
     def forward(self, frames, difference):
-        x = F.pixel_unshuffle(difference, self.patch)                  # B T features 16 16
+        x = F.pixel_unshuffle(difference, self.patch)                  # B T 3*patch^2 side side
         if self.backbone:
             x = torch.cat([x, self.backbone(frames)], dim=2)
         x = torch.cat([x[:, :1], x], dim=1).unfold(1, self.tau + 1, self.tau)      # B T/tau ... tau+1
@@ -209,12 +209,12 @@ class Encoder(nn.Module):
 
 
 # ---- model: latent dynamics -----------------------------------------------------------------------------
-# forward(z, state=None): latents B T D h w and the state after the previous ones -> predictions of the next
-# latents, B T D h w, and the state after the last. A rollout feeds predictions back, one at a time.
+# forward(z, state=None): latents B T D h w and the state before them -> predictions of the next latents,
+# B T D h w, and the state after the last latent. A rollout feeds predictions back, one at a time.
 
 class RecurrentDynamics(nn.Module):
-    """GRU or LSTM whose maps are convolutions: gates 1x1, candidate with `kernel`, then residual blocks.
-    With kernel 1 on a 1x1 grid it is an ordinary GRU or LSTM of a vector."""
+    """Convolutional GRU or LSTM: 1x1 gates, a candidate with `kernel`, then residual blocks.
+    With kernel 1 on a 1x1 grid it is an ordinary GRU or LSTM."""
     def __init__(self, kind, D, hidden, layers, kernel):
         super().__init__()
         self.lstm, self.hidden = kind == "lstm", hidden
@@ -246,11 +246,11 @@ class RecurrentDynamics(nn.Module):
 
 
 class CausalBlock(nn.Module):
-    """Attention of each cell over its own past (a learned bias per head and distance), then a convolution.
-    On a 1x1 grid with kernel 1 both are the layers of an ordinary causal transformer."""
+    """Causal attention over time within each cell (learned bias per head and distance), then a convolution.
+    On a 1x1 grid with kernel 1 this is an ordinary causal transformer block."""
     def __init__(self, D, window, kernel):
         super().__init__()
-        self.heads = math.gcd(D, max(1, D // 32))                   # a number that divides D
+        self.heads = math.gcd(D, max(1, D // 32))                   # divides D
         self.window = window
         width = 2 * D if kernel > 1 else 4 * D
         self.norm1, self.norm2 = nn.GroupNorm(1, D), nn.GroupNorm(1, D)
@@ -262,10 +262,10 @@ class CausalBlock(nn.Module):
             nn.init.zeros_(layer.weight)
 
     def forward(self, x, past=None):
-        """x B T D h w; past: keys and values of latents before, each B hw heads T' D/heads -> x, past."""
+        """x B T D h w; past: cached keys and values, each B hw heads T' D/heads -> x, new past."""
         B, T, D, h, w = x.shape
         y = self.qkv(self.norm1(x.flatten(0, 1))).view(B, T, 3, self.heads, D // self.heads, h * w)
-        q, k, v = y.permute(2, 0, 5, 3, 1, 4).contiguous()         # else the matrix products run one by one
+        q, k, v = y.permute(2, 0, 5, 3, 1, 4).contiguous()         # else matmuls are not batched
         if past is not None:
             k = torch.cat([past[0], k], dim=3)
             v = torch.cat([past[1], v], dim=3)
@@ -278,12 +278,12 @@ class CausalBlock(nn.Module):
         y = y.permute(0, 3, 2, 4, 1).reshape(B * T, D, h, w)
         x = x.flatten(0, 1) + self.out(y)
         x = x + self.down(F.silu(self.up(self.norm2(x))))
-        first = max(0, length - self.window + 1)                   # what the next latent attends to
+        first = max(0, length - self.window + 1)                   # the next latent attends from here
         return x.unflatten(0, (B, T)), (k[..., first:, :], v[..., first:, :])
 
 
 class Transformer(nn.Module):
-    """Causal blocks over many latents at once, or over one more with the keys and values of those before."""
+    """Causal blocks; `state` is the cache of keys and values of previous latents, per block."""
     def __init__(self, D, layers, window, kernel):
         super().__init__()
         self.blocks = nn.ModuleList(CausalBlock(D, window, kernel) for _ in range(layers))
@@ -299,10 +299,10 @@ class Transformer(nn.Module):
         return z + self.out(self.norm(x.flatten(0, 1))).view_as(z), cache
 
 
-# ---- model: decoder and the whole -----------------------------------------------------------------------
+# ---- model: decoder and world model ---------------------------------------------------------------------
 
 class SelfAttention(nn.Module):
-    """Attention over the cells of a map, one head, weight 0 at initialisation."""
+    """Single-head self-attention over the cells of a map, with a residual weight of 0 at initialisation."""
     def __init__(self, channels):
         super().__init__()
         self.attention = nn.MultiheadAttention(channels, 1, batch_first=True)
@@ -314,7 +314,7 @@ class SelfAttention(nn.Module):
 
 
 class Decoder(nn.Sequential):
-    """Latents N D h w -> N 3tau 64 64. Enhanced: more blocks, with attention at 8x8 and at 16x16."""
+    """Latents N D h w -> N 3*tau 64 64. Enhanced: more blocks, and attention at 8x8 and 16x16."""
     def __init__(self, args):
         width = args.latent_dim
         enhanced = args.decoder == "enhanced" or args.decoder == "auto" and args.encoder != "cnn"
@@ -327,15 +327,15 @@ class Decoder(nn.Sequential):
             layers += [ResBlock(width), SelfAttention(width)] if enhanced else []
             layers += [nn.Conv2d(width, 4 * width, 1), nn.PixelShuffle(2)]
         layers += [ResBlock(width), SelfAttention(width)] if enhanced else []
-        last = nn.Conv2d(128, 48 * args.tau, 1)
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
+        to_pixels = nn.Conv2d(128, 48 * args.tau, 1)
+        nn.init.zeros_(to_pixels.weight)
+        nn.init.zeros_(to_pixels.bias)
         super().__init__(*layers, ResBlock(width), nn.GroupNorm(1, width), nn.Conv2d(width, 128, 1),
-                         nn.SiLU(), last, nn.PixelShuffle(4))
+                         nn.SiLU(), to_pixels, nn.PixelShuffle(4))
 
 
 class VideoWorldModel(nn.Module):
-    """Frames in, the frames that follow out. load: with the weights of a pretrained encoder."""
+    """Predicts the frames that follow context frames. load: load the pretrained encoder's weights."""
     def __init__(self, args, load: bool = False):
         super().__init__()
         D, self.tau = args.latent_dim, args.tau
@@ -355,11 +355,11 @@ class VideoWorldModel(nn.Module):
 
     def decode(self, z):
         """B t D h w -> B t*tau 3 H W. An untrained decoder shows the background."""
-        z_flat = z.flatten(0, 1).contiguous(memory_format=torch.channels_last)     # 1.4 times faster on CPUs
+        z_flat = z.flatten(0, 1).contiguous(memory_format=torch.channels_last)     # 1.4x faster on CPU
         return self.background - 2 * self.decoder(z_flat).reshape(len(z), -1, 3, SIZE, SIZE)
 
     def rollout(self, z, state, n):
-        """z B 1 D h w, a predicted latent, and the state that it came from -> n predictions B n D h w."""
+        """z B 1 D h w, a predicted latent, and the state after its context -> n predictions B n D h w."""
         latents = [z]
         for _ in range(n - 1):
             z, state = self.dynamics(z, state)
@@ -369,13 +369,13 @@ class VideoWorldModel(nn.Module):
     def forward(self, context_frames: torch.Tensor, num_predictions: int = 30, objective=None
                 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """context_frames B T 3 64 64 in [-1, 1] -> the n frames that follow, B n 3 64 64, their latents
-        B n/tau D h w, and the context's latents. Reads as many frames as in training, at most. In training
-        returns objective(model, frames): DDP needs to be called as a whole."""
+        B ceil(n/tau) D h w, and the latents of the context, at most as many as in training. With
+        `objective` it returns objective(model, frames), since DDP only synchronises calls of forward."""
         if objective:
             return objective(self, context_frames)
         T = context_frames.shape[1]
         x = context_frames[:, -min(self.context, max(1, T // self.tau)) * self.tau:]
-        if T < self.tau:                 # the first frame is repeated
+        if T < self.tau:                 # repeat the first frame
             x = torch.cat([x[:, :1].expand(-1, self.tau - T, -1, -1, -1), x], dim=1)
         context_latents = self.encode(x)
         predictions, state = self.dynamics(context_latents)
@@ -411,38 +411,38 @@ def load_vgg(args, device):
     try:
         weights = load(args.vgg_weights, map_location="cpu", weights_only=True)
         weights = {name: weights[f"features.{name}"] for name in vgg.state_dict()}
-    except Exception as error:           # no network, no such file, a damaged zip, a foreign pickle
-        raise UserError(f"cannot load --vgg_weights {args.vgg_weights} ({common.reason(error)}): give "
+    except Exception as error:           # no network, no such file, damaged, or no VGG16
+        raise UserError(f"cannot load --vgg_weights {args.vgg_weights} ({common.reason(error)}): pass "
                         f"torchvision's vgg16-397923af.pth, or --perceptual_weight 0") from error
     return common.load_for_inference(vgg, weights, args.vgg_weights, device)
 
 
 def rollout_plan(args, step):
-    """What the clips of a step share, in latents: context, rollout, those of it to decode; and the weight
-    of the foreground. Contexts vary in length: a model that is trained with one fails at others."""
+    """The plan that all clips of a step share: numbers of context and rollout latents, rollout latents to
+    decode, foreground weight. Context lengths vary: a model trained on a single length fails at others."""
     rng = np.random.default_rng([args.seed, step])
     progress, clip = step / args.max_steps, (args.T_in + args.T_out) // args.tau
     longest = min(max(1, min(args.context, args.T_in) // args.tau), clip - 1)
     context = int(rng.integers(min(max(1, 4 // args.tau), longest), longest + 1))
     final = min(max(1, min(args.rollout, args.T_out) // args.tau), clip - longest)
     rollout = round(1 + (final - 1) * min(1, progress / 0.6))
-    count = max(2, 3 // args.tau)        # the first ones, and as many from anywhere
+    count = max(2, 3 // args.tau)        # decode the first `count` latents and a random run of `count`
     first = int(rng.integers(rollout))
     decoded = sorted({*range(min(count, rollout)), *range(first, min(first + count, rollout))})
-    weight = 4 * max(0, 1 - 1.1 * progress)        # of 3 % of the pixels; in the end the loss is plain
+    weight = 4 * max(0, 1 - 1.1 * progress)        # decays to a plain pixel loss
     return argparse.Namespace(context=context, rollout=rollout, decoded=decoded, foreground=weight)
 
 
 def pixel_loss(prediction, target, background, recon_type, foreground):
-    """Mean error of frames B T 3 H W. The foreground, 3 % of the pixels, weighs 1 + foreground."""
+    """Mean error of frames B T 3 H W. Foreground pixels, about 3 %, have weight 1 + foreground."""
     error = (prediction - target).abs() if recon_type == "l1" else (prediction - target) ** 2
     mask = ((target - background).abs() > 0.2).any(dim=2, keepdim=True)
     return ((1 + foreground * mask) * error).mean()
 
 
 def world_model_loss(model, x, plan, args, vgg=None):
-    """x B T 3 H W: frames of plan.context latents, then of plan.rollout latents. The last latent of the
-    context is reconstructed and predicted from those before; a rollout predicts the rest. -> loss, terms."""
+    """x B T 3 H W: frames of plan.context latents, then of plan.rollout latents. The last context latent is
+    reconstructed, and predicted from the latents before it; a rollout predicts the rest. -> loss, terms."""
     tau, observed = model.tau, plan.context * model.tau
     z = model.encode(x[:, :observed])
     p, state = model.dynamics(z)
@@ -450,16 +450,16 @@ def world_model_loss(model, x, plan, args, vgg=None):
     latents = [z[:, -1:], p[:, -2:-1], rollout]                    # p[:, -2:-1] is empty for one latent
     frames = model.decode(torch.cat(latents, dim=1)).float()
     reconstruction, one_step, future = frames.split([part.shape[1] * tau for part in latents], dim=1)
-    now = x[:, observed - tau:observed]
+    last = x[:, observed - tau:observed]
     target = x[:, observed:].unflatten(1, (-1, tau))[:, plan.decoded].flatten(1, 2)
 
     options = dict(background=model.background, recon_type=args.recon_type, foreground=plan.foreground)
     error = functools.partial(pixel_loss, **options)
-    terms = {"recon_loss": error(reconstruction, now), "rollout_loss": error(future, target)}
+    terms = {"recon_loss": error(reconstruction, last), "rollout_loss": error(future, target)}
     if plan.context > 1:
-        terms["one_step_loss"] = error(one_step, now)
+        terms["one_step_loss"] = error(one_step, last)
     loss = sum(terms.values())
-    if target.shape[1] > 1:              # the reference project's term, |motion|, favours frozen videos
+    if target.shape[1] > 1:              # the reference project's |motion| term rewards frozen videos
         terms["temporal_loss"] = (future.diff(dim=1) - target.diff(dim=1)).abs().mean()
         loss = loss + args.temporal_weight * terms["temporal_loss"]
     if vgg is not None:
@@ -474,9 +474,9 @@ def world_model_loss(model, x, plan, args, vgg=None):
 # ---- data -----------------------------------------------------------------------------------------------
 
 class Clips:
-    """Clips of T frames, `stride` frames apart, of a split that data/cosmos_lite/prepare.py wrote:
+    """Clips of T frames, `stride` frames apart, from a split that data/cosmos_lite/prepare.py wrote:
 
-        root/<split>.npy        uint8 frames F 3 64 64 of all its videos, one after the other
+        root/<split>.npy        uint8 frames F 3 64 64 of all its videos, concatenated
         root/split.json         {split: [[video, number of frames], ...]}; a video is <kind>/<name>.mp4
 
     videos: [(name, first frame, number of frames)] of at least T frames; starts: first frames of the clips.
@@ -493,7 +493,7 @@ class Clips:
                 raise ValueError(f"it is {self.frames.dtype} {(*self.frames.shape,)}, not uint8 {expected}")
             states = root / "test_states.json"
             self.states = common.read_json(states) if states.is_file() else {}
-        except Exception as error:       # of a damaged file: ValueError, KeyError, EOFError, ...
+        except Exception as error:       # damaged files raise ValueError, KeyError, EOFError, ...
             raise UserError(f"cannot read {root}/{split}.npy and .json: {common.reason(error)}") from error
         first = np.cumsum([0, *(length for _, length in listed)]).tolist()
         self.videos = [(name, start, length) for (name, length), start in zip(listed, first) if length >= T]
@@ -526,7 +526,7 @@ def create_data_loader(video_dir: str, T_in: int = 30, T_out: int = 30, batch_si
 
 
 def augment_clips(x, values, background, brightness, permute_colors=False):
-    """x B T 3 H W: mirrored, contrast and colours changed, alike in all frames of a clip."""
+    """Flips, contrast changes and channel permutations, equal in all frames of a clip. x B T 3 H W."""
     x = torch.where(expand_to(values["flip"] < 0.5, x), x.flip(-1), x)
     if brightness:
         factor = expand_to(1 + brightness * (2 * values["contrast"] - 1), x)
@@ -540,53 +540,53 @@ def augment_clips(x, values, background, brightness, permute_colors=False):
 # ---- evaluate and sample --------------------------------------------------------------------------------
 
 def locate(foreground, colours):
-    """Finds objects by their colours n 3 in |x - background|, T 3 H W of [0, 1] -> centres T n 2 in pixels,
-    visible areas T n, the object of each pixel T H W (n: none). A pixel belongs to the colour that fits best;
-    grey, of strings, competes. Strong pixels weigh more in a centre: trails and blur are pale."""
+    """Locates objects of colours n 3 in foreground = |x - background|, T 3 H W in [0, 1] -> centres T n 2 in
+    pixels, visible areas T n, object index of each pixel T H W (n: none). A pixel is assigned to the colour
+    that fits best, n being the grey of a pendulum's rod. Pale pixels (trails, blur) have less weight."""
     shades = torch.cat([1 - colours, torch.ones(1, 3)])
     squares = shades.pow(2).sum(1)
     projection = torch.einsum("tchw,nc->tnhw", foreground, shades / squares[:, None])
     amount = projection.clamp(0, 1)
-    owner = (squares[:, None, None] * amount * (amount - 2 * projection)).argmin(1)    # least squared error
-    mine = amount[:, :-1] * (owner[:, None] == torch.arange(len(colours))[:, None, None])
-    strong = (mine - mine.amax((-1, -2), keepdim=True).clamp(min=0.3) / 2).clamp(min=0).square()
+    index = (squares[:, None, None] * amount * (amount - 2 * projection)).argmin(1)    # least squared error
+    coverage = amount[:, :-1] * (index[:, None] == torch.arange(len(colours))[:, None, None])
+    weight = (coverage - coverage.amax((-1, -2), keepdim=True).clamp(min=0.3) / 2).clamp(min=0).square()
     axis = torch.arange(SIZE) + 0.5
-    moments = torch.stack([(strong.sum(-2) * axis).sum(-1), (strong.sum(-1) * axis).sum(-1)], dim=-1)
-    centres = moments / strong.sum((-1, -2)).clamp(min=1e-6)[..., None]
-    return centres, (mine - 0.15).clamp(min=0).sum((-1, -2)), owner
+    moments = torch.stack([(weight.sum(-2) * axis).sum(-1), (weight.sum(-1) * axis).sum(-1)], dim=-1)
+    centres = moments / weight.sum((-1, -2)).clamp(min=1e-6)[..., None]
+    return centres, (coverage - 0.15).clamp(min=0).sum((-1, -2)), index
 
 
 def constant_velocity(pair, background, colours, T):
-    """Each object moves on as in a pair of frames, 2 3 H W in [0, 1] -> T 3 H W."""
+    """Extrapolates each object's motion between a pair of frames, 2 3 H W in [0, 1] -> T 3 H W."""
     difference = pair - background
-    centres, area, owner = locate(difference.abs(), colours)
+    centres, area, index = locate(difference.abs(), colours)
     velocity = torch.where((area > 1).all(0)[:, None], centres[1] - centres[0], 0.)
-    velocity = F.pad(velocity, (0, 0, 0, 1))                           # what is no object stays
+    velocity = F.pad(velocity, (0, 0, 0, 1))                           # other pixels do not move
     frames, steps = background.expand(T, -1, -1, -1), torch.arange(1, T + 1).view(-1, 1, 1, 1)
     grid = F.affine_grid(torch.eye(2, 3)[None], [1, 3, SIZE, SIZE], align_corners=False)
     for i, v in enumerate(velocity):
-        mine = ((owner[1] == i) * difference[1]).expand(T, -1, -1, -1)
-        frames = frames + F.grid_sample(mine, grid - 2 / SIZE * v * steps, align_corners=False)
+        layer = ((index[1] == i) * difference[1]).expand(T, -1, -1, -1)
+        frames = frames + F.grid_sample(layer, grid - 2 / SIZE * v * steps, align_corners=False)
     return frames.clamp(0, 1)
 
 
 def object_scores(x, truth, state, T_in):
     """A forecast T 3 H W in [0, 1] against the exact state of its video -> {metric: T}, NaN without objects:
-    mean error of the positions found; share of the visible objects of which under a quarter is found."""
+    mean position error of detected objects; share of visible objects with under a quarter of their area."""
     T = len(x)
     if state is None:
         return dict.fromkeys(("position_px", "missed"), torch.full((T,), math.nan))
     centres, area, _ = locate(1 - x, torch.tensor(state["colour"]))
     _, true_area, _ = locate(1 - truth, torch.tensor(state["colour"]))
     visible = true_area > 1
-    found = visible & (area > 0.25 * true_area)
+    detected = visible & (area > 0.25 * true_area)
     distance = (centres - torch.tensor(state["pos"])[T_in:T_in + T]).norm(dim=-1)
-    return {"position_px": torch.where(found, distance, math.nan).nanmean(1),
-            "missed": torch.where(visible, (~found).float(), math.nan).nanmean(1)}
+    return {"position_px": torch.where(detected, distance, math.nan).nanmean(1),
+            "missed": torch.where(visible, (~detected).float(), math.nan).nanmean(1)}
 
 
 def average_scores(tables, kinds):
-    """[{metric: n T}] of clips of these kinds -> means, in total, per horizon and per kind (falling/mse)."""
+    """Tables [{metric: n T}] and kinds of clips -> overall means, per horizon and per kind (falling/mse)."""
     scores = common.horizon_means(tables)
     for kind in dict.fromkeys(kinds):
         members = common.horizon_means([table for table, k in zip(tables, kinds) if k == kind])
@@ -596,7 +596,7 @@ def average_scores(tables, kinds):
 
 @torch.no_grad()
 def evaluate(args, run, model, test):
-    """Forecasts the first clip of each test video, prints tables -> [eval.json, curves.png]."""
+    """Forecasts the first clip of each test video and prints tables -> [eval.json, curves.png]."""
     began, T_in, T_out = time.time(), args.T_in, args.T_out
     clips = test.first_clips(args.eval_clips or None)
     names = [name for name, _, _ in test.videos[:len(clips)]]
@@ -608,7 +608,7 @@ def evaluate(args, run, model, test):
     for clip, name in zip(tqdm(clips, "evaluate", unit="clip"), names):
         observed, truth = (clip / 255).split([T_in, T_out])
         state = test.states.get(name)
-        colours = torch.tensor(state["colour"] if state else [[0., 0., 0.]])       # else all is one object
+        colours = torch.tensor(state["colour"] if state else [[0., 0., 0.]])       # black: a single object
         with run.autocast():
             forecast = model((2 * observed[None] - 1).to(run.device), T_out)[0][0]
         pair = observed[[max(0, T_in - 2), T_in - 1]]
@@ -617,7 +617,7 @@ def evaluate(args, run, model, test):
                    "mean frame": mean_frame.expand_as(truth),
                    "constant velocity": constant_velocity(pair, background, colours, T_out)}
         for method, frames in methods.items():
-            scores = {"mse": common.mse((frames * 255).round(), (truth * 255).round()),    # of 0 to 255
+            scores = {"mse": common.mse((frames * 255).round(), (truth * 255).round()),    # 0 to 255
                       "psnr": common.psnr(frames, truth), "ssim": common.ssim(frames, truth)}
             scores |= object_scores(frames, truth, state, T_in)
             tables.setdefault(method, []).append({metric: row[None] for metric, row in scores.items()})
@@ -627,7 +627,7 @@ def evaluate(args, run, model, test):
         common.print_table(methods, [f"{key}_h{h:02d}" for key in ("position_px", "missed")
                                      for h in horizons])
     common.print_table(methods, [f"{kind}/mse" for kind in dict.fromkeys(kinds)])
-    results = methods.pop("model")               # the baselines are left
+    results = methods.pop("model")               # baselines remain
     weights = "trained from scratch" if args.encoder == "cnn" else f"encoder pretrained: {args.encoder}"
     columns = [*(f"mse_h{h:02d}" for h in horizons), "mse", "psnr", "ssim"]
     errors = {name: scores["mse"].mean().item() for name, scores in zip(names, tables["model"])}
@@ -637,7 +637,7 @@ def evaluate(args, run, model, test):
 
 @torch.no_grad()
 def sample(args, run, model, test):
-    """Rollouts of --num_predict frames of the best, median and worst test video of eval.json, or of one video
+    """Rolls out --num_predict frames of --video_idx, or of the best, median and worst test video of eval.json
     -> [samples/<case>_<video>.*]."""
     names, files = [name for name, _, _ in test.videos], []
     cases = {"video": args.video_idx} if args.video_idx >= 0 else common.pick_cases(args.output_dir, names)
@@ -647,7 +647,7 @@ def sample(args, run, model, test):
         truth = x[args.T_in:args.T_in + args.num_predict]
         with run.autocast():
             frames = model(x[None, :args.T_in].to(run.device), args.num_predict)[0][0].float().cpu()
-        unknown = torch.full((args.num_predict - len(truth), 3, SIZE, SIZE), 0.5)      # after the video's end
+        unknown = torch.full((args.num_predict - len(truth), 3, SIZE, SIZE), 0.5)      # past the video's end
         truth = torch.cat([x[args.T_in - 1:args.T_in], truth, unknown])
         prediction = torch.cat([truth[:1], frames])
         error = common.error_picture(prediction, truth)
@@ -664,7 +664,7 @@ def sample(args, run, model, test):
 # ---- set-up and parallel wrap ---------------------------------------------------------------------------
 
 def setup(args):
-    """Joins torchrun's processes and chooses device and precision -> rank, world, device, dtype, autocast."""
+    """Initialises torch.distributed, device and precision -> rank, world, device, dtype, autocast."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = common.choose_device(args.device)
     if device.type == "cuda":
@@ -683,7 +683,7 @@ def wrap(model, args, run):
         if args.grad_checkpoint and isinstance(module, (CausalBlock, ResBlock)):
             module.forward = functools.partial(recompute, module.forward, use_reentrant=False)
         if args.compile and isinstance(module, (Encoder, RecurrentDynamics, Transformer, Decoder)):
-            module.compile()             # not the whole: the length of a rollout changes
+            module.compile()             # not the whole model: rollout lengths change
     if run.world == 1:
         return model
     ids = [run.device] if run.device.type == "cuda" else None
@@ -701,7 +701,7 @@ def get_lr(step, peak, warmup, total):
 
 
 def train(args, run, model, spec, loss_fn, val_fn, checkpoint):
-    """Trains `model` up to --max_steps, resuming from `checkpoint`; <output_dir>/ckpt then has the last step.
+    """Trains `model` up to --max_steps from `checkpoint`, and saves the last step in <output_dir>/ckpt.
 
     spec: random values of a sample, for common.sample_global_batch. loss_fn(model, values, step) -> loss,
     {name: term to log}. val_fn(model) -> {name: number}.
@@ -720,7 +720,7 @@ def train(args, run, model, spec, loss_fn, val_fn, checkpoint):
             group["lr"] = get_lr(step, args.lr, args.warmup_steps, args.max_steps)
         net.train()
         seed = common.seed_all(args.seed, 1, step)
-        for micro in range(args.grad_accum):     # processes average gradients at the last micro-step only
+        for micro in range(args.grad_accum):     # gradients are all-reduced at the last micro-step
             values = common.sample_global_batch(spec, seed, args.batch_size, run.rank, run.world, micro,
                                                 args.grad_accum, run.device)
             net.require_backward_grad_sync = micro == args.grad_accum - 1          # read by DDP
@@ -729,30 +729,30 @@ def train(args, run, model, spec, loss_fn, val_fn, checkpoint):
             (loss / args.grad_accum).backward()
             log.add(loss=loss, **terms)
         norm = nn.utils.clip_grad_norm_(params, args.grad_clip or math.inf)
-        done = step + 1
+        completed = step + 1
         stop = should_stop()
-        save = stop or done == args.max_steps or args.save_every and done % args.save_every == 0
-        if (save or args.log_every and done % args.log_every == 0) and not norm.isfinite():
-            raise UserError(f"loss or gradient is not finite at step {done}: resume from "
+        save = stop or completed == args.max_steps or args.save_every and completed % args.save_every == 0
+        if (save or args.log_every and completed % args.log_every == 0) and not norm.isfinite():
+            raise UserError(f"loss or gradient is not finite at step {completed}: resume from "
                             f"{common.latest_checkpoint(folder / 'ckpt') or 'the start'} with a lower --lr")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         ema.update(step)
-        log.step(done, lr=optimizer.param_groups[0]["lr"], grad_norm=norm)
+        log.step(completed, lr=optimizer.param_groups[0]["lr"], grad_norm=norm)
         if save:                                 # before validation, so that an error there loses nothing
-            common.save_run(folder, SCRIPT, done, net, optimizer, ema, args, args.keep_last)
+            common.save_run(folder, SCRIPT, completed, net, optimizer, ema, args, args.keep_last)
         if stop:
-            raise UserError(f"stopped by SIGTERM after step {done}, which is saved: the same command resumes")
-        if args.eval_every and (done % args.eval_every == 0 or done == args.max_steps):
+            raise UserError(f"stopped by SIGTERM after step {completed} (saved): the same command resumes")
+        if args.eval_every and (completed % args.eval_every == 0 or completed == args.max_steps):
             with ema.applied(), torch.no_grad(), run.autocast():
-                log.row(done, **val_fn(net.eval()))
+                log.row(completed, **val_fn(net.eval()))
             log.restart_clock()
     common.remove_sigterm_handler()
     log.bar.close()
 
 
 def train_world_model(args, run, vgg, checkpoint):
-    """Trains the world model -> its newest checkpoint. Exports its weights, and the best ones to best/."""
+    """Trains the world model -> newest checkpoint. Exports the last EMA weights, and the best to best/."""
     folder = Path(args.output_dir)
     if run.rank == 0:
         common.write_json(folder / "args.json", {**vars(args), **common.provenance()})
@@ -767,25 +767,25 @@ def train_world_model(args, run, vgg, checkpoint):
     def loss_fn(net, values, step):
         plan = rollout_plan(args, step)
         length = (plan.context + plan.rollout) * args.tau
-        shift = (values["shift"] * (clips.T - length + 1)).long()      # a part of a clip, from anywhere in it
+        shift = (values["shift"] * (clips.T - length + 1)).long()      # a random part of the clip
         rows = (clips.starts[values["clip"].cpu()] + shift.cpu())[:, None] + torch.arange(length)
         x = from_uint8(clips.frames[rows].to(run.device))
         x = augment_clips(x, values, model.background, args.brightness, args.permute_colors)
         return net(x, objective=functools.partial(world_model_loss, plan=plan, args=args, vgg=vgg))
 
     def val_fn(net):
-        """MSE of forecasts, 0 to 255. The EMA weights of the lowest so far are kept in best/."""
+        """MSE of forecasts, 0 to 255. Saves the EMA weights in best/ when it is the lowest so far."""
         errors = []
         for x in val_clips.split(16):
             forecast = model(from_uint8(x[:, :args.T_in].to(run.device)), args.T_out)[0]
             errors.append(common.mse(common.to_uint8(forecast).cpu(), x[:, args.T_in:]))
         error = torch.cat(errors).mean(0).tolist()
         score = sum(error) / len(error)
-        rows = [json.loads(row) for row in (folder / "metrics.jsonl").read_text().splitlines()]
-        lowest = min((row["val_loss"] for row in rows if row.get("val_loss")), default=math.inf)
-        if run.rank == 0 and score < lowest:
-            (folder / "best").mkdir(exist_ok=True)
-            common.save_weights(folder / "best/world_model.safetensors", model.state_dict())
+        if run.rank == 0:                        # metrics.jsonl is written by rank 0
+            rows = [json.loads(row) for row in (folder / "metrics.jsonl").read_text().splitlines()]
+            if score < min((row["val_loss"] for row in rows if row.get("val_loss")), default=math.inf):
+                (folder / "best").mkdir(exist_ok=True)
+                common.save_weights(folder / "best/world_model.safetensors", model.state_dict())
         return {"val_loss": score, "val_mse_h01": error[0]}
 
     train(args, run, model, spec, loss_fn, val_fn, checkpoint)
@@ -798,15 +798,15 @@ def train_world_model(args, run, vgg, checkpoint):
 # ---- main -----------------------------------------------------------------------------------------------
 
 def load_model(folder: str, device: str = "cpu", best: bool = False) -> VideoWorldModel:
-    """A run's model, with its last weights or those of the lowest validation loss."""
+    """Loads a run's model in eval mode, with the last weights or those of the lowest validation loss."""
     args = argparse.Namespace(**common.read_json(Path(folder, "args.json")))
     path = Path(folder, "best" if best else "", "world_model.safetensors")
     return common.load_for_inference(VideoWorldModel(args), common.load_weights(path), path, device)
 
 
 def dry_run(args):
-    """Prints parameters, FLOPs and memory at the longest rollout, on the meta device: allocates nothing."""
-    B, plan = args.batch_size * args.grad_accum, rollout_plan(args, args.max_steps)
+    """Prints parameters, FLOPs and memory at the longest rollout, on the meta device."""
+    B, plan = args.batch_size, rollout_plan(args, args.max_steps)
     with torch.device("meta"):
         model = VideoWorldModel(args)
         x = torch.randn(B, (plan.context + plan.rollout) * args.tau, 3, SIZE, SIZE)
@@ -823,9 +823,9 @@ def run_script(argv):
     inference_only = args.sample or args.eval
     common.announce(SCRIPT, args, why_preset, run, checkpoint)
     training = not (inference_only and checkpoint)
-    vgg = load_vgg(args, run.device) if training else None         # missing weights should show first
+    vgg = load_vgg(args, run.device) if training else None         # missing weights fail early
     common.simulate_missing_data(SCRIPT, args.data_dir, default=PRESETS["tiny"]["data_dir"])
-    test = Clips(args.data_dir, "test", args.T_in + args.T_out)    # before training, to show errors
+    test = Clips(args.data_dir, "test", args.T_in + args.T_out)    # before training: errors show early
     if args.video_idx >= len(test.videos):
         raise UserError(f"--video_idx {args.video_idx}: the test videos are 0 to {len(test.videos) - 1}")
     if training:

@@ -1,4 +1,4 @@
-"""sim_physics_heads.py: motion and depth, predicted from the hidden states of a video diffusion model.
+"""sim_physics_heads.py: predicts motion and depth from the hidden states of a video diffusion model.
 
 Reference   Windsao/Sim4VideoGen, on Wan2.2-TI2V-5B (arXiv:2503.20314). Stage 1 trains heads on the frozen
             backbone, stage 2 trains LoRA adapters of the backbone together with the heads.
@@ -11,7 +11,7 @@ Run         python sim_physics_heads.py                      # simulate, train, 
             python sim_physics_heads.py --sample --num_samples 3                  # or --eval
             torchrun --nproc_per_node=8 sim_physics_heads.py --preset ti2v_5b --data_dir data/Sim_Physics
             torchrun --nproc_per_node=8 sim_physics_heads.py --preset ti2v_5b_lora --output_dir runs/lora
-Data        data/sim_physics_heads/: prepare.py simulates, check.py has the layout, clips.py cuts clips.
+Data        data/sim_physics_heads/: prepare.py simulates, check.py checks the layout, clips.py cuts clips.
 Shapes      B batch  T frames  F = (T - 1) / 4 + 1 latent frames  C latent channels  H W pixels  h w latent
             cells  N = F h/2 w/2 tokens  D width  L text tokens. Videos are B T 3 H W in [-1, 1]; motion is in
             pixels, previous minus current position, x to the right, y down; depth in metres along the ray.
@@ -42,8 +42,8 @@ import common
 from common import UserError, apply_colormap, at_least, expand_to, from_uint8
 
 SCRIPT = "sim_physics_heads"
-MOVING = 0.5                             # pixels per frame of a clip, above which a pixel counts as moving
-READ_SIGMA = 0.05                        # noise level at which heads predict
+MOVING = 0.5                             # pixels per frame: faster pixels count as moving
+READ_SIGMA = 0.05                        # noise level at which the heads predict
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
 NEGATIVE_PROMPT = ("vivid tones, overexposed, static, blurred details, subtitles, style, still picture, "
                    "grey, worst quality, JPEG artifacts, ugly, deformed, messy background, walking backwards")
@@ -57,7 +57,7 @@ PRESETS = {
         head_blocks=2, batch_size=8, max_steps=1100, lora_steps=150, backbone_steps=500, lr=6e-3,
         lora_lr=5e-4, backbone_lr=3e-3, warmup_steps=50, lora_rank=8, ema_decay=0.99, num_inference_steps=20,
         guidance_scale=1.0, eval_every=200, save_every=200),
-    # The reference project's stage 1: 10 epochs of 2,100 clips, accumulated over 8.
+    # The reference project's stage 1: 10 epochs of 2,100 clips, 8 clips per optimizer step.
     "ti2v_5b": dict(stage="heads", data_dir="data/Sim_Physics", lr=1e-4, grad_accum=8, batch_size=1,
                     max_steps=2625, save_every=500, eval_every=500),
     # Its stage 2: LoRA of rank 32, from stage 1's heads.
@@ -71,9 +71,9 @@ TINY = {
     "text_encoder": {"vocab_size": 259, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_heads": 2,
                      "num_layers": 2},
 }
-# These shape the weights or give them their meaning: a checkpoint's values hold.
+# These flags determine the architecture or what it computes: a checkpoint's values apply.
 MODEL_FLAGS = ("model", "stage", "head_width", "head_blocks", "cells", "taps", "lora_rank", "text_length")
-# The cache depends on these and on the data set's files.
+# The cache depends on these flags and on the data set's files.
 CLIP_FLAGS = ("height", "width", "frames", "strides", "clips", "eval_clips")
 CACHE_FLAGS = ("model", "weights_from", "random_init", "permute_colours", "cells", "text_length", *CLIP_FLAGS)
 
@@ -84,28 +84,28 @@ def build_parser():
     add("--height", type=at_least(32), default=480, help="pixels, a multiple of 32")
     add("--width", type=at_least(32), default=480, help="pixels, a multiple of 32")
     add("--frames", type=at_least(5), default=49, help="frames of a clip, 4k + 1")
-    add("--strides", default="1,2", help="simulation steps between frames; each clip draws one")
+    add("--strides", default="1,2", help="simulation steps between frames; training clips draw one at random")
     add("--clips", type=at_least(1), default=16, help="clips of each training recording to cache")
     add("--eval_clips", type=at_least(1), default=2, help="clips of each held-out recording to cache")
     add("--permute_colours", action=argparse.BooleanOptionalAction, default=False,
         help="permute the colour channels of training clips at random")
     add = parser.add_argument_group("model").add_argument
-    add("--model", choices=["ti2v_5b", "tiny"], default="ti2v_5b", help="tiny: the same classes, small")
+    add("--model", choices=["ti2v_5b", "tiny"], default="ti2v_5b", help="tiny: small Wan, linear codec")
     add("--weights_from", default="Wan-AI/Wan2.2-TI2V-5B-Diffusers", metavar="FOLDER|HUB_ID",
         help="diffusers folder, hub id, or folder with the official files")
-    add("--random_init", action="store_true", help="random weights in Wan's shape, to measure speed")
-    add("--taps", default="", help="blocks after which heads read, as 0,8,15,23 (default: these quarters)")
+    add("--random_init", action="store_true", help="random weights in Wan's architecture, to measure speed")
+    add("--taps", default="", help="blocks whose outputs the heads read, such as 0,8,15,23 (empty: quarters)")
     add("--head_width", type=at_least(1), default=256, help="channels of the heads")
     add("--head_blocks", type=at_least(0), default=3, help="residual blocks of the heads")
-    add("--cells", type=at_least(1), default=4, help="rows and columns that the heads predict per latent")
+    add("--cells", type=at_least(1), default=4, help="output rows and columns of the heads per latent cell")
     add("--text_length", type=at_least(1), default=512, help="tokens of a prompt, padding included")
     add = parser.add_argument_group("stages, loss and sampling").add_argument
     add("--stage", choices=["heads", "lora", "all"], default="heads",
         help="what to train; all: backbone (tiny only), heads, then lora")
-    add("--heads", metavar="FILE", help="heads.safetensors of stage heads, from which stage lora starts")
+    add("--heads", metavar="FILE", help="heads.safetensors of stage heads, to initialise stage lora")
     add("--lora_rank", type=at_least(1), default=32, help="rank and alpha of LoRA")
-    add("--lora_steps", type=at_least(1), default=1000, help="optimizer steps of lora in --stage all")
-    add("--lora_lr", type=at_least(0, float), default=0.0, help="peak learning rate of stage lora (0: --lr)")
+    add("--lora_steps", type=at_least(1), default=1000, help="optimizer steps of stage lora in --stage all")
+    add("--lora_lr", type=at_least(0, float), default=0.0, help="peak lr of lora in --stage all (0: --lr)")
     add("--backbone_steps", type=at_least(0), default=0, help="optimizer steps of the tiny backbone")
     add("--backbone_lr", type=at_least(0, float), default=1e-3, help="peak learning rate of the backbone")
     add("--motion_weight", type=at_least(0, float), default=1.0, help="weight of the motion loss")
@@ -113,7 +113,7 @@ def build_parser():
     add("--shift", type=at_least(1e-3, float), default=5.0, help="shift of Wan's noise schedule")
     add("--num_inference_steps", type=at_least(1), default=50, help="sampler steps per video")
     add("--guidance_scale", type=at_least(0, float), default=5.0, help="classifier-free guidance (1: none)")
-    add("--num_samples", type=at_least(1), default=3, help="clips to sample: 3 are best, median and worst")
+    add("--num_samples", type=at_least(1), default=3, help="clips to sample (3: best, median and worst)")
     return parser
 
 
@@ -124,13 +124,15 @@ def parse_args(argv=None):
     if args.height % 32 or args.width % 32:
         raise UserError(f"--height and --width must be multiples of 32, not {args.height} and {args.width}")
     if args.frames % 4 != 1:
-        raise UserError(f"--frames must be 4k + 1, not {args.frames}: Wan's VAE packs fours after the first")
+        raise UserError(f"--frames must be 4k + 1, not {args.frames}, for Wan's VAE")
+    if args.height % target_size(args)[0]:
+        raise UserError(f"--cells must divide a latent cell's 8 (tiny) or 16 pixels, not {args.cells}")
     for name, pattern in (("strides", r"[1-9]\d*(,[1-9]\d*)*"), ("taps", r"(\d+(,\d+)*)?")):
         if not re.fullmatch(pattern, getattr(args, name)):
-            raise UserError(f"--{name} takes numbers such as 1,2,4, not {getattr(args, name)}")
+            raise UserError(f"--{name} must be numbers such as 1,2,4, not {getattr(args, name)}")
     if args.stage == "lora" and not (args.heads or args.dry_run):
-        raise UserError(f"--stage lora starts from trained heads: first python {SCRIPT}.py --stage heads, "
-                        f"then --heads FILE")
+        raise UserError(f"--stage lora starts from trained heads: run python {SCRIPT}.py --stage heads, "
+                        f"then pass --heads FILE")
     return args, checkpoint, why_preset
 
 
@@ -141,22 +143,22 @@ class EarlyExit(Exception):
 
 
 def run_backbone(dit, x, t, text, taps=(), velocity=True):
-    """diffusers' own forward, with hooks that keep hidden states: x B C F h w latents, t B N timestep of each
-    token (0 to 1000), text B L D. taps: numbers of blocks passed, 0 is the patch embedding. It stops after
-    them without `velocity`. -> velocity B C F h w or None, [hidden states B N D], time embedding B N D."""
-    kept = {}
+    """diffusers' forward, with hooks that capture hidden states: x B C F h w latents, t B N timestep of each
+    token (0 to 1000), text B L D. taps: block numbers from 1, 0 is the patch embedding. Without `velocity` it
+    stops after the last tap. -> velocity B C F h w or None, [hidden states B N D], time embedding B N D."""
+    captured = {}
     last = max(taps, default=0) or "time"        # the time embedding comes after the patch embedding
 
-    def keep(name):
+    def capture(name):
         def hook(module, inputs, output):
-            kept[name] = output
+            captured[name] = output
             if name == last and not velocity:
                 raise EarlyExit
         return hook
 
     modules = {0: dit.patch_embedding, "time": dit.condition_embedder}
     modules |= {n: dit.blocks[n - 1] for n in taps if n}
-    hooks = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
+    hooks = [module.register_forward_hook(capture(name)) for name, module in modules.items()]
     dtype = dit.patch_embedding.weight.dtype
     try:
         v = dit(x.to(dtype), t, text.to(dtype), return_dict=False)[0]
@@ -165,13 +167,13 @@ def run_backbone(dit, x, t, text, taps=(), velocity=True):
     finally:
         for hook in hooks:
             hook.remove()
-    kept[0] = kept[0].flatten(2).transpose(1, 2)
-    return v, [kept[n] for n in taps], kept["time"][0]
+    captured[0] = captured[0].flatten(2).transpose(1, 2)
+    return v, [captured[n] for n in taps], captured["time"][0]
 
 
 def add_noise(z, noise, sigma):
-    """x_sigma = (1 - sigma) z + sigma eps, with latent frame 0, the given image, left clean.
-    z, noise B C F h w, sigma B -> x, and sigma of every token B F h/2 w/2."""
+    """x_sigma = (1 - sigma) z + sigma eps. Latent frame 0, the conditioning image, stays clean.
+    z, noise B C F h w, sigma B -> x, and sigma of each token B F h/2 w/2."""
     s = expand_to(sigma, z).expand(-1, 1, z.shape[2], z.shape[3] // 2, z.shape[4] // 2).clone()
     s[:, :, 0] = 0
     x = (1 - expand_to(sigma, z)) * z + expand_to(sigma, z) * noise
@@ -181,7 +183,7 @@ def add_noise(z, noise, sigma):
 # ---- model: heads ---------------------------------------------------------------------------------------
 
 class ResBlock(nn.Module):
-    """x + conv(SiLU(norm(conv(SiLU(norm(x)))))), 3x3x3, the last convolution zero at initialisation."""
+    """x + conv2(SiLU(norm2(conv1(SiLU(norm1(x)))))), 3x3x3, with conv2 zero at initialisation."""
     def __init__(self, channels):
         super().__init__()
         self.norm1 = nn.GroupNorm(1, channels)
@@ -195,12 +197,12 @@ class ResBlock(nn.Module):
 
 
 class PhysicsHeads(nn.Module):
-    """All channels of QUANTITIES in every frame, from hidden states after several blocks.
+    """Predicts all channels of QUANTITIES in every frame from hidden states after several blocks.
 
-    A token covers 4 frames (the first one 1) of 2 x 2 latents. Hidden states are normalised, projected,
-    summed, modulated by the time embedding, laid out as latents, mixed by 3x3x3 convolutions, then laid out
-    as 4 frames x cells x cells. The last layer predicts a residual to `mean`: of log depth, to the mean map
-    of the training set, so that a static background costs nothing to predict.
+    A token covers 4 frames (in latent frame 0, a single one) of 2 x 2 latents. Hidden states are normalised,
+    projected, summed, modulated by the time embedding, rearranged to the latent grid, processed by 3x3x3
+    convolutions and rearranged to 4 frames x cells x cells. The last layer predicts a residual to `mean`,
+    which holds the training set's mean maps of log depth and sky: a static background has residual 0.
     """
     def __init__(self, D, num_taps, args):
         super().__init__()
@@ -219,35 +221,35 @@ class PhysicsHeads(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, hidden, time_embedding):
-        """[B F h w D], B F h w D -> {name of quantity: B channels T h*cells w*cells}, T = 4 (F - 1) + 1."""
+        """[B F h/2 w/2 D], B F h/2 w/2 D -> {quantity: B channels T h*cells w*cells}, T = 4 (F - 1) + 1."""
         x = sum(project(norm(state)) for project, norm, state in zip(self.project_in, self.norms, hidden))
         scale, shift = self.time(F.silu(time_embedding)).chunk(2, dim=-1)
-        x = (x * (1 + scale) + shift).unflatten(-1, (2, 2, -1))                # B F h w 2 2 width
-        x = x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)         # B width F 2h 2w
+        x = (x * (1 + scale) + shift).unflatten(-1, (2, 2, -1))                # B F h/2 w/2 2 2 width
+        x = x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)         # B width F h w
         for block in self.blocks:
             x = block(x)
         y = self.project_out(F.silu(self.norm(x)).movedim(1, -1))
         y = y.unflatten(-1, (4, -1, self.cells, self.cells))
-        y = y.permute(0, 5, 1, 4, 2, 6, 3, 7)                                  # B c F 4 2h cells 2w cells
+        y = y.permute(0, 5, 1, 4, 2, 6, 3, 7)                                  # B c F 4 h cells w cells
         y = y.flatten(6, 7).flatten(4, 5).flatten(2, 3)[:, :, 3:]
         return dict(zip(QUANTITIES, (y + self.mean).split(self.channels, dim=1)))
 
 
 def target_size(args):
-    """Rows and columns of the heads' output, in which training targets are cached."""
-    side = common.LinearCodec.side if args.model == "tiny" else 16             # of a latent, in pixels
+    """Rows and columns of the heads' output, the resolution of cached training targets."""
+    side = common.LinearCodec.side if args.model == "tiny" else 16             # pixels per latent cell
     return args.height // side * args.cells, args.width // side * args.cells
 
 
 class PhysicsModel(nn.Module):
-    """Backbone and heads in one module, so that DDP sees one forward. heads: None in stage backbone."""
+    """Backbone and heads in a single module with a single forward, for DDP. heads: None in stage backbone."""
     def __init__(self, dit, heads, args, taps):
         super().__init__()
         self.dit, self.heads, self.args, self.taps = dit, heads, args, taps
 
     def forward(self, z, noise, sigma, text, batch=None, velocity=True):
         """z, noise B C F h w, sigma B, text B L D -> velocity or None, heads' output or None; with `batch`,
-        targets as Clips.get gives them -> loss, {name: term to log}."""
+        the targets of Clips.get -> loss, {name: term to log}."""
         x, token_sigma = add_noise(z, noise, sigma)
         trained = any(p.requires_grad for p in self.dit.parameters())
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
@@ -266,7 +268,7 @@ class PhysicsModel(nn.Module):
             quantity = QUANTITIES[name]
             terms[f"{name}_loss"] = quantity.loss(y, batch, self.args)
             loss = loss + getattr(self.args, f"{name}_weight", quantity.weight) * terms[f"{name}_loss"]
-        if v is not None:                        # frame 0 is given: it has no loss
+        if v is not None:                        # latent frame 0 is given and has no loss
             terms["flow_loss"] = F.mse_loss(v[:, :, 1:].float(), (noise - z)[:, :, 1:])
             loss = loss + terms["flow_loss"]
         return loss, {name: value.detach() for name, value in terms.items()}
@@ -275,31 +277,31 @@ class PhysicsModel(nn.Module):
 # ---- model: loading -------------------------------------------------------------------------------------
 
 def load_part(args, part, device):
-    """A part of Wan: its pretrained weights, or random ones in its shape or in the tiny shape. In bf16,
-    except for the VAE, which is fp32 in the official code, too."""
+    """A part of Wan with pretrained weights, or with random weights at full or tiny size. Weights are bf16,
+    except for the VAE's, which are fp32 as in the official code, and those of the tiny model."""
     tiny = args.model == "tiny"
     dtype = torch.float32 if tiny or part == "vae" else torch.bfloat16
-    torch.manual_seed(0)         # whatever --seed is: no checkpoint holds what is random and frozen
+    torch.manual_seed(0)         # not --seed: checkpoints do not contain frozen random weights
     return common.load_wan(args.weights_from, part=part, config=TINY if tiny else args.model, dtype=dtype,
                            device=device, random_init=args.random_init or tiny)
 
 
 def load_codec(args, folder, device):
-    """Wan's VAE; for the tiny model folder/codec.safetensors."""
+    """Wan's VAE, or for the tiny model the codec in folder/codec.safetensors."""
     if args.model == "tiny":
         return common.LinearCodec(common.load_weights(Path(folder) / "codec.safetensors"), device)
     return load_part(args, "vae", device).requires_grad_(False)
 
 
 def text_encoder(args, device):
-    """-> function: prompt -> embeddings L D on the CPU."""
+    """-> a function that maps a prompt to embeddings L D on the CPU."""
     parts = [load_part(args, part, device) for part in ("tokenizer", "text_encoder")]
     return lambda prompt: common.encode_text(*parts, [prompt], args.text_length)[0].cpu()
 
 
 def build_model(args, stage, dit):
-    """PhysicsModel on the backbone `dit`, which is changed in place. What `stage` (backbone, heads, lora)
-    trains requires grad and is fp32: in bf16 most steps of a small learning rate round to nothing."""
+    """PhysicsModel on the backbone `dit`, which is modified in place. Parameters that `stage` (backbone,
+    heads, lora) trains require grad and are fp32: in bf16, updates of a small learning rate round to 0."""
     depth = len(dit.blocks)
     D = dit.config.num_attention_heads * dit.config.attention_head_dim
     taps = [int(n) for n in args.taps.split(",") if n] or sorted({depth * i // 4 for i in range(4)})
@@ -325,7 +327,7 @@ def load_model(folder: str, device: str = "cpu") -> PhysicsModel:
 @torch.no_grad()
 def predict_video(model: PhysicsModel, video: torch.Tensor, prompt: str) -> dict[str, torch.Tensor]:
     """video T 3 H W uint8, of the size and length of training -> {"motion": T 2 H W in pixels, "depth":
-    T 1 H W in metres, "sky": T 1 H W, 1 where there is no depth}."""
+    T 1 H W in metres, "sky": T 1 H W, 1 for sky, where depth is meaningless}."""
     args, device = model.args, model.dit.device
     z = common.wan_encode(load_codec(args, args.output_dir, device), from_uint8(video)[None].to(device))
     text = common.pad_text([text_encoder(args, device)(prompt)], args.text_length).to(device)
@@ -335,25 +337,25 @@ def predict_video(model: PhysicsModel, video: torch.Tensor, prompt: str) -> dict
 # ---- objective: quantities ------------------------------------------------------------------------------
 
 def speed(motion):
-    """... 2 H W -> ... H W, the length. Tensor.norm over a dimension of 2 takes 20 times as long."""
+    """Length of vectors, ... 2 H W -> ... H W. Tensor.norm over a dimension of 2 is 20 times slower."""
     return torch.hypot(*motion.unbind(-3))
 
 
 def masked_mean(x, mask):
-    """Mean of x over the mask, clip by clip, then over clips: two processes of 8 clips agree with one of 16.
-    Where under half a per cent of a clip is in the mask it counts for less: few pixels would weigh much."""
+    """Mean of x over the mask, per clip, then over clips: two processes of 8 clips agree with one of 16.
+    Clips whose mask covers less than 0.5 % count less, so that single pixels do not dominate."""
     count = mask.flatten(1).sum(1).clamp(min=mask[0].numel() / 200)
     return ((x * mask).flatten(1).sum(1) / count).mean()
 
 
 def clip_means(x, mask):
-    """N T H W -> N, the mean of each clip over the mask; NaN where that is empty."""
+    """N T H W -> N, the mean of each clip over the mask, NaN where the mask is empty."""
     return (x * mask).flatten(1).sum(1) / mask.flatten(1).sum(1)
 
 
 def motion_loss(y, batch, args):
-    """y B 3 T h w: dx, dy and the logit of a gate -> scalar. The vector is trained where something moves, a
-    few per cent of the pixels, the gate everywhere: a mean over the frame is won by the background."""
+    """y B 3 T h w: dx, dy and a gate logit -> scalar. The vector is trained on moving pixels, the gate on
+    all: the background would dominate a mean over the frame. Errors are in pixels of a frame of 96 rows."""
     moving, valid = batch["moving"], batch["motion_valid"]
     error = (y[:, :2] - batch["motion"].movedim(1, 2)) * 96 / args.height
     error = (error.square().sum(1) + 0.02 ** 2).sqrt() - 0.02                  # end-point error, smooth at 0
@@ -362,18 +364,18 @@ def motion_loss(y, batch, args):
 
 
 def motion_decode(y):
-    """B 3 T H W -> B T 2 H W in pixels, gated: half open where moving has a probability of a third."""
+    """B 3 T H W -> B T 2 H W in pixels. The gate is half open at a probability of motion of a third."""
     return (y[:, :2] * torch.sigmoid(3 * y[:, 2:] + 2)).movedim(1, 2)
 
 
 def motion_scores(prediction, clip):
-    """End-point error of clips N T 2 H W, over all pixels and over those that move."""
+    """End-point error of clips N T 2 H W, over all pixels and over moving pixels."""
     error = speed(prediction["motion"] - clip["motion"])
     return {"epe": clip_means(error, clip["motion_valid"]), "epe_moving": clip_means(error, clip["moving"])}
 
 
 def motion_picture(values, truth):
-    """T 2 H W -> common.ColoredVideo: hue is where to, brightness how fast, up to the truth's fastest."""
+    """T 2 H W -> common.ColoredVideo: hue is the direction, brightness the speed, scaled by the truth."""
     import matplotlib.colors
     fastest = speed(truth["motion"]).flatten().quantile(0.998).clamp(min=0.1)
 
@@ -382,22 +384,22 @@ def motion_picture(values, truth):
         hsv = torch.stack([hue, torch.ones_like(hue), torch.hypot(dx, dy).clamp(0, 1)], dim=-1).numpy()
         return torch.from_numpy(matplotlib.colors.hsv_to_rgb(hsv)).movedim(-1, -3).float() * 2 - 1
 
-    dx, dy = (-values["motion"] / fastest).unbind(1)                           # where to, not where from
+    dx, dy = (-values["motion"] / fastest).unbind(1)                           # vectors point backwards
     y, x = torch.meshgrid(torch.linspace(-1, 1, 64), torch.linspace(-1, 1, 64), indexing="ij")
     wheel = torch.where(torch.hypot(x, y) <= 1, colours(x, y), 1.0)
     return common.ColoredVideo(colours(dx, dy), wheel, "px/frame", f"{fastest:.2g}")
 
 
 def depth_loss(y, batch, args):
-    """y B 1 T h w: log depth -> scalar. Half of it is on what moves; slopes at two scales sharpen edges."""
+    """y B 1 T h w: log depth -> scalar. Half is on moving pixels; gradients at two scales sharpen edges."""
     valid = batch["depth_valid"]
-    off = torch.where(valid, y[:, 0] - batch["depth"][:, :, 0].clamp(min=1e-3).log(), 0.0)
-    loss = masked_mean(off.abs(), valid & batch["moving"]) + masked_mean(off.abs(), valid)
+    error = torch.where(valid, y[:, 0] - batch["depth"][:, :, 0].clamp(min=1e-3).log(), 0.0)
+    loss = masked_mean(error.abs(), valid & batch["moving"]) + masked_mean(error.abs(), valid)
     for step in (1, 2):
-        right = off[..., step:] - off[..., :-step], valid[..., step:] & valid[..., :-step]
-        down = off[..., step:, :] - off[..., :-step, :], valid[..., step:, :] & valid[..., :-step, :]
-        for slope, both in (right, down):
-            loss = loss + masked_mean(slope.abs(), both) / 4
+        right = error[..., step:] - error[..., :-step], valid[..., step:] & valid[..., :-step]
+        down = error[..., step:, :] - error[..., :-step, :], valid[..., step:, :] & valid[..., :-step, :]
+        for gradient, mask in (right, down):
+            loss = loss + masked_mean(gradient.abs(), mask) / 4
     return loss
 
 
@@ -406,8 +408,8 @@ def depth_decode(y):
 
 
 def depth_scores(prediction, clip):
-    """Of depth N T 1 H W in metres: mean |error| / truth, share within 25 %, RMSE (Eigen 2014). What the
-    prediction takes for sky has a score of its own."""
+    """Depth N T 1 H W in metres: mean |error| / truth, share within a factor of 1.25, RMSE (Eigen 2014).
+    The predicted sky is scored by sky_scores."""
     predicted, truth = prediction["depth"][:, :, 0], clip["depth"][:, :, 0].clamp(min=1e-3)
     valid, moving = clip["depth_valid"], clip["depth_valid"] & clip["moving"]
     relative = (predicted - truth).abs() / truth
@@ -418,7 +420,7 @@ def depth_scores(prediction, clip):
 
 
 def depth_picture(values, truth):
-    """T 1 H W -> common.ColoredVideo: near is bright, far dark, on a logarithmic scale; sky is white."""
+    """T 1 H W -> common.ColoredVideo on a logarithmic scale: near is bright, far is dark, sky is white."""
     known = truth["depth"][truth["sky"] == 0].log()
     near, far = known.quantile(0.02).item(), known.quantile(0.98).item()
     labels = f"{math.exp(far):.2g}", f"{math.exp(near):.2g}"
@@ -428,7 +430,7 @@ def depth_picture(values, truth):
 
 
 def sky_loss(y, batch, args):
-    """y B 1 T h w: logit of sky -> scalar."""
+    """y B 1 T h w: sky logit -> scalar."""
     loss = F.binary_cross_entropy_with_logits(y[:, 0], batch["sky"][:, :, 0], reduction="none")
     return masked_mean(loss, batch["sky_valid"])
 
@@ -438,19 +440,19 @@ def sky_decode(y):
 
 
 def sky_scores(prediction, clip):
-    agree = (prediction["sky"] == clip["sky"]).float()[:, :, 0]
-    return {"sky_accuracy": clip_means(agree, clip["sky_valid"])}
+    correct = (prediction["sky"] == clip["sky"]).float()[:, :, 0]
+    return {"sky_accuracy": clip_means(correct, clip["sky_valid"])}
 
 
 class Quantity(NamedTuple):
-    """What the heads predict in every pixel. Its reader is in READERS of data/sim_physics_heads/clips.py: it
-    gives batches their values "<name>" B T c H W and "<name>_valid" B T H W."""
+    """A quantity that the heads predict in every pixel. Its reader, in READERS of clips.py, fills the entries
+    "<name>" B T c H W and "<name>_valid" B T H W of batches."""
     channels: int                                # of the heads' output
-    loss: Callable                               # that output B channels T h w, batch, flags -> scalar
-    decode: Callable                             # that output at full resolution -> values B T c H W
+    loss: Callable                               # output B channels T h w, batch, flags -> scalar
+    decode: Callable                             # output at full resolution -> values B T c H W
     scores: Callable                             # {name: values}, batch -> {metric: B}
-    picture: Callable = None                     # {name: T c H W}, truth likewise -> common.ColoredVideo
-    weight: float = 1.0                          # of the loss, where there is no flag --<name>_weight
+    picture: Callable = None                     # values and truth {name: T c H W} -> common.ColoredVideo
+    weight: float = 1.0                          # of the loss, without a flag --<name>_weight
 
 
 QUANTITIES = {
@@ -461,7 +463,7 @@ QUANTITIES = {
 
 
 def resize_outputs(outputs, size):
-    """Heads' output at another resolution (height, width)."""
+    """Resizes the heads' output to (height, width)."""
     return {name: y if y.shape[-2:] == tuple(size) else F.interpolate(
         y, (y.shape[2], *size), mode="trilinear", align_corners=False) for name, y in outputs.items()}
 
@@ -469,7 +471,7 @@ def resize_outputs(outputs, size):
 # ---- sampler --------------------------------------------------------------------------------------------
 
 def shift_sigma(u, shift):
-    """Wan's schedule: u in [0, 1] -> sigma = shift u / (1 + (shift - 1) u), more of it at high noise."""
+    """Wan's schedule: u in [0, 1] -> sigma = shift u / (1 + (shift - 1) u), denser at high noise levels."""
     return shift * u / (1 + (shift - 1) * u)
 
 
@@ -480,12 +482,12 @@ def fixed_noise(z, seed):
 @torch.no_grad()
 def generate(dit, z0, text, negative, args, seed):
     """Euler's method from noise to data, frame 0 given: z0 B C 1 h w, text B L D -> B C F h w."""
-    F_ = (args.frames - 1) // 4 + 1
-    x = fixed_noise(z0.expand(-1, -1, F_, -1, -1), seed)
+    length = (args.frames - 1) // 4 + 1
+    x = fixed_noise(z0.expand(-1, -1, length, -1, -1), seed)
     sigmas = shift_sigma(torch.linspace(1, 0, args.num_inference_steps + 1), args.shift).tolist()
     for sigma, next_sigma in zip(sigmas, sigmas[1:]):
         x = torch.cat([z0, x[:, :, 1:]], dim=2)
-        t = torch.full((len(x), F_, x.shape[3] // 2, x.shape[4] // 2), 1000 * sigma, device=x.device)
+        t = torch.full((len(x), length, x.shape[3] // 2, x.shape[4] // 2), 1000 * sigma, device=x.device)
         t[:, 0] = 0                              # the given frame is clean
         v = run_backbone(dit, x, t.flatten(1), text)[0].float()
         if args.guidance_scale != 1:
@@ -497,7 +499,7 @@ def generate(dit, z0, text, negative, args, seed):
 
 @torch.no_grad()
 def predict(model, z, text, seed=0):
-    """One pass of the backbone on latents B C F h w of a video, text B L D -> {name of quantity: values}."""
+    """One backbone pass on a video's latents B C F h w, text B L D -> {quantity: values B T c H W}."""
     sigma = torch.full((len(z),), READ_SIGMA, device=z.device)
     outputs = model(z, fixed_noise(z, seed), sigma, text, velocity=False)[1]
     outputs = resize_outputs(outputs, (model.args.height, model.args.width))
@@ -507,31 +509,30 @@ def predict(model, z, text, seed=0):
 # ---- data set -------------------------------------------------------------------------------------------
 
 def run_program(name, *arguments):
-    """Runs a program of data/sim_physics_heads. UserError with its message where it fails."""
+    """Runs a program of data/sim_physics_heads. Raises UserError with its message if it fails."""
     program = Path(__file__).resolve().parent / "data" / SCRIPT / name
-    done = subprocess.run([sys.executable, program, *map(str, arguments)], capture_output=True, text=True)
-    if done.returncode:
-        message = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    result = subprocess.run([sys.executable, program, *map(str, arguments)], capture_output=True, text=True)
+    if result.returncode:
+        message = (result.stderr.strip().splitlines() or ["no message"])[-1]
         raise UserError(message.removeprefix(f"{name}: error: "))
-    for line in re.findall(".*(?:left out|prompts).*", done.stdout):
+    for line in re.findall(".*(?:left out|prompts).*", result.stdout):
         print(line)
 
 
 def cache_folder(args):
-    """cache/<hash of files, clips.py, CACHE_FLAGS>, in the data set, or in the run if that is read-only."""
+    """cache/<hash of files, clips.py, CACHE_FLAGS> in the data set, or in the run if that is read-only."""
     root = Path(args.data_dir)
     if not root.is_dir():
-        raise UserError(f"no folder {root}: data/{SCRIPT}/check.py has the layout, prepare.py simulates one")
-    readers = Path(__file__).resolve().parent / "data" / SCRIPT / "clips.py"
-    recipe = [common.read_text(readers), json.dumps({name: getattr(args, name) for name in CACHE_FLAGS})]
+        raise UserError(f"no folder {root}: data/{SCRIPT}/check.py has the layout, prepare.py simulates data")
+    program = Path(__file__).resolve().parent / "data" / SCRIPT / "clips.py"
+    recipe = [common.read_text(program), json.dumps({name: getattr(args, name) for name in CACHE_FLAGS})]
     for path in common.find_files(root, (".png", ".jpg", ".jpeg", ".npy", ".csv"))[0]:
         recipe.append(f"{path.relative_to(root)} {common.file_version(path)}")
     return common.cache_path(args, recipe)
 
 
 def build_cache(args, run):
-    """What training reads, made once: checks the set, cuts clips, adds latents C F h w and text L D to them.
-    -> folder. An interrupted call continues."""
+    """Checks the data set, cuts clips, adds latents C F h w and text L D -> folder. Resumable."""
     folder = cache_folder(args)
     if (folder / "complete").is_file():
         return folder
@@ -579,7 +580,7 @@ class Clips:
         self.text_length = args.text_length
 
     def get(self, numbers, device):
-        """These clips' tensors, stacked, with text padded by zeros, and "moving" B T H W."""
+        """Stacks the tensors of clips `numbers`, pads text with zeros, adds the mask "moving" B T H W."""
         clips = [self.clips[i] for i in numbers]
         batch = {}
         for name in clips[0].keys() - {"text"}:
@@ -594,13 +595,13 @@ class Clips:
 
 @torch.no_grad()
 def evaluate(args, run, model, clips, means):
-    """Scores at full resolution on held-out scenes -> [eval.json, curves.png]. means: of the training set."""
+    """Scores held-out scenes at full resolution -> [eval.json, curves.png]. means: the training set's."""
     began = time.time()
     mean_depth = F.interpolate(means["depth"][None, None], (args.height, args.width)).to(run.device)[None]
     tables = {}                                  # method -> [{metric: 1}], a row for each clip
     for i in tqdm(range(len(clips.clips)), "evaluate", unit="clip"):
         clip = clips.get([i], run.device)
-        # Persistence: all quantities as in the first frame, which is given; motion as in the first step.
+        # Persistence repeats the quantities of the given first frame, and the motion of the first step.
         first = {name: clip[name][:, :1].expand_as(clip[name]) for name in QUANTITIES}
         first["motion"] = clip["motion"][:, 1:2].expand_as(clip["motion"])
         first["depth"] = torch.where(clip["depth_valid"][:, :1, None], first["depth"], mean_depth)
@@ -624,7 +625,7 @@ def evaluate(args, run, model, clips, means):
 
 @torch.no_grad()
 def sample(args, run, model, clips, cache):
-    """Videos of held-out clips from their first frames, and what the heads predict -> [samples/...]."""
+    """Samples videos from first frames of held-out clips, with the heads' predictions -> [samples/...]."""
     codec, encode_prompt = load_codec(args, cache, run.device), text_encoder(args, run.device)
     negative = common.pad_text([encode_prompt(NEGATIVE_PROMPT)], args.text_length).to(run.device)
     files = []
@@ -633,7 +634,7 @@ def sample(args, run, model, clips, cache):
         seed = args.seed + index
         with run.autocast():
             z = generate(model.dit, clip["latents"][:, :, :1], clip["text"], negative, args, seed)
-            real = predict(model, clip["latents"], clip["text"], index)        # as evaluated
+            real = predict(model, clip["latents"], clip["text"], index)        # as in evaluate
             sampled = predict(model, z, clip["text"], seed)
         truth, real, sampled = ({name: values[name][0].float().cpu() for name in QUANTITIES}
                                 for values in (clip, real, sampled))
@@ -654,7 +655,7 @@ def sample(args, run, model, clips, cache):
 # ---- set-up and parallel wrap ---------------------------------------------------------------------------
 
 def setup(args):
-    """Joins torchrun's processes and chooses device and precision -> rank, world, device, dtype, autocast."""
+    """Initialises torch.distributed, device and precision -> rank, world, device, dtype, autocast."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = common.choose_device(args.device)
     if device.type == "cuda":
@@ -672,7 +673,7 @@ def wrap(model, args, run):
     if args.grad_checkpoint:
         model.dit.enable_gradient_checkpointing()
     if args.compile:
-        for block in model.dit.blocks:           # not the blocks' hooks, which differ from call to call
+        for block in model.dit.blocks:           # excludes hooks, which differ between calls
             block.forward = torch.compile(block.forward)
     if run.world == 1:
         return model
@@ -694,8 +695,8 @@ STAGES = ("backbone", "heads", "lora")
 
 
 def train(args, run, stage, folder, model, spec, loss_fn, val_fn, steps, lr, checkpoint):
-    """Trains what requires grad of `model` up to `steps`, resuming from `checkpoint`; <folder>/ckpt then has
-    the last step, and `model` the EMA weights. spec: random values of a sample, for sample_global_batch.
+    """Trains the parameters of `model` that require grad up to `steps`, from `checkpoint`. <folder>/ckpt then
+    has the last step, and `model` the EMA weights. spec: random values of a sample, for sample_global_batch.
     loss_fn(model, values, step) -> loss, {name: term to log}. val_fn(model) -> {name: number}."""
     net = wrap(model, args, run)
     params = [p for p in net.parameters() if p.requires_grad]
@@ -709,7 +710,7 @@ def train(args, run, stage, folder, model, spec, loss_fn, val_fn, steps, lr, che
             group["lr"] = get_lr(step, lr, args.warmup_steps, steps)
         net.train()
         seed = common.seed_all(args.seed, STAGES.index(stage), step)
-        for micro in range(args.grad_accum):     # processes average gradients at the last micro-step only
+        for micro in range(args.grad_accum):     # gradients are all-reduced at the last micro-step
             values = common.sample_global_batch(spec, seed, args.batch_size, run.rank, run.world, micro,
                                                 args.grad_accum, run.device)
             net.require_backward_grad_sync = micro == args.grad_accum - 1          # read by DDP
@@ -718,23 +719,23 @@ def train(args, run, stage, folder, model, spec, loss_fn, val_fn, steps, lr, che
             (loss / args.grad_accum).backward()
             log.add(loss=loss, **terms)
         norm = nn.utils.clip_grad_norm_(params, args.grad_clip or math.inf)
-        done = step + 1
+        completed = step + 1
         stop = should_stop()
-        save = stop or done == steps or args.save_every and done % args.save_every == 0
-        if (save or args.log_every and done % args.log_every == 0) and not norm.isfinite():
-            raise UserError(f"loss or gradient is not finite at step {done}: resume from "
+        save = stop or completed == steps or args.save_every and completed % args.save_every == 0
+        if (save or args.log_every and completed % args.log_every == 0) and not norm.isfinite():
+            raise UserError(f"loss or gradient is not finite at step {completed}: resume from "
                             f"{common.latest_checkpoint(folder / 'ckpt') or 'the start'} with a lower --lr")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         ema.update(step)
-        log.step(done, lr=optimizer.param_groups[0]["lr"], grad_norm=norm)
+        log.step(completed, lr=optimizer.param_groups[0]["lr"], grad_norm=norm)
         if save:                                 # before validation, so that an error there loses nothing
-            common.save_run(folder, SCRIPT, done, net, optimizer, ema, args, args.keep_last, True)
+            common.save_run(folder, SCRIPT, completed, net, optimizer, ema, args, args.keep_last, True)
         if stop:
-            raise UserError(f"stopped by SIGTERM after step {done}, which is saved: the same command resumes")
-        if args.eval_every and (done % args.eval_every == 0 or done == steps):
+            raise UserError(f"stopped by SIGTERM after step {completed} (saved): the same command resumes")
+        if args.eval_every and (completed % args.eval_every == 0 or completed == steps):
             with ema.applied(), torch.no_grad(), run.autocast():
-                log.row(done, **val_fn(net.eval()))
+                log.row(completed, **val_fn(net.eval()))
             log.restart_clock()
     common.remove_sigterm_handler()
     log.bar.close()
@@ -742,9 +743,9 @@ def train(args, run, stage, folder, model, spec, loss_fn, val_fn, steps, lr, che
 
 
 def draw_sigma(stage, values, shift):
-    """Noise levels B, and which samples train the heads. backbone: as Wan draws them. heads: half at the
-    level at which heads predict, half of the density 3 (1 - sigma)^2, since pure noise holds no answer. lora:
-    half as for the backbone, without the heads' loss, half as for the heads."""
+    """Noise levels B, and a mask of the samples that train the heads. backbone: Wan's distribution. heads:
+    half at READ_SIGMA, half with density 3 (1 - sigma)^2, which avoids pure noise. lora: half as for the
+    backbone, without the heads' loss, half as for the heads."""
     share = {"backbone": 1.0, "heads": 0.0, "lora": 0.5}[stage]
     kind, u = values["kind"], values["u"]
     for_heads = kind >= share
@@ -753,8 +754,8 @@ def draw_sigma(stage, values, shift):
 
 
 def train_stage(args, run, stage, folder, model, clips, checkpoint, steps, lr):
-    """One stage; `model` then has the EMA weights, and folder/final files of them for use elsewhere: heads,
-    and the LoRA file that diffusers' pipelines load, or the backbone."""
+    """Trains a stage; `model` then has the EMA weights. Exports them to folder/final: the backbone, or the
+    heads and the LoRA file that diffusers' pipelines load."""
     spec = {"clip": ("randint", len(clips["train"].clips)), "u": ("rand",), "kind": ("rand",),
             "noise": ("randn", *clips["train"].clips[0]["latents"].shape)}
     velocity = stage != "heads"
@@ -767,10 +768,10 @@ def train_stage(args, run, stage, folder, model, clips, checkpoint, steps, lr):
                 batch[name] = mask & expand_to(for_heads, mask)
         return model(batch["latents"], values["noise"], sigma, batch["text"], batch, velocity)
 
-    chosen = range(0, len(clips["val"].clips), math.ceil(len(clips["val"].clips) / 8))
+    val_numbers = range(0, len(clips["val"].clips), math.ceil(len(clips["val"].clips) / 8))
 
-    def val_fn(model):                           # the same clips, noise level and noise at every validation
-        batch = clips["val"].get(chosen, run.device)
+    def val_fn(model):                           # every validation has the same clips, noise level and noise
+        batch = clips["val"].get(val_numbers, run.device)
         z = batch["latents"]
         sigma = torch.full((len(z),), READ_SIGMA if stage == "heads" else 0.5, device=z.device)
         loss, terms = model(z, fixed_noise(z, 0), sigma, batch["text"], batch, velocity)
@@ -788,7 +789,7 @@ def train_stage(args, run, stage, folder, model, clips, checkpoint, steps, lr):
 
 
 def stage_plan(args):
-    """-> [(stage, its folder in output_dir, steps, peak learning rate)]."""
+    """-> [(stage, folder in output_dir, steps, peak learning rate)]."""
     if args.stage != "all":
         return [(args.stage, ".", args.max_steps, args.lr)]
     plan = [("backbone", "backbone", args.backbone_steps, args.backbone_lr)] if args.backbone_steps else []
@@ -797,7 +798,7 @@ def stage_plan(args):
 
 
 def train_stages(args, run, checkpoint, cache):
-    """Trains what is missing -> the newest checkpoint."""
+    """Trains the stages of stage_plan, resuming each -> the newest checkpoint."""
     folder = Path(args.output_dir)
     if run.rank == 0:
         common.write_json(folder / "args.json", {**vars(args), **common.provenance()})
@@ -807,16 +808,16 @@ def train_stages(args, run, checkpoint, cache):
     heads = common.load_weights(args.heads) if args.heads else None
     for stage, name, steps, lr in stage_plan(args):
         resume = "none" if args.resume == "none" else "auto"
-        found = checkpoint if name == "." else common.find_checkpoint(folder / name / "ckpt", SCRIPT, resume)
+        newest = checkpoint if name == "." else common.find_checkpoint(folder / name / "ckpt", SCRIPT, resume)
         torch.manual_seed(args.seed)             # equal initial weights on all processes and after a restart
         model = build_model(args, stage, dit)
-        if stage == "heads":                     # at first few pixels move, depth and sky are the mean maps
+        if stage == "heads":                     # starts with little motion and the mean depth and sky
             model.heads.mean[2] = -3.0
             model.heads.mean[3] = means["log_depth"]
             model.heads.mean[4] = torch.logit(means["sky"], eps=0.01)
         if stage == "lora":
             common.restore_state(model.heads, heads, source=args.heads or "stage heads")
-        train_stage(args, run, stage, folder / name, model, clips, found, steps, lr)
+        train_stage(args, run, stage, folder / name, model, clips, newest, steps, lr)
         if stage == "heads":
             heads = model.heads.state_dict()
     if run.rank == 0 and args.model == "tiny":
@@ -827,7 +828,7 @@ def train_stages(args, run, checkpoint, cache):
 # ---- main -----------------------------------------------------------------------------------------------
 
 def load_trained(args, checkpoint, device):
-    """-> PhysicsModel of a checkpoint, with EMA weights, frozen, in eval mode."""
+    """Loads a checkpoint's EMA weights -> PhysicsModel, frozen, in eval mode."""
     path, state, _ = checkpoint
     dit = load_part(args, "transformer", device)
     backbone = common.run_folder(path) / "backbone/final/backbone.safetensors"
@@ -839,10 +840,9 @@ def load_trained(args, checkpoint, device):
 
 
 def dry_run(args):
-    """Prints parameters, FLOPs and memory of each stage, on the meta device: no data, no allocation."""
+    """Prints parameters, FLOPs and memory of each stage, on the meta device and without data."""
     B = args.batch_size
-    side = common.LinearCodec.side if args.model == "tiny" else 16
-    latents = (args.frames - 1) // 4 + 1, args.height // side, args.width // side
+    latents = (args.frames - 1) // 4 + 1, *(size // args.cells for size in target_size(args))
     flags = argparse.Namespace(**{**vars(args), "random_init": True})
     for stage in ("heads", "lora") if args.stage == "all" else (args.stage,):
         with torch.device("meta"):
@@ -869,7 +869,7 @@ def run_script(argv):
     if args.dry_run:
         return dry_run(args)
     if args.heads:
-        common.load_weights(args.heads)          # a file that cannot be read shows before hours of work
+        common.load_weights(args.heads)          # fails early if the file cannot be read
     run = setup(args)
     inference_only = args.sample or args.eval
     common.announce(SCRIPT, args, why_preset, run, checkpoint)

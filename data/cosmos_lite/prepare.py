@@ -1,11 +1,11 @@
-"""prepare.py: makes the data set of cosmos_lite.py, 64x64 videos of simulated physics or your own videos.
+"""prepare.py: builds the data set of cosmos_lite.py from simulated physics or your own videos, at 64x64.
 
-Run         python data/cosmos_lite/prepare.py                 # simulates 4 x 128 videos, beside this file
+Run         python data/cosmos_lite/prepare.py                 # simulates 4 x 128 videos, next to this file
             python data/cosmos_lite/prepare.py --raw my_videos --data_dir data/split   # subfolders are kinds
-Writes      {train,val,test}.npy, frames F 3 64 64 uint8 of all videos of a split, one after the other;
-            split.json, {split: [[video, number of frames], ...]}; test_states.json, exact states of them;
-            dataset_stats.json; and, if simulated, raw/<kind>/<kind>_000.mp4 with its state as .npz
-Restart     the same command continues an interrupted one from <data_dir>.partial, another one starts over
+Writes      {train,val,test}.npy, frames F 3 64 64 uint8 of all videos of a split, concatenated;
+            split.json, {split: [[video, number of frames], ...]}; test_states.json, exact states of the test
+            videos; dataset_stats.json; if simulated, raw/<kind>/<kind>_000.mp4 with states in .npz files
+Restart     the same command resumes from <data_dir>.partial; other flags start over
 """
 import argparse
 import colorsys
@@ -32,8 +32,8 @@ from common import UserError, at_least  # noqa: E402
 SIZE = 64                            # height and width of a frame of the data set
 SUBSTEPS = 4                         # simulated steps per frame
 
-# The reference project's. Pixels of a side; gravity in pixels per frame^2; shares of the speed that are kept
-# at floor and ceiling, at walls, per frame, and horizontally at the floor; ranges of x and y at the start.
+# The reference project's values: picture size in pixels; gravity in pixels per frame^2; factors of the speed
+# at floor and ceiling, at walls, per frame, and horizontally at the floor; ranges of the initial x and y.
 Physics = namedtuple("Physics", "size gravity restitution wall drag friction x y")
 PHYSICS = {
     "bouncing": Physics(256, .5, .85, .85, 1, 1, (21, 235), (21, 128)),
@@ -43,11 +43,11 @@ PHYSICS = {
 
 
 def simulate(kind, frames, seed):
-    """A video's exact state: "pos" T N 2 (x to the right, y down, in pixels), "radius", "square", "colour" in
-    [0, 1], "kind", "size" of the picture, "pivot" of a pendulum. Semi-implicit Euler."""
+    """Semi-implicit Euler -> exact state: "pos" T N 2 (x to the right, y down, in pixels), "radius",
+    "square", "colour" in [0, 1], "kind", "size" of the picture; "pivot" and "length" of a pendulum."""
     rng = np.random.default_rng(seed)
     physics = PHYSICS[kind]
-    n = {"bouncing": rng.integers(1, 6), "falling": rng.integers(1, 4)}.get(kind, 1)       # draws both
+    n = {"bouncing": rng.integers(1, 6), "falling": rng.integers(1, 4)}.get(kind, 1)       # both draw
     radius = np.full(n, 16.) if kind == "bouncing" else rng.integers(3, 6, n).astype(float)
     state = {"kind": kind, "size": physics.size, "radius": radius, "square": np.zeros(n, bool)}
     vel = np.zeros((n, 2))
@@ -66,7 +66,7 @@ def simulate(kind, frames, seed):
         pivot = state["pivot"] = np.array([32., 5.])
         theta, omega = rng.choice([-1, 1]) * rng.uniform(.3, math.pi / 3), 0.
     apart = False
-    while not apart:                                               # draw again until no two overlap
+    while not apart:                                               # redraw until no objects overlap
         pos = np.stack([rng.uniform(*physics.x, n), rng.uniform(*physics.y, n)], axis=1)
         gaps = np.linalg.norm(pos[:, None] - pos, axis=2) + 999 * np.eye(n)
         apart = (gaps - radius[:, None] - radius > 1).all()
@@ -87,7 +87,7 @@ def simulate(kind, frames, seed):
         if step % SUBSTEPS == 0:
             path.append(pos.copy())
     colours = []
-    for hue in (rng.random() + np.arange(n) / n) % 1:              # far apart, to distinguish objects
+    for hue in (rng.random() + np.arange(n) / n) % 1:              # distinct hues identify objects
         rgb = np.array(colorsys.hsv_to_rgb(hue, rng.uniform(.75, 1), rng.uniform(.55, .9)))
         colours.append(rgb * min(1, .6 / (rgb @ [.2126, .7152, .0722])))           # dark enough on white
     return {**state, "pos": np.stack(path), "colour": np.stack(colours)}
@@ -101,7 +101,7 @@ def collide(pos, vel, radius):
             normal = (pos[i] - pos[j]) / max(distance, 1e-9)
             overlap = radius[i] + radius[j] - distance
             closing = (vel[j] - vel[i]) @ normal
-            if overlap > 0 and closing > 0:                        # the normal components are exchanged
+            if overlap > 0 and closing > 0:                        # exchange normal components
                 vel[i] += closing * normal
                 vel[j] -= closing * normal
                 pos[i] += overlap / 2 * normal
@@ -109,7 +109,7 @@ def collide(pos, vel, radius):
 
 
 def bounce(pos, vel, radius, physics, at_rest):
-    """Reflects objects at walls, ceiling and floor, in place. Slower than at_rest they stay on the floor."""
+    """Reflects objects at walls, ceiling and floor, in place. Below speed at_rest they stay on the floor."""
     low, high = radius, physics.size - radius
     for side, hit in ((low, pos[:, 0] < low), (high, pos[:, 0] > high)):
         pos[hit, 0] = 2 * side[hit] - pos[hit, 0]
@@ -125,13 +125,13 @@ def bounce(pos, vel, radius, physics, at_rest):
 
 
 def blend(window, coverage, colour):
-    """Draws a colour over a window H W 3 of a picture where coverage H W is positive."""
+    """Blends a colour into a window H W 3 of a picture, with opacity `coverage` H W."""
     change = 255 * np.asarray(colour) - window
     window[:] = np.round(window + np.clip(coverage, 0, 1)[..., None] * change)
 
 
 def draw_object(picture, centre, radius, colour, square=False):
-    """Draws a disc or a square with edges that are soft over a pixel. Pixel i covers [i, i + 1)."""
+    """Draws a disc or a square with anti-aliased edges. Pixel i covers [i, i + 1)."""
     x0, y0 = np.clip(np.floor(centre - radius - 1), 0, len(picture)).astype(int)
     x1, y1 = np.clip(np.floor(centre + radius + 2), 0, len(picture)).astype(int)
     dx = np.abs(np.arange(x0, x1) + .5 - centre[0])
@@ -140,7 +140,7 @@ def draw_object(picture, centre, radius, colour, square=False):
 
 
 def render(state):
-    """A state as simulate() makes it -> T H W 3 uint8 on white."""
+    """Renders a state of simulate() on white -> T H W 3 uint8."""
     pictures = np.full((len(state["pos"]), state["size"], state["size"], 3), 255, np.uint8)
     pixel = np.arange(state["size"]) + .5
     for t, (picture, pos) in enumerate(zip(pictures, state["pos"])):
@@ -151,7 +151,7 @@ def render(state):
             blend(picture, 1 - np.hypot(dx - along * rod[0], dy - along * rod[1]), 200 / 255)
             draw_object(picture, state["pivot"], 2, 100 / 255)
         if state["kind"] == "projectile":
-            for age in range(min(t, 5), 0, -1):                    # the trail pales with age
+            for age in range(min(t, 5), 0, -1):                    # the trail fades with age
                 trail = 1 - (1 - age / 6) * (1 - state["colour"][0])
                 draw_object(picture, state["pos"][t - age, 0], 1.5, trail)
         for centre, radius, colour, square in zip(pos, state["radius"], state["colour"], state["square"]):
@@ -160,7 +160,7 @@ def render(state):
 
 
 def write_frames(path, frames):
-    """Writes frames, each 64 64 3 uint8, as bytes of T 3 64 64; the file is there whole or not at all."""
+    """Writes frames 64 64 3 uint8 as the bytes of T 3 64 64, atomically."""
     temporary = path.with_name(f".{path.name}")
     with open(temporary, "wb") as file:
         for frame in frames:
@@ -169,13 +169,13 @@ def write_frames(path, frames):
 
 
 def simulate_video(number, kind, args, partial):
-    """-> the video's name, (file of its 64x64 frames, their number, exact state)."""
+    """-> name of the video, (file of its 64x64 frames, number of frames, exact state)."""
     video = f"{kind}/{kind}_{number:03d}.mp4"
     path, frames = partial / "raw" / video, partial / "frames" / Path(video).stem
     if not frames.exists():
         state = simulate(kind, args.num_frames, [args.seed, list(PHYSICS).index(kind), number])
         pictures = render(state)
-        # Full chroma: subsampled, the colours of small objects would be off.
+        # yuv444p, because chroma subsampling would distort the colours of small objects.
         options = ("-crf", "8", "-pix_fmt", "yuv444p", "-preset", "ultrafast")
         common.write_video(path, torch.from_numpy(pictures).permute(0, 3, 1, 2), 30, options)
         np.savez(path.with_suffix(".npz"), **state)
@@ -186,9 +186,9 @@ def simulate_video(number, kind, args, partial):
 
 
 def decode_video(path, args, partial):
-    """-> the video's name, and the same as simulate_video, or the reason why it is left out."""
+    """-> name of the video, and the tuple of simulate_video or the reason why the video is skipped."""
     video = path.relative_to(args.raw).as_posix()
-    version = f"{video} {path.stat().st_size} {path.stat().st_mtime_ns}"           # a new one: decoded again
+    version = f"{video} {path.stat().st_size} {path.stat().st_mtime_ns}"     # changed files: decoded again
     frames = partial / "frames" / hashlib.sha256(os.fsencode(version)).hexdigest()
     try:
         if not frames.exists():
@@ -202,11 +202,11 @@ def decode_video(path, args, partial):
 
 
 def make_videos(args, partial):
-    """Simulates or decodes the videos that `partial` lacks -> {video: as simulate_video, or decode_video}."""
+    """Simulates or decodes the videos missing in `partial` -> {video: result of the function for it}."""
     make, jobs = simulate_video, list(itertools.product(range(args.num_videos), PHYSICS))
     if args.raw:
         files, left_out = common.find_files(args.raw, common.VIDEO_SUFFIXES)
-        left_out.pop(".npz", None)                                 # states, or foreign: read_state decides
+        left_out.pop(".npz", None)                                 # read_state checks these
         if left_out:
             print(f"left out of {args.raw}: {common.describe_left_out(left_out)}", file=sys.stderr)
         make, jobs = decode_video, [(path,) for path in files]
@@ -215,19 +215,19 @@ def make_videos(args, partial):
 
 
 def read_state(path, frames):
-    """The state beside a video of that many frames, in pixels of 64; None if the file is foreign."""
+    """The state next to a video of `frames` frames, in pixels of 64x64; None without a valid state file."""
     try:
         with np.load(path) as file:
             pos, colour, size = file["pos"], file["colour"], float(file["size"])
         valid = len(colour) > 0 and pos.shape == (frames, len(colour), 2) and colour.shape[1:] == (3,)
         valid = valid and np.isfinite(pos).all() and 0 < size < math.inf and (abs(colour - .5) <= .5).all()
         return {"pos": (pos * SIZE / size).round(3).tolist(), "colour": colour.tolist()} if valid else None
-    except Exception:                                              # of a damaged file, any kind
+    except Exception:                                              # damaged files raise any type
         return None
 
 
 def split_videos(videos):
-    """Names -> {split: names}, 80/10/10, stratified by folder, a function of the names (512: 409, 51, 52)."""
+    """Names -> {split: names}: 80/10/10, stratified by folder, deterministic (512: 409, 51, 52)."""
     rng, position = np.random.default_rng(42), {}
     for kind in sorted({os.path.dirname(video) for video in videos}):
         members = [video for video in sorted(videos) if os.path.dirname(video) == kind]
@@ -237,8 +237,8 @@ def split_videos(videos):
     train = min(len(order) * 8 // 10, len(order) - val - 1)
     if train < 1:
         raise UserError(f"{len(order)} videos cannot be split into train, val and test: use more")
-    parts = {"train": order[:train], "val": order[train:train + val], "test": order[train + val:]}
-    return {split: sorted(part) for split, part in parts.items()}
+    splits = {"train": order[:train], "val": order[train:train + val], "test": order[train + val:]}
+    return {split: sorted(names) for split, names in splits.items()}
 
 
 def prepare(args):
@@ -282,7 +282,7 @@ def prepare(args):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Makes the data set of cosmos_lite.py.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Builds the data set of cosmos_lite.py.", allow_abbrev=False)
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--simulate", action="store_true", help="simulate the videos; this is the default")
     mode.add_argument("--raw", metavar="FOLDER", help="use the videos in this folder and its subfolders")

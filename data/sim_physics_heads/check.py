@@ -5,9 +5,9 @@ Reads       FOLDER/<scene>/env_0/0/0/rgb/step_0000.png                  or rgb_c
             FOLDER/<scene>/env_0/0/0/motion_vectors/step_0000.npy       H W 2 or 4, floats, in pixels
             FOLDER/<scene>/env_0/0/0/distance_to_camera/step_0000.npy   H W, floats, in metres
             FOLDER/metadata.csv                                         optional: video,prompt
-Prints      counts, files without partners, ranges, NaN; how well each reading of the motion vectors (sign,
-            unit, frame offset) warps a frame to the next. Exit code 2, with the fault's name, where the
-            vectors or depths mean something else. --json FILE: also writes the list, for clips.py.
+Prints      counts, unpaired files, value ranges, NaN; how well each interpretation of the motion vectors
+            (sign, unit, frame offset) warps a frame to the next. Exit code 2 and the fault's name if the
+            vectors or depths have another meaning. --json FILE: also writes the list, for clips.py.
 """
 import argparse
 import csv
@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))       # the root of
 import common  # noqa: E402
 from common import UserError  # noqa: E402
 
-FAR = 100                                              # metres; as far as this is sky
+FAR = 100                                              # metres; depths from here on are sky
 KINDS = {"rgb": ("rgb", "rgb_capture"), "motion": ("motion_vectors",), "depth": ("distance_to_camera",)}
 CHANNELS = {"motion": (2, 4), "depth": (1,)}
 COLUMNS = {"video": ("video", "path", "folder", "file_name"), "prompt": ("prompt", "caption", "text")}
@@ -34,29 +34,29 @@ COLUMNS = {"video": ("video", "path", "folder", "file_name"), "prompt": ("prompt
 # ---- list -----------------------------------------------------------------------------------------------
 
 def list_recordings(root):
-    """-> {folder: {"rgb", "motion", "depth": {step: file}}} below root, links followed. A file's step is the
-    last number in its name: files are paired by it, not by their order."""
+    """-> {folder: {"rgb", "motion", "depth": {step: file}}} below root, following links. A file's step is the
+    last number in its name. Files are paired by step, not by their order."""
     kinds = {alias: kind for kind, aliases in KINDS.items() for alias in aliases}
     recordings = {}
     for file in common.find_files(root, (".png", ".jpg", ".jpeg", ".npy"))[0]:
         numbers = re.findall(r"\d+", file.stem)
         if file.parent.name in kinds and numbers:
             files = recordings.setdefault(file.parent.parent, {kind: {} for kind in KINDS})
-            other = files[kinds[file.parent.name]].setdefault(int(numbers[-1]), file)
-            if other != file:
-                raise UserError(f"{other} and {file.name} have the same step number")
+            first = files[kinds[file.parent.name]].setdefault(int(numbers[-1]), file)
+            if first != file:
+                raise UserError(f"{first} and {file.name} have the same step number")
     return recordings
 
 
 def read_table(path):
-    """metadata.csv -> {folder: prompt or None}. Columns are found by name, in any case; commas in a last
-    column may lack quotes."""
+    """metadata.csv -> {folder: prompt or None}. Column names are case-insensitive. Commas in the last column
+    need no quotes."""
     text = common.read_text(path)
     delimiter = max(",;\t", key=text.split("\n")[0].count)
     try:
         rows = [[cell.strip() for cell in row] for row in csv.reader(
             text.splitlines(), delimiter=delimiter, skipinitialspace=True, strict=True)]
-    except csv.Error as error:                         # quotes that do not close, for one
+    except csv.Error as error:                         # such as an unclosed quote
         raise UserError(f"{path} is not a CSV table: {error}") from error
     header = [cell.lower() for cell in rows[0]] if rows else []
     video, prompt = (next((i for i, cell in enumerate(header) if cell in aliases), None)
@@ -64,7 +64,7 @@ def read_table(path):
     if video is None:
         raise UserError(f"{path} has no column video: its columns are {', '.join(header)}")
     if prompt is None:
-        print(f"{path} has no column prompt, caption or text: prompts are made of folder names")
+        print(f"{path} has no column prompt, caption or text: prompts are made from folder names")
     prompts = {}
     for number, row in enumerate(rows[1:], 2):
         if not any(row):
@@ -83,8 +83,8 @@ def read_table(path):
 
 
 def find_scenes(root):
-    """-> list of {"name", "folder", "prompt", "files", "steps" that all kinds have, "size" of pictures, H W,
-    "spacing" of steps}."""
+    """-> list of {"name", "folder", "prompt", "files", "steps" (those with all kinds of files), "size" H W of
+    pictures, "spacing" of steps}."""
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"no folder {root}")
@@ -92,11 +92,11 @@ def find_scenes(root):
     prompts = dict.fromkeys(recordings)
     if (root / "metadata.csv").is_file():
         prompts = read_table(root / "metadata.csv")
-        for folder in prompts.keys() - recordings.keys():          # outside of root
+        for folder in prompts.keys() - recordings.keys():          # outside root
             recordings[folder] = next(iter(list_recordings(folder).values()), {})
         unlisted = sorted(str(folder) for folder in recordings.keys() - prompts.keys())
         if unlisted:
-            print(f"not in {root / 'metadata.csv'} and left out: {', '.join(unlisted)}")
+            print(f"left out, not in {root / 'metadata.csv'}: {', '.join(unlisted)}")
     scenes = []
     for folder, prompt in prompts.items():
         files = recordings[folder]
@@ -108,32 +108,32 @@ def find_scenes(root):
         steps = sorted(set.intersection(*map(set, files.values())))
         if not steps:
             counts = ", ".join(f"{len(paths)} {kind}" for kind, paths in files.items())
-            raise UserError(f"scene {name}: the folders in {folder} share no step ({counts} files)")
+            raise UserError(f"scene {name}: the files in {folder} have no step in common ({counts} files)")
         gaps = [after - before for before, after in zip(steps, steps[1:])]
         prompt = prompt or "A physics simulation of " + name.removeprefix("test_").replace("_", " ")
         size = common.read_image(files["rgb"][steps[0]]).shape[:2]
         scenes.append({"name": name, "folder": str(folder), "prompt": prompt, "files": files, "steps": steps,
                        "size": size, "spacing": max(gaps, key=gaps.count, default=1)})
     if not scenes:
-        raise UserError(f"no scenes in {root}: folders such as test_ball_ramp/env_0/0/0 that hold rgb, "
-                        f"motion_vectors and distance_to_camera are needed")
+        raise UserError(f"no scenes in {root}: expected folders such as test_ball_ramp/env_0/0/0 with rgb, "
+                        f"motion_vectors and distance_to_camera")
     return scenes
 
 
 # ---- check ----------------------------------------------------------------------------------------------
 
 def load(file, kind, size):
-    """A .npy file as float32, H W c. Motion is an empty array for frames without one before."""
+    """Reads a .npy file as float32 H W c. An empty motion file, of a first frame, gives shape (0, 0, 2)."""
     try:
         array = np.load(file)
-    except Exception as error:                         # numpy raises its own, OSError, EOFError, ...
+    except Exception as error:                         # numpy raises ValueError, OSError, EOFError, ...
         raise UserError(f"{file} cannot be read: {common.reason(error)}") from error
     shape = array.shape + (1,) * (array.ndim == 2)
     if kind == "motion" and not array.size:
         return np.zeros((0, 0, 2), np.float32)
     if len(shape) != 3 or shape[2] not in CHANNELS[kind] or array.dtype.kind != "f":
-        raise UserError(f"{file} is {array.dtype} {array.shape}: floats of shape (H, W, "
-                        f"{' or '.join(map(str, CHANNELS[kind]))}) are expected")
+        raise UserError(f"{file} is {array.dtype} {array.shape}: expected floats of shape (H, W, "
+                        f"{' or '.join(map(str, CHANNELS[kind]))})")
     if shape[:2] != tuple(size):
         raise UserError(f"{file} is {shape[1]} x {shape[0]}, the pictures are {size[1]} x {size[0]}")
     return array.reshape(shape).astype(np.float32)
@@ -144,7 +144,7 @@ def evenly(items, count):
 
 
 def describe(scene):
-    """Prints what a recording's files hold, by eight of its steps. UserError where depth is not in metres."""
+    """Prints statistics of eight steps of a recording. Raises UserError if depth is not in metres."""
     files = scene["files"]
     steps = scene["steps"]
     folder = scene["folder"]
@@ -154,7 +154,7 @@ def describe(scene):
     known = motion[np.isfinite(motion)]
     metres = depth[np.isfinite(depth) & (depth > 0)]
     median = np.median(metres) if len(metres) else 0.0
-    print(f"{folder}: {len(steps)} steps, spacing {scene['spacing']}; files without partners: "
+    print(f"{folder}: {len(steps)} steps, spacing {scene['spacing']}; unpaired files: "
           + ", ".join(f"{len(paths) - len(steps)} {kind}" for kind, paths in files.items())
           + f"\n  motion {known.min(initial=0):.1f} to {known.max(initial=0):.1f}, "
           f"{1 - len(known) / max(1, len(motion)):.1%} NaN or Inf; depth {metres.min(initial=np.inf):.2f} to "
@@ -162,14 +162,14 @@ def describe(scene):
           f"{np.isinf(depth).mean():.1%} Inf")
     if not 0.01 < median < FAR:
         unit = "millimetres" if median > 10 * FAR else "centimetres or millimetres"
-        raise UserError(f"{folder}: the median of distance_to_camera is {median:.4g}; metres are expected"
+        raise UserError(f"{folder}: the median of distance_to_camera is {median:.4g}; expected metres"
                         + (f", these are probably {unit}" if median > FAR else ""))
 
 
 def warp_errors(scenes, count=24):
-    """Warps frame t-1 to frame t by each reading of the vectors, in the pairs with most motion, at pixels
-    that move in some reading and differ from the recording's median picture: those of moving objects.
-    -> {(sign, unit, offset of the motion file): mean difference, 0 to 255}, that without a warp, pixels."""
+    """Warps frame t-1 to frame t with each interpretation of the vectors, in the pairs with most motion, at
+    pixels that move and that differ from the recording's median picture: those of moving objects. -> mean
+    differences, 0 to 255, {(sign, unit, offset of the motion file) or "no motion": number}, pixels."""
     ranked = []
     for scene in scenes:
         rgb, motion, spacing = scene["files"]["rgb"], scene["files"]["motion"], scene["spacing"]
@@ -179,7 +179,7 @@ def warp_errors(scenes, count=24):
         for t in evenly(usable, 12):
             vectors = load(motion[t], "motion", scene["size"])
             speeds.append((np.abs(vectors[np.isfinite(vectors)]).mean() if vectors.size else 0.0, t))
-        # A recording's second-best pair competes at half its speed: not all come from one.
+        # The n-th fastest pair of a recording ranks by speed / n, to mix recordings.
         ranked += [(speed / rank, t, scene) for rank, (speed, t) in enumerate(sorted(speeds)[::-1], 1)]
     errors, pixels = {}, 0
     for _, t, scene in sorted(ranked, key=lambda row: -row[0])[:count]:
@@ -209,7 +209,7 @@ def warp_errors(scenes, count=24):
 
 
 def check(folders, json_file=None):
-    """Prints what recordings hold and what their vectors mean. UserError names the fault."""
+    """Prints statistics of recordings and checks their vectors. Raises UserError with the fault."""
     scenes = [scene for folder in folders for scene in find_scenes(folder)]
     for scene in scenes:
         describe(scene)
@@ -219,7 +219,7 @@ def check(folders, json_file=None):
 
 
 def check_vectors(scenes):
-    """Prints which reading of the motion vectors explains the pictures. UserError where it is another one."""
+    """Prints which interpretation of the vectors explains the pictures. UserError if it is unexpected."""
     errors, pixels = warp_errors(scenes)
     if pixels < 200:
         return print(f"{pixels} moving pixels are too few to test sign, unit and offset of motion_vectors")
@@ -235,7 +235,7 @@ def check_vectors(scenes):
         faults.append("they point the other way: multiply by -1")
     if unit != "pixels":
         faults.append(f"their unit is {unit}, not pixels")
-    if offset and error < 0.97 * errors[sign, unit, 0]:        # slow plain objects fit all offsets
+    if offset and error < 0.97 * errors[sign, unit, 0]:        # slow objects fit all offsets
         faults.append(f"they are shifted against rgb: the file of step t{offset:+d} belongs to frame t")
     if faults:
         raise UserError(f"motion_vectors are not as expected: {'; '.join(faults)}")

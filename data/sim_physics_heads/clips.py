@@ -2,11 +2,11 @@
 
 Run         by sim_physics_heads.py, after check.py; --help lists the flags
 Reads       the list of recordings that check.py --json writes
-Writes      OUT/<split>_<number>_<scene>.safetensors: video T 3 H W uint8, and of each quantity in READERS
-            its values T c H W float16 and where they are known, <name>_valid T H W. Those of training clips
-            have --rows rows. OUT/pixel_means.safetensors: of the training clips; OUT/clips.json, written
-            last: {file: {"scene", "prompt"}}
-Restart     clips that are there are kept
+Writes      OUT/<split>_<number>_<scene>.safetensors: video T 3 H W uint8, and for each quantity in READERS
+            <name> T c H W float16 and <name>_valid T H W, the mask of known values. Training clips have
+            quantities of --rows rows. OUT/pixel_means.safetensors: means of the training clips;
+            OUT/clips.json, written last: {file: {"scene", "prompt"}}
+Restart     existing clips are not written again
 """
 import argparse
 import json
@@ -27,16 +27,16 @@ import check  # noqa: E402
 import common  # noqa: E402
 from common import UserError  # noqa: E402
 
-FAR = float(check.FAR)                                 # metres; as far as this is sky
+FAR = float(check.FAR)                                 # metres; depths from here on are sky
 
 
-# ---- readers: a recording, indices of the clip's frames, stride -> values T c H W, where known T H W -------
+# ---- readers: recording, indices of the clip's frames, stride -> values T c H W, valid T H W --------------
 
 load = lru_cache(maxsize=128)(check.load)
 
 
 def load_depth(scene, index):
-    """H W in metres, with sky (inf, 0 and below, FAR and beyond) set to FAR; NaN stays: not known."""
+    """H W in metres, with sky (inf, at most 0, at least FAR) set to FAR. NaN marks unknown depth."""
     path = scene["files"]["depth"][str(scene["steps"][index])]
     depth = load(path, "depth", tuple(scene["size"]))[..., 0]
     return np.where((depth <= 0) | (depth >= FAR), np.float32(FAR), depth)
@@ -44,7 +44,7 @@ def load_depth(scene, index):
 
 def read_depth(scene, frames, stride):
     depth = np.stack([load_depth(scene, index) for index in frames])
-    return depth[:, None], depth < FAR                 # false for NaN
+    return depth[:, None], depth < FAR                 # False for NaN
 
 
 def read_sky(scene, frames, stride):
@@ -53,7 +53,7 @@ def read_sky(scene, frames, stride):
 
 
 def read_motion(scene, frames, stride):
-    """Single-step vectors composed over the stride. Not known in frame 0 and across missing steps."""
+    """Composes single-step vectors over the stride. Invalid in frame 0 and across missing steps."""
     steps = scene["steps"]
     shape = tuple(scene["size"])
     motion = np.zeros((len(frames), 2, *shape), np.float32)
@@ -61,7 +61,7 @@ def read_motion(scene, frames, stride):
     for i, index in enumerate(frames[1:], 1):
         chain = range(index, index - stride, -1)
         vectors = [load(scene["files"]["motion"][str(steps[j])], "motion", shape) for j in chain]
-        # A vector leads to the step before it: where that one is missing, the chain is broken.
+        # A vector points to the step before it. If that step is missing, the chain is broken.
         connected = all(steps[j] - steps[j - 1] == scene["spacing"] for j in chain)
         if connected and all(array.size for array in vectors):
             depths = [load_depth(scene, j) for j in (*chain, index - stride)]
@@ -74,9 +74,9 @@ def compose(motions, depths):
     """p_{t-k} = p_t + mv_t(p_t) + mv_{t-1}(p_{t-1}) + ...: chains the vectors of k steps.
 
     motions: k times H W 2 (frames t, t-1, .. t-k+1); depths: k + 1 times H W (frames t .. t-k)
-    -> motion H W 2 in pixels, valid H W. Each pixel is followed backwards, by the vector at the pixel nearest
-    to it. It is valid while it stays inside the picture and the depth there is its own within 5 % + 2 cm;
-    where an object covers it, it is lost.
+    -> motion H W 2 in pixels, valid H W. Each pixel is tracked back by the vector at the nearest pixel.
+    It is valid while it stays inside the picture and consecutive depths agree within 5 % + 2 cm. Occluded
+    pixels are invalid.
     """
     H, W = depths[0].shape
     start = np.stack(np.meshgrid(np.arange(W), np.arange(H)), axis=-1).astype(np.float32)
@@ -92,12 +92,12 @@ def compose(motions, depths):
         valid &= np.isfinite(vector).all(axis=-1)
         point += np.where(valid[..., None], vector, 0)
         valid &= ((point >= 0) & (point <= np.float32([W - 1, H - 1]))).all(axis=-1)
-        valid &= np.abs(previous_depth[nearest()] - depth) < 0.05 * depth + 0.02           # false for NaN
+        valid &= np.abs(previous_depth[nearest()] - depth) < 0.05 * depth + 0.02           # False for NaN
         depth = previous_depth[nearest()]
     return np.where(valid[..., None], point - start, 0), valid
 
 
-# name -> reader, factors of the values where a clip is mirrored, whether they scale with the picture's size
+# name -> reader, factors of the values in mirrored clips, whether values scale with the picture size
 READERS = {"motion": (read_motion, (-1, 1), True), "depth": (read_depth, (1,), False),
            "sky": (read_sky, (1,), False)}
 
@@ -107,8 +107,8 @@ READERS = {"motion": (read_motion, (-1, 1), True), "depth": (read_depth, (1,), F
 def read_clip(scene, start, stride, frames, size, mirror=False, colours=(0, 1, 2)):
     """Frames start, start + stride, ... cropped to the aspect of `size` (height, width) and resized.
 
-    -> {"video": T 3 H W uint8, "<quantity>": T c H W, "<quantity>_valid": T H W}. Pictures are averaged,
-    quantities picked from the nearest pixel: a mean over an edge belongs to no surface.
+    -> {"video": T 3 H W uint8, "<quantity>": T c H W, "<quantity>_valid": T H W}. Pictures are resized with
+    a bicubic filter, quantities by nearest neighbour, since means over an edge belong to no surface.
     """
     height, width = size
     frames = range(start, start + stride * frames, stride)
@@ -136,12 +136,11 @@ def read_clip(scene, start, stride, frames, size, mirror=False, colours=(0, 1, 2
 
 
 def split_scenes(names):
-    """Holds out whole scenes, with all their recordings: of seven, in the order of their names, the 4th is
-    for validation and the 6th for the test -> {name: split}."""
+    """Holds out whole scenes with all their recordings -> {name: split}. Of every seven scenes in
+    alphabetical order the 4th is for validation and the 6th for testing."""
     names = sorted(set(names))
     if len(names) < 3:
-        raise UserError(f"{len(names)} scenes cannot be split into train, val and test: at least 3 are "
-                        f"needed")
+        raise UserError(f"{len(names)} scenes cannot be split into train, val and test: use at least 3")
     split_of = {name: {3: "val", 5: "test"}.get(i % 7, "train") for i, name in enumerate(names)}
     if len(names) < 7:
         split_of |= {names[-2]: "val", names[-1]: "test"}
@@ -150,7 +149,7 @@ def split_scenes(names):
 
 def choose_clips(scenes, args):
     """-> {file name: (scene, start, stride, mirror, colours)}: random clips of training recordings, evenly
-    spaced ones of the others. Recordings that are too short for --frames at every stride have none."""
+    spaced clips of held-out recordings, none of recordings that are too short for --frames at any stride."""
     rng = np.random.default_rng(0)
     split_of = split_scenes([scene["name"] for scene in scenes])
     strides = sorted(int(stride) for stride in args.strides.split(","))
@@ -170,7 +169,7 @@ def choose_clips(scenes, args):
             clips[f"{split}_{len(clips):05d}_{scene['name']}"] = scene, start, stride, mirror, colours
     for split in ("train", "val", "test"):
         if not any(name.startswith(split) for name in clips):
-            raise UserError(f"no scene of split {split} has {args.frames} frames at a stride of --strides "
+            raise UserError(f"no scene of split {split} has {args.frames} frames at any of --strides "
                             f"{args.strides}")
     return clips
 
@@ -189,17 +188,18 @@ def write_clip(args, job):
 
 
 def pixel_means(folder):
-    """Over the training clips, of each pixel: mean depth, mean log depth and share of sky, h w. A pixel that
-    never has a depth gets the mean of the others."""
-    sums = torch.zeros(4, 1, 1)
+    """Maps h w of the training clips: mean depth, mean log depth, share of sky. Pixels without valid depth
+    get the mean over the others."""
+    sums = torch.zeros(5, 1, 1)
     for path in sorted(folder.glob("train_*")):
         clip = common.load_weights(path)
         valid = clip["depth_valid"]
         depth = torch.where(valid, clip["depth"][:, 0].float(), 1.0)
-        sums = sums + torch.stack([valid, depth * valid, depth.log(), 1 - valid.float()]).sum(1)
+        sky = clip["sky"][:, 0].float() * clip["sky_valid"]
+        sums = sums + torch.stack([valid, depth * valid, depth.log(), sky, clip["sky_valid"]]).sum(1)
     means = sums[1:3] / sums[0]
     means = torch.where(sums[0] > 0, means, means.nanmean(dim=(1, 2), keepdim=True))
-    return {"depth": means[0], "log_depth": means[1], "sky": sums[3] / (sums[0] + sums[3])}
+    return {"depth": means[0], "log_depth": means[1], "sky": sums[3] / sums[4].clamp(min=1)}
 
 
 def cut(args):
@@ -221,9 +221,9 @@ def main(argv=None):
     add("out", help="folder to write")
     add("--height", type=int, default=64, help="height of the pictures in pixels (64)")
     add("--width", type=int, default=64, help="width of the pictures in pixels (64)")
-    add("--rows", type=int, default=32, help="rows of the training quantities, a divisor of --height (32)")
+    add("--rows", type=int, default=32, help="rows of training quantities, a divisor of --height (32)")
     add("--frames", type=int, default=17, help="frames of a clip (17)")
-    add("--strides", default="1,2", help="steps between frames; a training clip draws one (1,2)")
+    add("--strides", default="1,2", help="steps between frames; training clips draw one at random (1,2)")
     add("--clips", type=int, default=16, help="clips of each training recording (16)")
     add("--eval_clips", type=int, default=2, help="clips of each held-out recording (2)")
     add("--permute_colours", type=int, default=0, help="1: permute the colour channels of training clips (0)")

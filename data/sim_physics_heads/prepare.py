@@ -1,12 +1,12 @@
 """prepare.py: simulates the data set of sim_physics_heads.py, or checks one that was rendered elsewhere.
 
-Run         python data/sim_physics_heads/prepare.py                    # 85 recordings, beside this file
+Run         python data/sim_physics_heads/prepare.py                    # 389 recordings, next to this file
             python data/sim_physics_heads/prepare.py --size 480 --frames 131 --data_dir Sim_Physics
-            python data/sim_physics_heads/prepare.py --check Sim_Physics    # exit code 2 names the fault
+            python data/sim_physics_heads/prepare.py --check Sim_Physics    # exit code 2 with the fault
 Writes      <scene>/env_<take>/0/0/{rgb/*.png, motion_vectors/*.npy, distance_to_camera/*.npy}, metadata.csv,
             as Replicator does: motion H W 4 float32, in pixels, previous minus current position; depth H W
-            float32, metres along the ray, inf for the sky. MuJoCo casts the rays on the CPU, without OpenGL.
-Restart     the same command continues an interrupted one from <data_dir>.partial, another starts over
+            float32, metres along the ray, inf for sky. MuJoCo casts the rays on the CPU, without OpenGL.
+Restart     the same command resumes from <data_dir>.partial; other flags start over
 """
 import argparse
 import json
@@ -18,7 +18,7 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-os.environ["MUJOCO_GL"] = "disable"                    # no graphics library is loaded
+os.environ["MUJOCO_GL"] = "disable"                    # loads no graphics library
 import mujoco  # noqa: E402
 import numpy as np  # noqa: E402
 from PIL import Image  # noqa: E402
@@ -36,24 +36,24 @@ STATS = "dataset_stats.json"
 BOUNCY, RIGID = [-4000, -10], [0.015, 1]               # MuJoCo's solref of a contact
 
 
-def ball(x, y=0., z=0., v=0., r=0.3, **more):
+def ball(x, y=0., z=0., v=0., r=0.3, **options):
     """A ball whose lowest point is at x y z, rolling along x."""
     return dict(at=(x, y, z + r), shapes=[("SPHERE", (r, 0, 0), (0, 0, 0))], velocity=(v, 0, 0, 0, v / r, 0),
-                solref=BOUNCY, **more)
+                solref=BOUNCY, **options)
 
 
-def box(x, y, z, half, **more):
-    return dict(at=(x, y, z + half[2]), shapes=[("BOX", half, (0, 0, 0))], **more)
+def box(x, y, z, half, **options):
+    return dict(at=(x, y, z + half[2]), shapes=[("BOX", half, (0, 0, 0))], **options)
 
 
-def wall(x, y, z, half, **more):
-    return box(x, y, z, half, fixed=True, **more)
+def wall(x, y, z, half, **options):
+    return box(x, y, z, half, fixed=True, **options)
 
 
-def duck(x, y, z, r=0.36, **more):
+def duck(x, y, z, r=0.36, **options):
     parts = ((r, 0, 0), (0.6 * r, -0.35 * r, 1.05 * r), (0.22 * r, -r, r))         # body, head, beak
     shapes = [("SPHERE", (size, 0, 0), (dx, 0, dz)) for size, dx, dz in parts]
-    return dict(at=(x, y, z + r), shapes=shapes, rgb=(1, 0.83, 0.1), **more)
+    return dict(at=(x, y, z + r), shapes=shapes, rgb=(1, 0.83, 0.1), **options)
 
 
 def mug(x):
@@ -63,23 +63,23 @@ def mug(x):
 
 
 def basket(half, height):
-    """A floor and four walls, the front one lower."""
+    """A floor and four walls, of which the front wall is lower."""
     sides = [wall(x, 0, 0, (0.04, half, height / 2)) for x in (-half, half)]
     return [wall(0, 0, 0, (half, half, 0.03)), wall(0, -half, 0, (half, 0.04, height / 3)),
             wall(0, half, 0, (half, 0.04, height / 2)), *sides]
 
 
-def dominoes(places, lean=0., y=0.):
-    """Dominoes at these x. The first one leans by this angle on its lower right edge, and falls."""
-    row = [box(x, y, 0, (0.09, 0.28, 0.52)) for x in places]
+def dominoes(xs, lean=0., y=0.):
+    """Dominoes at positions xs. The first domino is tilted by `lean` about its lower right edge and falls."""
+    row = [box(x, y, 0, (0.09, 0.28, 0.52)) for x in xs]
     dx = 0.09 * (1 - math.cos(lean)) + 0.52 * math.sin(lean)
-    row[0] |= dict(at=(places[0] + dx, y, 0.09 * math.sin(lean) + 0.52 * math.cos(lean)), tilt=(0, lean, 0),
+    row[0] |= dict(at=(xs[0] + dx, y, 0.09 * math.sin(lean) + 0.52 * math.cos(lean)), tilt=(0, lean, 0),
                    velocity=(0, 0, 0, 0, 4 * lean, 0))
     return row
 
 
 def scene_bodies(u):
-    """{scene: bodies}. u(low, high) draws a number."""
+    """-> {scene: bodies}. u(low, high) draws a uniform random number."""
     y, v, r, slope = u(-0.25, 0.25), u(1.9, 2.9), u(0.22, 0.3), u(0.38, 0.5)
     late = ball(u(4.2, 5), 1.1, 0, -v, u(0.26, 0.36))          # crosses the background
     top = 1.15 * math.sin(slope)
@@ -132,7 +132,7 @@ def build_model(name, rng):
     """A scene with random bodies and colours -> MuJoCo's model and state."""
     spec = mujoco.MjSpec()
     spec.option.timestep = 1 / 240
-    spec.option.density = 300 if "juice" in name else 0        # of the medium, which slows what moves
+    spec.option.density = 300 if "juice" in name else 0        # of the medium, which causes drag
     spec.compiler.degree = False
     surface = dict(condim=6, friction=[0.6, 0.005, 0.003])     # sliding, torsional, rolling
     spec.worldbody.add_geom(type=mujoco.mjtGeom.mjGEOM_PLANE, size=[9, 9, 1], solref=BOUNCY,
@@ -146,7 +146,7 @@ def build_model(name, rng):
             node.add_freejoint()
             velocities += body.get("velocity", [0] * 6)
         solref, solid = body.get("solref", RIGID), int(body.get("solid", True))
-        # Of two bodies in contact the one with priority decides how much they bounce: a loose block.
+        # MuJoCo uses the contact parameters of the geom with higher priority: movable blocks do not bounce.
         priority = int(solref is RIGID and not body.get("fixed"))
         for kind, size, offset in body["shapes"]:
             rgb = body.get("rgb", rng.uniform(0.2, 1, 3))
@@ -169,14 +169,14 @@ def camera_rays(size):
     rays = np.stack([u / focal, v / focal, np.ones_like(u)], axis=1) @ axes
 
     def project(points):
-        seen = (points - EYE) @ axes.T
-        return focal * seen[:, :2] / seen[:, 2:]
+        camera = (points - EYE) @ axes.T
+        return focal * camera[:, :2] / camera[:, 2:]
 
     return rays / np.linalg.norm(rays, axis=1, keepdims=True), project
 
 
 def cast(model, data, origin, rays):
-    """Unit rays N 3 from a point -> distance N (inf: sky), geom N (-1: sky, 0: ground), normal N 3."""
+    """Casts unit rays N 3 from a point -> distance N (inf: sky), geom N (-1: sky, 0: ground), normal N 3."""
     n = len(rays)
     geom, distance, normal = np.zeros(n, np.int32), np.zeros(n), np.zeros(3 * n)
     mujoco.mj_multiRay(model, data, origin, rays.ravel(), None, True, -1, geom, distance, normal, n, 1e3)
@@ -196,24 +196,24 @@ def shade(model, data, rays, sun):
     squares = body_coordinates(data, geom, points) * np.where(geom == 0, 1.5, 4)[:, None]
     dark = np.where(geom == 0, 0.15, 0.35) * (np.floor(squares + 1e-3).sum(axis=1) % 2)
     to_sun = sun - points
-    reach = np.linalg.norm(to_sun, axis=1)
-    lit = cast(model, data, sun, -to_sun / reach[:, None])[0] > reach - 1e-3
-    light = 0.4 + 0.7 * lit * np.clip((normal[hit] * to_sun).sum(axis=1) / reach, 0, 1)
+    length = np.linalg.norm(to_sun, axis=1)
+    lit = cast(model, data, sun, -to_sun / length[:, None])[0] > length - 1e-3
+    light = 0.4 + 0.7 * lit * np.clip((normal[hit] * to_sun).sum(axis=1) / length, 0, 1)
     rgb[hit] = model.geom_rgba[geom, :3] * ((1 - dark) * light)[:, None]
     return (255 * rgb.clip(0, 1)).round().astype(np.uint8)
 
 
 def record(job):
-    """Simulates a scene and writes its frames, whole or not at all."""
+    """Simulates a recording and writes its folder atomically."""
     name, folder, frames, size, seed = job
     model, data = build_model(name, np.random.default_rng(seed))
     rays, project = camera_rays(size)
     fine_rays, _ = camera_rays(2 * size)               # four per pixel of the picture
     temporary = folder.with_name(".temporary")
-    shutil.rmtree(temporary, ignore_errors=True)       # of a killed run
+    shutil.rmtree(temporary, ignore_errors=True)       # from a killed run
     for kind in ("rgb", "motion_vectors", "distance_to_camera"):
         (temporary / kind).mkdir(parents=True)
-    poses = None                                       # of the frame before: positions, rotations
+    poses = None                                       # of the previous frame: positions, rotations
     for t in range(frames):
         angle = 4 * t / frames - 2.6 if "light" in name else -2.2
         sun = 100 * np.array([0.6 * math.cos(angle), 0.6 * math.sin(angle) - 0.2, 0.8])
@@ -225,9 +225,9 @@ def record(job):
             hit = np.flatnonzero(geom > 0)             # bodies, not the ground
             points = EYE + depth[hit, None] * rays[hit]
             local = body_coordinates(data, geom[hit], points)
-            before = poses[0][geom[hit]] + np.einsum("nij,nj->ni", poses[1][geom[hit]], local)
-            motion[hit, :2] = project(before) - project(points)
-        # As in Replicator's sets, the first motion file is empty: there is no frame before.
+            previous = poses[0][geom[hit]] + np.einsum("nij,nj->ni", poses[1][geom[hit]], local)
+            motion[hit, :2] = project(previous) - project(points)
+        # As in Replicator's data sets, the first motion file is empty.
         motion = motion.reshape(size, size, 4) if poses else np.zeros(0, np.float32)
         np.save(temporary / f"motion_vectors/step_{t:04d}.npy", motion)
         depth = depth.reshape(size, size).astype(np.float32)
@@ -254,13 +254,13 @@ def simulate(args):
         for take in range(1 if "static" in name or "light" in name else args.takes):
             folder = partial / f"test_{name}/env_{take}/0/0"
             table.append(f"test_{name}/env_{take}/0/0,A physics simulation of {name.replace('_', ' ')}")
-            if not folder.is_dir():                    # else of an interrupted run
+            if not folder.is_dir():                    # from an interrupted run
                 jobs.append((name, folder, args.frames, args.size, [args.seed, number, take]))
     try:
         with ProcessPoolExecutor() as pool:
             list(tqdm(pool.map(record, jobs), "simulate", len(jobs), unit="recording"))
     except OSError as error:
-        raise UserError(f"cannot write {partial} ({error}): the same command continues") from error
+        raise UserError(f"cannot write {partial} ({error}): the same command resumes") from error
     (partial / "metadata.csv").write_text("\n".join(table) + "\n")
     partial.rename(data_dir)
     print(f"wrote {data_dir}: {len(table) - 1} recordings of {len(SCENES)} scenes, {args.frames} frames each")
