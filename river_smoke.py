@@ -646,24 +646,24 @@ def train(args, run, stage, stream, model, spec, loss_fn, val_fn, steps, lr, che
             (loss / args.grad_accum).backward()
             log.add(loss=loss, **terms)
         norm = nn.utils.clip_grad_norm_(params, args.grad_clip or math.inf)
-        done = step + 1
+        completed = step + 1
         stop = should_stop()
-        save = stop or done == steps or args.save_every and done % args.save_every == 0
-        if (save or args.log_every and done % args.log_every == 0) and not norm.isfinite():
-            raise UserError(f"loss or gradient is not finite at step {done}: resume from "
+        save = stop or completed == steps or args.save_every and completed % args.save_every == 0
+        if (save or args.log_every and completed % args.log_every == 0) and not norm.isfinite():
+            raise UserError(f"loss or gradient is not finite at step {completed}: resume from "
                             f"{common.latest_checkpoint(folder / 'ckpt') or 'the start'} with a lower --lr")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         ema.update(step)
-        log.step(done, lr=optimizer.param_groups[0]["lr"], grad_norm=norm)
+        log.step(completed, lr=optimizer.param_groups[0]["lr"], grad_norm=norm)
         if save:                                 # before validation, so that an error there loses nothing
-            common.save_run(folder, SCRIPT, done, net, optimizer, ema, args, args.keep_last, **extra)
-        if args.eval_every and (done % args.eval_every == 0 or done == steps):
+            common.save_run(folder, SCRIPT, completed, net, optimizer, ema, args, args.keep_last, **extra)
+        if args.eval_every and (completed % args.eval_every == 0 or completed == steps):
             with ema.applied(), torch.no_grad(), run.autocast():
-                log.row(done, **val_fn(net.eval()))
+                log.row(completed, **val_fn(net.eval()))
             log.restart_clock()
         if stop:
-            raise UserError(f"stopped by SIGTERM after step {done}, which is saved: the same command resumes")
+            raise UserError(f"stopped by SIGTERM after step {completed} (saved): the same command resumes")
     common.remove_sigterm_handler()
     log.bar.close()
 

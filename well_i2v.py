@@ -763,23 +763,23 @@ def train(args, run, stage, folder, steps, lr, checkpoint):
             log.add(loss=loss, **terms)
         norm = nn.utils.clip_grad_norm_(params, args.grad_clip or math.inf)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        done = step + 1
+        completed = step + 1
         stop = should_stop()
-        save = stop or done == steps or args.save_every and done % args.save_every == 0
-        if (save or args.log_every and done % args.log_every == 0) and not norm.isfinite():
-            raise UserError(f"loss or gradient is not finite at step {done}: resume from "
+        save = stop or completed == steps or args.save_every and completed % args.save_every == 0
+        if (save or args.log_every and completed % args.log_every == 0) and not norm.isfinite():
+            raise UserError(f"loss or gradient is not finite at step {completed}: resume from "
                             f"{common.latest_checkpoint(folder / 'ckpt') or 'the start'} with a lower --lr")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         ema.update(step)
-        log.step(done, lr=optimizer.param_groups[0]["lr"], grad_norm=norm)
+        log.step(completed, lr=optimizer.param_groups[0]["lr"], grad_norm=norm)
         if save:                                 # before validation, whose errors then lose no training
-            common.save_run(folder, SCRIPT, done, net, optimizer, ema, args, args.keep_last, True)
+            common.save_run(folder, SCRIPT, completed, net, optimizer, ema, args, args.keep_last, True)
         if stop:
-            raise UserError(f"stopped by SIGTERM after step {done}, which is saved: the same command resumes")
-        if args.eval_every and (done % args.eval_every == 0 or done == steps):
+            raise UserError(f"stopped by SIGTERM after step {completed} (saved): the same command resumes")
+        if args.eval_every and (completed % args.eval_every == 0 or completed == steps):
             with ema.applied(), torch.no_grad():
-                log.row(done, **stage.validate(net.eval()))
+                log.row(completed, **stage.validate(net.eval()))
             log.restart_clock()
     common.remove_sigterm_handler()
     log.bar.close()
