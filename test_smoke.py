@@ -114,9 +114,10 @@ def robot(name, change):
 TINY = ("--preset tiny --dtype float32 --batch_size 4 --max_steps 4 --lr 1 --warmup_steps 1000 --log_every 1 "
         "--eval_every 2 --save_every 2 --keep_last 0")
 # tiny: a script's own such flags. stages: folders with a ckpt/, in order. reuse: takes the first stages of
-# another run; where no flag does, they are copied. steps: the flag that counts the last stage's. pair: flags
-# with which two processes equal one. offload: has --cpu_offload. headline: keys of eval.json. overfit: () ->
-# losses on one batch. bad: (flags, what the one line must say, damage to the data and the run or None).
+# another run; where no flag does, they are copied. steps: the flag that counts the last stage's. dry_run:
+# flags of a shorter one. pair: flags with which two processes equal one. offload: has --cpu_offload.
+# headline: keys of eval.json. overfit: () -> losses on one batch. bad: (flags, what the one line must say,
+# damage to the data and the run or None).
 SCRIPTS = {
     "river_smoke": dict(
         tiny="--num_observations 6 --condition_frames 4 --frames_to_generate 3 --num_samples 2 "
@@ -143,7 +144,7 @@ SCRIPTS = {
         tiny="--T_in 6 --T_out 4 --context 4 --rollout 4 --latent_dim 8 --num_layers 1 --num_predict 8",
         prepare=lambda: cosmos_prepare.main(["--data_dir", cosmos.PRESETS["tiny"]["data_dir"], "--num_videos",
                                              "5", "--num_frames", "12"]),
-        stages=(".",), reuse="", deterministic=True, fsdp=False,
+        stages=(".",), reuse="", deterministic=True, fsdp=False, dry_run="--T_in 12 --T_out 4 --rollout 4",
         headline=("results/mse", "results/psnr", "results/ssim", "baselines/persistence/position_px",
                   "baselines/persistence/mse", "baselines/mean frame/mse", "baselines/constant velocity/mse"),
         overfit=lambda: overfit_cosmos(),
@@ -283,6 +284,7 @@ def launch(script, flags, full=False):
     """main() in this process, after the tiny flags. Without `full` it only trains, and what it would
     spawn is forked as below. -> exit code."""
     module, context = importlib.import_module(script), multiprocessing.get_context
+    gc.freeze()                                  # of imported modules: well_i2v collects after each stage
     with pytest.MonkeyPatch.context() as patch:
         if not full:
             patch.setattr(multiprocessing, "get_context",
@@ -513,7 +515,7 @@ def test_help_and_dry_run(script, base, monkeypatch, capsys):
     for config in common.WAN.values():           # 30 or 40 blocks are counted as two are, only for longer
         monkeypatch.setitem(config["transformer"], "num_layers", 2)
     for preset in list(importlib.import_module(script).PRESETS)[:2]:
-        assert main(["--preset", preset, "--dry_run"]) == 0
+        assert main(["--preset", preset, "--dry_run", *shlex.split(SCRIPTS[script].get("dry_run", ""))]) == 0
         counts = re.findall(r"([\d,]+) parameters, ([\d,]+) trainable", capsys.readouterr().out)
         assert counts and all(len(count) >= len("100,000") for count, _ in counts)
     assert sorted(base.root.rglob("*")) == before
@@ -683,7 +685,7 @@ def test_bad_input(script, flags, message, damage, trained, tmp_path, capsys):
 def test_equals_one_process_at_twice_the_batch(script, how, trained, shared, pair, tmp_path):
     """Two processes, sharded or not, and two micro-steps; one script also continues what the other saved."""
     row, base = SCRIPTS[script], trained(script)
-    inputs = f"{base.inputs} {row.get('pair', '')}"
+    inputs = f"{base.inputs} {row.get('pair', '')} --eval_every 4"
     stages = (".",) if "pair" in row else row["stages"]
     alone = shared(f"{script}_doubled", lambda run: launch(
         script, f"{inputs} --output_dir {run} --batch_size 8"))
