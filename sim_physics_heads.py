@@ -133,6 +133,8 @@ def parse_args(argv=None):
     if args.stage == "lora" and not (args.heads or args.dry_run):
         raise UserError(f"--stage lora starts from trained heads: run python {SCRIPT}.py --stage heads, "
                         f"then pass --heads FILE")
+    if args.heads and args.stage != "lora":
+        raise UserError("--heads only initialises --stage lora: add --stage lora, or leave it out")
     return args, checkpoint, why_preset
 
 

@@ -174,6 +174,7 @@ SCRIPTS = {
              lambda data, run: shutil.rmtree(data / "test_ball_ramp/env_0/0/0/distance_to_camera")),
             ("--height 40", "multiples of 32, not 40", None),
             ("--stage lora", "--stage lora starts from trained heads", None),
+            ("--heads {run}/heads/final/heads.safetensors", "--heads only initialises --stage lora", None),
             ("--stage lora --head_width 16 --heads {run}/heads/final/heads.safetensors",
              "heads.safetensors does not fit", None),
         ]),
