@@ -804,6 +804,8 @@ def train_stages(args, run, checkpoint, cache):
     folder = Path(args.output_dir)
     if run.rank == 0:
         common.write_json(folder / "args.json", {**vars(args), **common.provenance()})
+        if args.model == "tiny":                 # load_model() needs it before the last step, too
+            shutil.copy(cache / "codec.safetensors", folder)
     means = common.load_weights(cache / "pixel_means.safetensors")
     clips = {split: Clips(cache, split, args) for split in ("train", "val")}
     dit = load_part(args, "transformer", run.device)
@@ -822,8 +824,6 @@ def train_stages(args, run, checkpoint, cache):
         train_stage(args, run, stage, folder / name, model, clips, newest, steps, lr)
         if stage == "heads":
             heads = model.heads.state_dict()
-    if run.rank == 0 and args.model == "tiny":
-        shutil.copy(cache / "codec.safetensors", folder)
     return common.find_checkpoint(folder / "ckpt", SCRIPT, "auto")
 
 

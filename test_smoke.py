@@ -611,6 +611,7 @@ def test_sigterm_saves_and_stops(script, base, tmp_path, monkeypatch, capsys):
         assert launch(script, flags) == 2
     assert "stopped by SIGTERM after step 3" in the_error(capsys, script)
     assert [path.name for path in common.checkpoints(run / "ckpt")] == ["step_000003"]
+    assert launch(script, f"{base.inputs} --output_dir {run} --eval", full=True) == 0
     assert launch(script, flags) == 0
     assert_same(saved(run), saved(base.run))
 

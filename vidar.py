@@ -953,6 +953,8 @@ def train_stages(args, run, checkpoint, splits, folder):
     idm = load_idm(args.idm, idm_config(args)).to(run.device) if args.idm else None
     plan, generated = stage_plan(args), Path(args.output_dir, "video/final/generated_frames.safetensors")
     build_cache(args, run, splits, folder, [stage.kind for stage in plan], idm)
+    if run.rank == 0 and args.model == "tiny":   # --eval needs it before the last step, too
+        shutil.copy(folder / "codec.safetensors", args.output_dir)
     for stage in plan:
         paths = {split: sorted(folder.glob(f"{split}_*.{stage.kind}")) for split in ("train", "val")}
         if stage.name == "idm" and generated.is_file():
@@ -1029,8 +1031,6 @@ def run_script(argv):
     folder = cache_folder(args, splits)
     if not (inference_only and checkpoint):
         train_stages(args, run, checkpoint, splits, folder)
-        if run.rank == 0 and args.model == "tiny":
-            shutil.copy(folder / "codec.safetensors", args.output_dir)
         common.barrier()
     models = load_models(args, run.device, checkpoint if inference_only else None)
     source = common.run_folder(checkpoint.path) if inference_only and checkpoint else args.output_dir
