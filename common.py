@@ -1823,6 +1823,7 @@ def plot_curves(path, panels):
 def provenance():
     """{"python", "torch", "git", "command"} of this run, for args.json. "git" may be None."""
     root = Path(__file__).parent
+    # Without git, the shell fails, where a list of arguments would raise FileNotFoundError.
     git = subprocess.run("git rev-parse HEAD", shell=True, capture_output=True, text=True, cwd=root)
     processes = os.environ.get("LOCAL_WORLD_SIZE")
     launcher = f"torchrun --nproc_per_node={processes}" if processes else "python"

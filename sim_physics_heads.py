@@ -804,8 +804,6 @@ def train_stages(args, run, checkpoint, cache):
     folder = Path(args.output_dir)
     if run.rank == 0:
         common.write_json(folder / "args.json", {**vars(args), **common.provenance()})
-        if args.model == "tiny":                 # load_model() needs it before the last step, too
-            shutil.copy(cache / "codec.safetensors", folder)
     means = common.load_weights(cache / "pixel_means.safetensors")
     clips = {split: Clips(cache, split, args) for split in ("train", "val")}
     dit = load_part(args, "transformer", run.device)
@@ -821,6 +819,8 @@ def train_stages(args, run, checkpoint, cache):
             model.heads.mean[4] = torch.logit(means["sky"], eps=0.01)
         if stage == "lora":
             common.restore_state(model.heads, heads, source=args.heads or "stage heads")
+        if run.rank == 0 and args.model == "tiny":         # load_model() needs it before the last step, too
+            shutil.copy(cache / "codec.safetensors", folder)
         train_stage(args, run, stage, folder / name, model, clips, newest, steps, lr)
         if stage == "heads":
             heads = model.heads.state_dict()

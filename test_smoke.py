@@ -442,10 +442,10 @@ def exports(run):
     return flat({str(path.relative_to(run)): common.load_weights(path) for path in found})
 
 
-def halfway(run, to, stage="."):
-    """A copy of a run as it stood after 2 steps of a stage, by default its last."""
+def halfway(run, to):
+    """A copy of a run as it stood after 2 steps of its last stage."""
     shutil.copytree(run, to)
-    shutil.rmtree(to / stage / "ckpt/step_000004")
+    shutil.rmtree(to / "ckpt/step_000004")
     return to
 
 
@@ -582,7 +582,7 @@ def test_resume_equals_no_stop(script, base, tmp_path):
 
 
 def test_sample_is_a_function_of_the_seed(script, base, tmp_path, monkeypatch):
-    """As typed: all but --seed comes from the checkpoint in the default folder; or to another folder."""
+    """All but --seed comes from the checkpoint, in the default folder or in that of --resume."""
     monkeypatch.chdir(shutil.copytree(base.root, tmp_path / "root"))
     run, new, samples = Path("runs") / script, Path("new"), []
     new.mkdir()
@@ -664,7 +664,7 @@ def test_sigterm_between_two_stages(trained, tmp_path, script="sim_physics_heads
 
 @pytest.mark.parametrize("script,flags,message,damage", BAD)
 def test_bad_input(script, flags, message, damage, trained, tmp_path, capsys):
-    """One line, before a step is trained, and no file is changed."""
+    """One line, before any work is done, and no file is changed."""
     base, new = trained(script), tmp_path / "new"
     data, run = base.data, base.run
     if damage:
@@ -675,7 +675,7 @@ def test_bad_input(script, flags, message, damage, trained, tmp_path, capsys):
     assert re.search(message, the_error(capsys, script))
     assert (files(run), damage and files(data)) == before
     assert set(os.listdir(tmp_path)) <= {"data", "run", "new"}
-    assert not new.exists() or set(os.listdir(new)) <= {"args.json", "codec.safetensors"}
+    assert not new.exists() or os.listdir(new) == ["args.json"]
 
 
 # ---- more than one process ------------------------------------------------------------------------------
@@ -691,6 +691,7 @@ def test_equals_one_process_at_twice_the_batch(script, how, trained, shared, pai
     stages = (".",) if "pair" in row else row["stages"]
     alone = shared(f"{script}_doubled", lambda run: launch(
         script, f"{inputs} --output_dir {run} --batch_size 8"))
+    pair_flags = {"fsdp": "--fsdp", "offload": "--fsdp --cpu_offload"}.get(how, "")
     if how == "torchrun":                        # two processes also fill an empty cache
         data = shutil.copytree(base.data, tmp_path / "data", ignore=shutil.ignore_patterns("cache"))
         inputs = inputs.replace(str(base.data), str(data))
@@ -700,11 +701,11 @@ def test_equals_one_process_at_twice_the_batch(script, how, trained, shared, pai
         if how == "grad_accum":
             assert launch(script, f"{flags} --grad_accum 2") == 0
         else:
-            pair(script, f"{flags} {dict(fsdp='--fsdp', offload='--fsdp --cpu_offload').get(how, '')}")
+            pair(script, f"{flags} {pair_flags}")
 
     run = tmp_path / "run"
     train(run)
-    if row["reuse"]:                             # a quantiser leaps at a difference of 1e-7
+    if row["reuse"]:                   # a quantiser turns a difference of 1e-7 into another code
         assert_same(saved(run, stages[0]), saved(alone, stages[0]), 1e-4)
         run, stages = tmp_path / "reused", (".",)
         train(run, row["reuse"].format(run=alone))
@@ -809,8 +810,8 @@ def test_sample_trains_first_on_a_device(script, base, gpu, tmp_path, shown, mon
     assert curves[-4:] == [1, 2, 3, 4] and shown[-1].keys() > {"step", *pictures} and shown[-1]["step"] == 4
 
 
-def test_resume_on_a_device(trained, gpu, tmp_path, script="cosmos_lite"):
-    base = trained(script)
+@pytest.mark.parametrize("script", ["cosmos_lite"])
+def test_resume_on_a_device(script, base, gpu, tmp_path):
     assert launch(script, f"{base.inputs} --output_dir {halfway(base.run, tmp_path / 'run')}") == 0
     assert gpu.calls > 1000
 

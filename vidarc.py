@@ -740,11 +740,6 @@ def train(args, run, checkpoint, splits):
     final = Path(args.output_dir, "final")
     if run.rank == 0:
         common.write_json(Path(args.output_dir, "args.json"), {**vars(args), **common.provenance()})
-        final.mkdir(exist_ok=True)               # --eval needs IDM and codec before the last step, too
-        if not (final / "vidarc.safetensors").is_file():
-            shutil.copy(args.idm, final / "idm.pt")
-            if args.model == "tiny":
-                shutil.copy(folder / "codec.safetensors", final)
     model = CausalModel(load_dit(args, run.device).requires_grad_(True), args)
 
     def loss_fn(net, step, micro, grad_accum):
@@ -754,15 +749,20 @@ def train(args, run, checkpoint, splits):
         indices = vidar.evenly_spaced(len(windows["val"].rows), 8)
         batch = vidar.collate(windows["val"], indices, args, run.device)
         u = torch.full((len(indices), batch["latents"].shape[2] - 1), .5, device=run.device)
-        noise = vidar.noise_like(batch["latents"], indices)
-        values = {"use_self_forcing": False, "u": u, "noise": noise}
+        values = {"use_self_forcing": False, "u": u, "noise": vidar.noise_like(batch["latents"], indices)}
         return {"val_loss": net(batch, values)[1]["flow_loss"].item()}
 
     stage = argparse.Namespace(folder=".", steps=args.max_steps, lr=args.lr, warmup_steps=args.warmup_steps,
                                weight_decay=args.weight_decay, ema_decay=args.ema_decay,
                                batch_size=args.batch_size)
+    finished = vidar.is_finished(stage, checkpoint) and (final / "vidarc.safetensors").is_file()
+    if run.rank == 0 and not finished:           # --eval needs IDM and codec before the last step, too
+        final.mkdir(exist_ok=True)
+        shutil.copy(args.idm, final / "idm.pt")
+        if args.model == "tiny":
+            shutil.copy(folder / "codec.safetensors", final)
     net = vidar.train(args, run, SCRIPT, stage, model, loss_fn, val_fn, checkpoint)
-    if not vidar.is_finished(stage, checkpoint) or not (final / "vidarc.safetensors").is_file():
+    if not finished:
         vidar.save_transformer(args, run, final / SCRIPT, net)
     common.barrier()
 
